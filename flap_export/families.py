@@ -1,0 +1,128 @@
+"""The family table: where a model family keeps its attention, FFN and norms, as data.
+
+A projection declares the space of its inputs and of its outputs. Everything that cuts, counts or exports
+weights follows from these spaces; a further family is a further row of `FAMILIES`.
+
+    hidden   the residual stream, never cut
+    query    Q heads of D channels        kv   K heads of D channels        ffn   F channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flap_export.errors import ModelError
+from flap_export.shapes import DecoderShape, LayerShape
+
+Space = Literal["hidden", "query", "kv", "ffn"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module below a decoder layer; several output spaces mean fused outputs, stacked in that order."""
+
+    path: str
+    inputs: Space
+    outputs: tuple[Space, ...]
+
+    @property
+    def restores(self) -> bool:
+        """Whether it maps a cut space back to the residual stream, so that compensation goes here."""
+        return self.inputs != "hidden" and self.outputs == ("hidden",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: module paths relative to the causal LM (or to one layer), and class names inside transformers."""
+
+    model_type: str
+    class_stem: str
+    """`<stem>ForCausalLM` and `<stem>Config` are the classes, `<stem>RMSNorm` its norm."""
+    projections: tuple[Projection, ...]
+    attention: str = "self_attn"
+    ffn: str = "mlp"
+    decoder: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    rotary: str = "model.rotary_emb"
+    ffn_matrices: int = 3
+    bias_flags: Mapping[Space, str] = field(default_factory=dict)
+    """Configuration flag that gives all projections around a space a bias. A family with both can hold a
+    compensated uniform plan in its own stock classes."""
+
+    def projection(self, path: str) -> Projection | None:
+        """The projection at `path` below a layer, or None."""
+        return next((projection for projection in self.projections if projection.path == path), None)
+
+    def restoring(self, space: Space) -> Projection:
+        """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""
+        return next(p for p in self.projections if p.restores and p.inputs == space)
+
+
+_SEPARATE_PROJECTIONS = (
+    Projection("self_attn.q_proj", "hidden", ("query",)),
+    Projection("self_attn.k_proj", "hidden", ("kv",)),
+    Projection("self_attn.v_proj", "hidden", ("kv",)),
+    Projection("self_attn.o_proj", "query", ("hidden",)),
+    Projection("mlp.gate_proj", "hidden", ("ffn",)),
+    Projection("mlp.up_proj", "hidden", ("ffn",)),
+    Projection("mlp.down_proj", "ffn", ("hidden",)),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
+        Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
+        Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
+        Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of `model_type`.
+
+    Raises:
+        ModelError: the table has no such family.
+    """
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"model family '{model_type}' is not in the family table; supported are {', '.join(sorted(FAMILIES))}. "
+            "A further family is a row of flap_export/families.py"
+        )
+    return FAMILIES[model_type]
+
+
+def shape_from_config(config: Any, family: Family) -> DecoderShape:
+    """The dense decoder's shape, read from a transformers configuration.
+
+    Raises:
+        ModelError: the query heads are not a multiple of the KV heads.
+    """
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads % kv_heads:
+        raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
+    layer = LayerShape(
+        query_heads=heads,
+        kv_heads=kv_heads,
+        ffn_channels=config.intermediate_size,
+        attention_bias=_has_bias(config, family, "query"),
+        ffn_bias=_has_bias(config, family, "ffn"),
+    )
+    return DecoderShape(
+        hidden_size=config.hidden_size,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary_size=config.vocab_size,
+        ffn_matrices=family.ffn_matrices,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        layers=(layer,) * config.num_hidden_layers,
+    )
+
+
+def _has_bias(config: Any, family: Family, space: Space) -> bool:
+    return space in family.bias_flags and bool(getattr(config, family.bias_flags[space], False))

@@ -1,0 +1,129 @@
+"""A pruned decoder whose layers have their own head counts and FFN widths.
+
+This file is self-contained: it needs torch and transformers only and is copied next to the weights of every
+uneven checkpoint, so that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it.
+The two import lines name the family the checkpoint came from. The configuration carries, under `pruned`:
+
+    projections   [path, input space, [output spaces]] of each linear module of a layer
+    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias
+
+A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig as BaseConfig
+from transformers import LlamaForCausalLM as BaseForCausalLM
+
+
+class Constant(nn.Module):
+    """What is left of a linear module without inputs: its bias [out_features], or zero."""
+
+    def __init__(self, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        shape = (*hidden_states.shape[:-1], self.out_features)
+        return hidden_states.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+
+
+class EmptyAttention(nn.Module):
+    """Attention without heads. It still counts the tokens in the cache, whose length is read from any layer."""
+
+    def __init__(self, output: str, hidden_size: int, bias: bool, layer_idx: int) -> None:
+        super().__init__()
+        self.output, self.layer_idx = output, layer_idx
+        self.add_module(output, Constant(hidden_size, bias))
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if past_key_values is not None and getattr(past_key_values, "counts_empty_layers", True):
+            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(placeholder, placeholder, self.layer_idx)
+        return self.get_submodule(self.output)(hidden_states), None
+
+
+class EmptyFeedForward(nn.Module):
+    """FFN without channels."""
+
+    def __init__(self, output: str, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.output = output
+        self.add_module(output, Constant(hidden_size, bias))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.get_submodule(self.output)(hidden_states)
+
+
+def _resized(linear: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    if (linear.in_features, linear.out_features, linear.bias is not None) == (in_features, out_features, bias):
+        return linear
+    return nn.Linear(
+        in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype
+    )
+
+
+def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
+    """Give `layer` the head counts and the FFN width that `pruned["layers"][layer_idx]` states."""
+    counts = pruned["layers"][layer_idx]
+    widths = {
+        "hidden": hidden_size,
+        "query": counts["query_heads"] * head_dim,
+        "kv": counts["kv_heads"] * head_dim,
+        "ffn": counts["ffn_channels"],
+    }
+    output_bias = {"query": counts["attention_bias"], "ffn": counts["ffn_bias"]}
+    for path, inputs, outputs in pruned["projections"]:
+        parent_path, _, name = path.rpartition(".")
+        block = inputs if inputs != "hidden" else ("ffn" if "ffn" in outputs else "query")
+        if widths[block] == 0:
+            if inputs != "hidden":
+                emptied = (
+                    EmptyAttention(name, hidden_size, output_bias["query"], layer_idx)
+                    if block == "query"
+                    else EmptyFeedForward(name, hidden_size, output_bias["ffn"])
+                )
+                layer.set_submodule(parent_path, emptied)
+            continue
+        linear = layer.get_submodule(path)
+        bias = output_bias[inputs] if inputs != "hidden" else linear.bias is not None
+        layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
+        parent = layer.get_submodule(parent_path)
+        if hasattr(parent, "num_key_value_groups"):
+            parent.num_key_value_groups = counts["query_heads"] // counts["kv_heads"]
+        if block == "ffn" and hasattr(parent, "intermediate_size"):
+            parent.intermediate_size = counts["ffn_channels"]
+
+
+def resize_decoder(model: nn.Module, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:
+    """Resize every decoder layer of a freshly built causal LM, before its weights are loaded."""
+    for layer_idx, layer in enumerate(model.get_submodule(layers_path)):
+        resize_layer(layer, layer_idx, pruned, model.config.hidden_size, head_dim)
+
+
+class PrunedConfig(BaseConfig):
+    """The dense family's configuration plus what each layer kept."""
+
+    model_type = f"flap_{BaseConfig.model_type}"
+
+    def __init__(self, pruned: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pruned = pruned or {}
+
+
+class PrunedForCausalLM(BaseForCausalLM):
+    """The dense family's causal LM with resized layers."""
+
+    config_class = PrunedConfig
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        resize_decoder(self, config.pruned["layers_path"], config.pruned, head_dim)

@@ -1,0 +1,110 @@
+"""The pruning plan: which query heads, KV heads and FFN channels each layer keeps, complete before any weight changes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flap_export.errors import PlanError
+from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.storage import Record
+
+PLAN_NAME = "plan.json"
+
+
+class LayerPlan(BaseModel):
+    """Indices of what one layer keeps of the dense model, ascending."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn_channels: tuple[int, ...]
+
+
+class Ratio(BaseModel):
+    """Share of the decoder's attention and FFN weights that goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requested: float
+    achieved: float
+    reason: str | None = None
+    """Why `achieved` is more than half a unit away from `requested`; None when it is not."""
+
+
+class PruningPlan(Record):
+    """What is kept, layer by layer, and what that decision came from."""
+
+    kind: ClassVar[str] = "pruning plan"
+
+    model: str
+    family: str
+    ratio: Ratio
+    method: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """The options that led to the plan: metric, structure, compensation, seed."""
+    layers: tuple[LayerPlan, ...]
+    digests: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of the dense weights and of the calibration statistics."""
+
+    def pruned_shape(self, dense: DecoderShape, *, compensated: bool) -> DecoderShape:
+        """The decoder's shape after the cut.
+
+        Args:
+            dense: the shape the indices refer to.
+            compensated: whether a layer that lost something gains an output bias.
+
+        Raises:
+            PlanError: the plan does not fit `dense`.
+        """
+        self.check(dense)
+        layers = []
+        for kept, full in zip(self.layers, dense.layers, strict=True):
+            lost_heads = len(kept.query_heads) < full.query_heads
+            lost_channels = len(kept.ffn_channels) < full.ffn_channels
+            layers.append(
+                LayerShape(
+                    query_heads=len(kept.query_heads),
+                    kv_heads=len(kept.kv_heads),
+                    ffn_channels=len(kept.ffn_channels),
+                    attention_bias=full.attention_bias or (compensated and lost_heads),
+                    ffn_bias=full.ffn_bias or (compensated and lost_channels),
+                )
+            )
+        return dense.model_copy(update={"layers": tuple(layers)})
+
+    def check(self, dense: DecoderShape) -> None:
+        """Whether every index exists in `dense` and query heads stay with their KV heads.
+
+        Raises:
+            PlanError: it does not; the message names the layer.
+        """
+        if len(self.layers) != len(dense.layers):
+            raise PlanError(f"the plan has {len(self.layers)} layers, the model {len(dense.layers)}; use its own plan")
+        for index, (kept, full) in enumerate(zip(self.layers, dense.layers, strict=True)):
+            if kept.layer != index:
+                raise PlanError(f"layer {index}: the plan lists layer {kept.layer} in its place; sort the layers")
+            _check_indices(index, "query_heads", kept.query_heads, full.query_heads)
+            _check_indices(index, "kv_heads", kept.kv_heads, full.kv_heads)
+            _check_indices(index, "ffn_channels", kept.ffn_channels, full.ffn_channels)
+            _check_groups(index, kept, full)
+
+
+def _check_indices(layer: int, what: str, kept: tuple[int, ...], available: int) -> None:
+    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+        raise PlanError(f"layer {layer}: {what} must be ascending and distinct")
+    if kept and (kept[0] < 0 or kept[-1] >= available):
+        raise PlanError(f"layer {layer}: {what} must lie in 0..{available - 1}, got {kept[0]}..{kept[-1]}")
+
+
+def _check_groups(layer: int, kept: LayerPlan, full: LayerShape) -> None:
+    """Kept query heads divide evenly among the kept KV heads, each with its own: shapes then say which is whose."""
+    group_size = full.query_heads // full.kv_heads
+    per_kv_head = [sum(head // group_size == kv for head in kept.query_heads) for kv in kept.kv_heads]
+    if len(set(per_kv_head)) > 1 or 0 in per_kv_head or sum(per_kv_head) != len(kept.query_heads):
+        raise PlanError(
+            f"layer {layer}: every kept KV head must keep the same number of its {group_size} query heads, "
+            f"got {len(kept.query_heads)} query heads as {per_kv_head} on KV heads {list(kept.kv_heads)}"
+        )

@@ -1,0 +1,71 @@
+"""What a decoder is made of, in numbers: the pure record every budget, rewrite and roofline reads.
+
+Notation used throughout the package:
+
+    H   hidden size                      Q   query heads of one layer
+    D   head_dim                         K   KV heads of one layer
+    F   FFN channels of one layer        g   query heads per KV head, Q / K
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class LayerShape(BaseModel):
+    """Units of one decoder layer, and whether its two output projections carry a bias."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query_heads: int
+    kv_heads: int
+    ffn_channels: int
+    attention_bias: bool = False
+    ffn_bias: bool = False
+
+
+class DecoderShape(BaseModel):
+    """Sizes of a decoder whose layers may differ from each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_size: int
+    head_dim: int
+    vocabulary_size: int
+    ffn_matrices: int
+    """Matrices of one FFN: 3 when gated (gate, up, down), 2 when not."""
+    tied_embeddings: bool
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def query_head_parameters(self) -> int:
+        """Weights of one query head: a row block of q_proj and a column block of o_proj, 2 H D."""
+        return 2 * self.hidden_size * self.head_dim
+
+    @property
+    def kv_head_parameters(self) -> int:
+        """Weights of one KV head: row blocks of k_proj and v_proj, 2 H D."""
+        return 2 * self.hidden_size * self.head_dim
+
+    @property
+    def ffn_channel_parameters(self) -> int:
+        """Weights of one FFN channel, 3 H when gated."""
+        return self.ffn_matrices * self.hidden_size
+
+    def attention_parameters(self, layer: LayerShape) -> int:
+        """Attention weights of `layer`, (2 Q + 2 K) H D."""
+        return layer.query_heads * self.query_head_parameters + layer.kv_heads * self.kv_head_parameters
+
+    def ffn_parameters(self, layer: LayerShape) -> int:
+        """FFN weights of `layer`, 3 H F when gated."""
+        return layer.ffn_channels * self.ffn_channel_parameters
+
+    @property
+    def decoder_parameters(self) -> int:
+        """All attention and FFN weights: what a pruning ratio is a share of."""
+        return sum(self.attention_parameters(layer) + self.ffn_parameters(layer) for layer in self.layers)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the language-model head."""
+        return self.vocabulary_size * self.hidden_size

@@ -1,0 +1,152 @@
+"""Files that appear whole or not at all, their digests, and the base of every record saved as JSON."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flap_export.errors import InputError, OutputError
+
+READ_CHUNK_BYTES = 1 << 22
+MANIFEST_NAME = "manifest.json"
+
+
+class Record(BaseModel):
+    """A frozen, typed record with a schema version; the stages exchange nothing else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
+
+    kind: ClassVar[str] = "record"
+    schema_version: int = 1
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, under a temporary name first."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a saved record.
+
+        Raises:
+            InputError: no such file, or not a record of this kind.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise InputError(f"no {cls.kind} at '{path}'") from error
+        except IsADirectoryError as error:
+            raise InputError(f"'{path}' is a directory, expected the file of a {cls.kind}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "top level"
+            raise InputError(f"'{path}' is not a valid {cls.kind}: {where}: {first['msg']}") from error
+
+
+def digest_of_bytes(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return digest_of_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: under a temporary name, then renamed.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    with writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write below `path` into `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"the disk is full while writing '{path}'; nothing was left behind. "
+                "Free some space or choose another --output"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise OutputError(f"'{path}' cannot be written: {error.strerror}; choose another --output") from error
+        raise
+
+
+@contextmanager
+def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterator[Path]:
+    """A directory that appears whole: yields a temporary sibling that takes the name `path` at the end.
+
+    Args:
+        path: where the directory shall be.
+        marker: the file that tells a directory of this kind (`plan.json`, `artifact.json`); what holds one may be
+            replaced, anything else is never touched.
+        overwrite: whether a directory of the same kind is replaced.
+
+    Raises:
+        OutputError: `path` holds something else, the disk is full, or the folder cannot be written.
+    """
+    check_output(path, marker, overwrite=overwrite)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing_errors(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _swap(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
+    """Whether `path` may become an output directory that is told by `marker`.
+
+    Raises:
+        OutputError: it is a file, or a directory that holds something else.
+    """
+    if path.is_file():
+        raise OutputError(f"the output '{path}' is a file; name a directory")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / marker).is_file():
+        raise OutputError(
+            f"the output directory '{path}' holds something else (no {marker} in it), and nothing was touched; "
+            "name an empty or a new directory"
+        )
+    if not overwrite:
+        raise OutputError(f"the output directory '{path}' is already there; name a new directory")
+
+
+def _swap(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; what stood there goes only after the new one is complete."""
+    retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
+    if path.exists():
+        path.rename(retired)
+    partial.rename(path)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""Weights as they lie on disk: named tensors read one at a time from safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Final, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flap_export.errors import ModelError
+from flap_export.storage import digest_of_file, digest_of_json
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+
+
+@final
+class Weights:
+    """The tensors of a model directory, by name; nothing stays in memory.
+
+    Raises:
+        ModelError: no safetensors weights, a shard is missing, or a file is truncated.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file_of = _files_by_name(directory)
+        for file in self.files:
+            _check_complete(file)
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, sorted."""
+        return tuple(sorted(set(self._file_of.values())))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            ModelError: there is no such tensor.
+        """
+        if name not in self._file_of:
+            raise ModelError(f"weights in '{self.directory}' lack the tensor '{name}'; the checkpoint is incomplete")
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def finite(self, name: str) -> Tensor:
+        """Read one tensor that must hold neither NaN nor infinity.
+
+        Raises:
+            ModelError: it holds one.
+        """
+        tensor = self[name]
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            broken = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"tensor '{name}' in '{self.directory}' holds {broken} values that are NaN or infinite; "
+                "the weights are damaged, fetch them again"
+            )
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, from the file's header."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all files."""
+        return digest_of_json({file.name: digest_of_file(file) for file in self.files})
+
+
+def _files_by_name(directory: Path) -> dict[str, Path]:
+    index = directory / INDEX_FILE
+    if index.is_file():
+        return _files_from_index(index)
+    single = directory / SINGLE_FILE
+    if single.is_file():
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    pickled = sorted(directory.glob("*.bin"))
+    hint = (
+        "it has pickled weights only; save them with `model.save_pretrained(..., safe_serialization=True)`"
+        if pickled
+        else f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    )
+    raise ModelError(f"no safetensors weights in '{directory}': {hint}")
+
+
+def _files_from_index(index: Path) -> dict[str, Path]:
+    try:
+        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{index}' is not a safetensors index; fetch the checkpoint again") from error
+    missing = sorted({shard for shard in names.values() if not (index.parent / shard).is_file()})
+    if missing:
+        raise ModelError(f"'{index.parent}' lacks the weight files {', '.join(missing)}; fetch the checkpoint again")
+    return {name: index.parent / shard for name, shard in names.items()}
+
+
+def _check_complete(file: Path) -> None:
+    with _opened(file):
+        pass
+
+
+def _opened(file: Path) -> safe_open:
+    """Open a safetensors file; its header is checked against the file's size on opening."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"weight file '{file}' is truncated or damaged ({error}); fetch the checkpoint again"
+        ) from error
