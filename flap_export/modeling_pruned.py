@@ -23,10 +23,11 @@ from transformers import LlamaForCausalLM as BaseForCausalLM
 class Constant(nn.Module):
     """What is left of a linear module without inputs: its bias [out_features], or zero."""
 
-    def __init__(self, out_features: int, bias: bool) -> None:
+    def __init__(self, linear: nn.Linear, bias: bool) -> None:
         super().__init__()
-        self.out_features = out_features
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        self.out_features = linear.out_features
+        zeros = torch.zeros(self.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         shape = (*hidden_states.shape[:-1], self.out_features)
@@ -36,10 +37,10 @@ class Constant(nn.Module):
 class EmptyAttention(nn.Module):
     """Attention without heads. It still counts the tokens in the cache, whose length is read from any layer."""
 
-    def __init__(self, output: str, hidden_size: int, bias: bool, layer_idx: int) -> None:
+    def __init__(self, output: str, constant: Constant, layer_idx: int) -> None:
         super().__init__()
         self.output, self.layer_idx = output, layer_idx
-        self.add_module(output, Constant(hidden_size, bias))
+        self.add_module(output, constant)
 
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
@@ -53,10 +54,10 @@ class EmptyAttention(nn.Module):
 class EmptyFeedForward(nn.Module):
     """FFN without channels."""
 
-    def __init__(self, output: str, hidden_size: int, bias: bool) -> None:
+    def __init__(self, output: str, constant: Constant) -> None:
         super().__init__()
         self.output = output
-        self.add_module(output, Constant(hidden_size, bias))
+        self.add_module(output, constant)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.get_submodule(self.output)(hidden_states)
@@ -85,10 +86,9 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         block = inputs if inputs != "hidden" else ("ffn" if "ffn" in outputs else "query")
         if widths[block] == 0:
             if inputs != "hidden":
+                constant = Constant(layer.get_submodule(path), output_bias[block])
                 emptied = (
-                    EmptyAttention(name, hidden_size, output_bias["query"], layer_idx)
-                    if block == "query"
-                    else EmptyFeedForward(name, hidden_size, output_bias["ffn"])
+                    EmptyAttention(name, constant, layer_idx) if block == "query" else EmptyFeedForward(name, constant)
                 )
                 layer.set_submodule(parent_path, emptied)
             continue

@@ -1,0 +1,7 @@
+"""Stage `export`: a checkpoint becomes an ONNX graph of standard operators with its KV cache in place."""
+
+from __future__ import annotations
+
+from flap_export.exporting.stage import export
+
+__all__ = ["export"]

@@ -1,0 +1,38 @@
+"""What the passes ask of values: the integers a constant holds, and tensors that are computed when written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+def constant_integers(value: ir.Value | None) -> list[int] | None:
+    """The integers a small constant holds, or None if `value` is not one."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or tensor.size > 16:
+        return None
+    return [int(number) for number in np.atleast_1d(tensor.numpy()).ravel()]
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether `value` is an initializer that streams from disk."""
+    return value is not None and value.is_initializer() and isinstance(value.const_value, ir.LazyTensor)
+
+
+def lazy_initializer(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], compute: Callable[[], NDArray[np.generic]]
+) -> ir.Value:
+    """Register an initializer whose values `compute` gives when it is written; nothing is kept in memory."""
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=ir.Shape(shape),
+        name=name,
+        cache=False,
+    )
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

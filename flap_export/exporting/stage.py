@@ -1,0 +1,102 @@
+"""The stage itself: trace once with fake weights, optimize, and stream the weights into the artifact."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import shutil
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+import torch
+
+from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName, LogitsKind
+from flap_export.errors import InputError
+from flap_export.exporting.passes import keep_all_logits, optimize
+from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
+from flap_export.exporting.trace import OPSET, trace
+from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.storage import new_directory
+
+logger = logging.getLogger(__name__)
+
+DTYPES: Final[dict[DtypeName, torch.dtype]] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+GRAPHS: Final[dict[LogitsKind, str]] = {"all": "model.onnx", "last": "model-last.onnx"}
+DATA_NAME: Final = "model.onnx.data"
+COMPANIONS: Final = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json",
+                     "chat_template*", "plan.json")  # fmt: skip
+"""What travels with the weights: tokenizer, generation settings and plan."""
+
+
+def export(
+    checkpoint: str | Path, output: str | Path, *, dtype: DtypeName = "float32", max_length: int = 2048
+) -> Artifact:
+    """Export a dense or pruned checkpoint to ONNX (opset 24, standard operators only).
+
+    The directory holds two graphs over one file of weights: `model.onnx` gives the logits of every new token,
+    `model-last.onnx` those of the last one. The interface is described in `flap_export.artifact`.
+
+    Args:
+        checkpoint: a model directory or hub name.
+        output: the directory to make; an older artifact there is replaced once the new one is complete.
+        dtype: precision of weights, activations and cache.
+        max_length: rows of the cache, fixed per artifact.
+
+    Raises:
+        ModelError: the checkpoint is unusable.
+        InputError: `max_length` is not positive or beyond what the model's positions allow.
+        OutputError: `output` holds something else, or the disk is full.
+    """
+    opened = open_checkpoint(checkpoint)
+    _check_request(opened, dtype, max_length)
+    check_weights(meta_model(opened, torch.float32), opened)
+    with new_directory(Path(output), ARTIFACT_NAME) as directory:
+        ir_model = trace(opened, DTYPES[dtype], max_length, "last")
+        bind_weights(ir_model, opened, DTYPES[dtype])
+        optimize(ir_model)
+        write_graph(ir_model, directory / GRAPHS["last"], DATA_NAME)
+        share_weights(ir_model, directory / GRAPHS["last"])
+        keep_all_logits(ir_model)
+        write_graph(ir_model, directory / GRAPHS["all"], None)
+        logger.info("exported %s: %d nodes", opened.name, len(ir_model.graph))
+        artifact = _describe(opened, dtype, max_length)
+        _copy_companions(opened.directory, directory)
+        artifact.save(directory / ARTIFACT_NAME)
+    return artifact
+
+
+def _check_request(checkpoint: Checkpoint, dtype: str, max_length: int) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    positions = getattr(checkpoint.config, "max_position_embeddings", None)
+    if max_length < 2:
+        raise InputError(f"max_length must be at least 2 (a prompt and a new token), got {max_length}")
+    if positions is not None and max_length > positions:
+        raise InputError(f"max_length {max_length} is beyond the model's {positions} positions; lower it")
+
+
+def _describe(checkpoint: Checkpoint, dtype: DtypeName, max_length: int) -> Artifact:
+    packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "flap-export")
+    return Artifact(
+        model=checkpoint.name,
+        family=checkpoint.family.model_type,
+        dtype=dtype,
+        max_length=max_length,
+        shape=checkpoint.shape,
+        graphs=GRAPHS,
+        opset=OPSET,
+        digests={"weights": checkpoint.weights.digest},
+        versions={package: importlib.metadata.version(package) for package in packages},
+    )
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

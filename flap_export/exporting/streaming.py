@@ -1,0 +1,68 @@
+"""Weights on their way from the checkpoint to the artifact: cast, transposed and joined one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from flap_export.exporting.passes.values import lazy_initializer
+from flap_export.loading import Checkpoint
+from flap_export.storage import writing_errors
+
+EXTERNAL_FROM_BYTES = 1024
+"""Tensors below this size stay inside the graph's own file."""
+
+
+def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Let every initializer that is named in the checkpoint stream from there, cast to `dtype`.
+
+    A tied head is the embedding.
+    """
+    graph, family = ir_model.graph, checkpoint.family
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if checkpoint.shape.tied_embeddings and head in graph.initializers:
+        if embedding in graph.initializers:
+            ir.convenience.replace_all_uses_with(graph.initializers[head], graph.initializers[embedding])
+            graph.initializers.pop(head)
+        else:
+            graph.initializers[head].name = embedding
+    for name in [name for name in graph.initializers if name in checkpoint.weights]:
+        traced = graph.initializers.pop(name)
+        assert traced.shape is not None
+        assert traced.dtype is not None
+        bound = lazy_initializer(
+            graph, name, traced.dtype, traced.shape.numpy(), lambda name=name: _read(checkpoint, name, dtype)
+        )
+        ir.convenience.replace_all_uses_with(traced, bound)
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> NDArray[np.generic]:
+    tensor = checkpoint.weights.finite(name).to(dtype)
+    if dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+
+
+def write_graph(ir_model: ir.Model, path: Path, data_name: str | None) -> None:
+    """Write the graph to `path` and its weights, one at a time, to `data_name` beside it.
+
+    With `data_name` None the weights are references to a file written before (see `share_weights`).
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    with writing_errors(path):
+        ir.save(ir_model, path, external_data=data_name, size_threshold_bytes=EXTERNAL_FROM_BYTES)
+
+
+def share_weights(ir_model: ir.Model, written: Path) -> None:
+    """Let the weights of `ir_model` refer to those that the graph at `written` stored, instead of streaming again."""
+    stored = ir.load(written).graph.initializers
+    for name, value in ir_model.graph.initializers.items():
+        value.const_value = stored[name].const_value

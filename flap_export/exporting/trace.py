@@ -1,0 +1,139 @@
+"""Trace a decoder with fake weights into an ONNX graph that names its weights and holds none."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.cache_utils import Cache
+
+from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
+from flap_export.exporting.dialect import TABLE_NAMES, Decoding, rotary_tables, speaking_onnx
+from flap_export.loading import Checkpoint, build_model
+
+OPSET = 24
+
+
+class ScatterCache(Cache):  # type: ignore[misc]
+    """Transformers' cache interface over the caches of one traced step."""
+
+    counts_empty_layers = False
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.layers = []
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new rows and return the whole caches."""
+        return self.decoding.update(key, value, layer_idx)
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Unused: positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        """Unused: the dialect makes no mask."""
+        return self.decoding.max_length, 0
+
+
+class DecoderStep(nn.Module):
+    """One call of the exported graph: `(input_ids, write_indices, caches) -> (logits, caches)`."""
+
+    def __init__(self, model: nn.Module, max_length: int, logits: LogitsKind) -> None:
+        super().__init__()
+        self.model = model
+        self.max_length, self.logits_to_keep = max_length, 1 if logits == "last" else 0
+
+    def forward(
+        self, input_ids: Tensor, write_indices: Tensor, past: list[tuple[Tensor, Tensor] | None]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+        """Run the causal LM on n new tokens; shapes as in `flap_export.artifact`."""
+        decoding = Decoding(past, write_indices, input_ids.shape[1], self.max_length)
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=decoding.position_ids,
+            past_key_values=ScatterCache(decoding),
+            use_cache=True,
+            logits_to_keep=self.logits_to_keep,
+            decoding=decoding,
+        )
+        return output.logits, decoding.present
+
+
+def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: LogitsKind) -> ir.Model:
+    """The graph as torch emits it, unoptimized; initializers are named as in the checkpoint and hold fake values."""
+    real_tables = rotary_tables(checkpoint, max_length)
+    shape = checkpoint.shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        model = build_model(checkpoint, dtype)
+        tables = tuple(mode.from_tensor(table.to(dtype)) for table in real_tables)
+        with speaking_onnx(model, checkpoint, (tables[0], tables[1])):
+            step = DecoderStep(model, max_length, logits).eval()
+            caches = [
+                tuple(torch.zeros(2, layer.kv_heads, max_length, shape.head_dim, dtype=dtype) for _ in range(2))
+                if layer.kv_heads
+                else None
+                for layer in shape.layers
+            ]
+            arguments = (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), caches)
+            batch, new = torch.export.Dim("batch"), torch.export.Dim("new_tokens")
+            cache_axes = [cache and ({0: batch}, {0: batch}) for cache in caches]
+            with _quiet_exporter():
+                program = torch.onnx.export(
+                    step,
+                    arguments,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    optimize=False,
+                    verbose=False,
+                    dynamic_shapes=({0: batch, 1: new}, {0: batch}, cache_axes),
+                )
+    assert program is not None
+    ir_model: ir.Model = program.model
+    _name_interface(ir_model, checkpoint)
+    _bind_tables(ir_model, checkpoint.family.rotary, real_tables, dtype)
+    return ir_model
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says about itself: missing torchvision, its own deprecations, axis names."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _name_interface(ir_model: ir.Model, checkpoint: Checkpoint) -> None:
+    """Name inputs, outputs and initializers as `flap_export.artifact` and the checkpoint do."""
+    layers = [index for index, layer in enumerate(checkpoint.shape.layers) if layer.kv_heads]
+    inputs = [INPUT_IDS, WRITE_INDICES, *(name for layer in layers for name in past_names(layer))]
+    outputs = [LOGITS, *(name for layer in layers for name in present_names(layer))]
+    graph = ir_model.graph
+    assert len(graph.inputs) == len(inputs), [value.name for value in graph.inputs]
+    assert len(graph.outputs) == len(outputs), [value.name for value in graph.outputs]
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
+    for name in list(graph.initializers):
+        graph.initializers[name].name = name.removeprefix("model.")
+
+
+def _bind_tables(ir_model: ir.Model, rotary: str, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    for table_name, table in zip(TABLE_NAMES, tables, strict=True):
+        name = f"{rotary}.{table_name}"
+        if name in ir_model.graph.initializers:
+            ir_model.graph.initializers[name].const_value = ir.tensor(table.to(dtype), name=name)

@@ -1,0 +1,251 @@
+"""Open a model directory, dense or pruned, and build its torch module with or without weights.
+
+Our own pruned checkpoints are read through their configuration, never by running the modelling file they carry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MethodType
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from flap_export.errors import ModelError
+from flap_export.families import Family, family_of, shape_from_config
+from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.weights import Weights
+
+PRUNED_PREFIX = "flap_"
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory that has been understood: family, configuration and shape; weights stay on disk."""
+
+    name: str
+    """As the user named it: a path or a hub name."""
+    directory: Path
+    family: Family
+    config: Any
+    """The dense family's transformers configuration."""
+    shape: DecoderShape
+    is_pruned: bool
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors on disk."""
+        return Weights(self.directory)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the configuration states; float32 when it states none."""
+        stated = getattr(self.config, "dtype", None) or getattr(self.config, "torch_dtype", None)
+        if isinstance(stated, str):
+            stated = getattr(torch, stated.removeprefix("torch."), None)
+        return stated if isinstance(stated, torch.dtype) else torch.float32
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Understand a Hugging Face directory or hub name, without reading weights.
+
+    Raises:
+        ModelError: no such model, an unreadable configuration, or a family outside the table.
+    """
+    directory = _directory_of(model)
+    raw = _read_config(directory)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
+    is_pruned = model_type.startswith(PRUNED_PREFIX)
+    family = family_of(model_type.removeprefix(PRUNED_PREFIX))
+    config = _dense_config(raw, family, directory)
+    shape = shape_from_config(config, family)
+    if is_pruned:
+        shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
+    return Checkpoint(str(model), directory, family, config, shape, is_pruned)
+
+
+def _directory_of(model: str | Path) -> Path:
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ModelError(f"'{model}' is a file; name the directory that holds config.json and the weights")
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"no model directory at '{model}'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    # The hub's client raises a wide range of its own, of requests' and of the standard library's exceptions.
+    except Exception as error:
+        raise ModelError(
+            f"'{name}' is neither a local directory nor could it be fetched from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
+        ) from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"'{directory}' holds no config.json; name a Hugging Face model directory")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"'{path}' is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"'{path}' must hold a JSON object")
+    return raw
+
+
+def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}
+    try:
+        return AutoConfig.for_model(family.model_type, **{key: raw[key] for key in raw if key not in own})
+    # transformers validates configurations with exceptions of several libraries.
+    except Exception as error:
+        raise ModelError(f"'{directory / 'config.json'}' is not a valid {family.model_type} configuration: {error}") from error
+
+
+def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:
+    try:
+        layers = tuple(LayerShape(**layer) for layer in raw["pruned"]["layers"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"'{directory / 'config.json'}' is a pruned model's but lacks valid pruned.layers") from error
+    if len(layers) != raw.get("num_hidden_layers"):
+        raise ModelError(f"'{directory / 'config.json'}': pruned.layers lists {len(layers)} layers, num_hidden_layers says {raw.get('num_hidden_layers')}")
+    return layers
+
+
+def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
+    """The `pruned` section of a configuration, which `modeling_pruned.py` reads."""
+    return {
+        "layers_path": family.layers,
+        "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
+        "layers": [layer.model_dump() for layer in shape.layers],
+    }
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The causal LM with its per-layer sizes, on the current default device (meta, fake or real), in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    from flap_export.modeling_pruned import resize_decoder
+
+    model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation="sdpa")
+    if checkpoint.is_pruned:
+        section = pruned_section(checkpoint.family, checkpoint.shape)
+        resize_decoder(model, checkpoint.family.layers, section, checkpoint.shape.head_dim)
+    return model.eval()
+
+
+def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The causal LM on the meta device, except for its rotary tables, which are real."""
+    with torch.device("meta"):
+        model = build_model(checkpoint, dtype)
+    rotary = model.get_submodule(checkpoint.family.rotary)
+    model.set_submodule(checkpoint.family.rotary, type(rotary)(config=checkpoint.config))
+    if dtype == torch.float64:
+        _keep_double_precision(model)
+    return model
+
+
+def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
+    """Names of the tensors a checkpoint must hold, each once: a tied head is not listed."""
+    tied_head = f"{checkpoint.family.head}.weight"
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if not (checkpoint.shape.tied_embeddings and name == tied_head):
+            yield name
+
+
+def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Whether the tensors on disk are exactly those of `model`, by name and shape.
+
+    Raises:
+        ModelError: one is missing, unknown or of another shape.
+    """
+    weights, expected = checkpoint.weights, set(parameter_names(model, checkpoint))
+    missing = sorted(expected - set(weights))
+    if missing:
+        raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}; the checkpoint is incomplete")
+    known_extra = {f"{checkpoint.family.head}.weight"} if checkpoint.shape.tied_embeddings else set()
+    extra = sorted(n for n in set(weights) - expected - known_extra if not n.endswith(".rotary_emb.inv_freq"))
+    if extra:
+        raise ModelError(
+            f"weights in '{checkpoint.directory}' hold {_listed(extra)}, which a {checkpoint.family.model_type} of "
+            "this configuration has no place for; configuration and weights do not belong together"
+        )
+    for name in expected:
+        found, required = weights.shape(name), tuple(model.get_parameter(name).shape)
+        if found != required:
+            raise ModelError(
+                f"tensor '{name}' in '{checkpoint.directory}' has shape {list(found)}, the configuration asks for "
+                f"{list(required)}; configuration and weights do not belong together"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
+
+
+def materialize(
+    module: nn.Module, prefix: str, weights: Weights, *, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Read the parameters of `module` (named `prefix` in the checkpoint) from disk into memory.
+
+    Raises:
+        ModelError: a tensor holds NaN or infinity.
+    """
+    for name, parameter in list(module.named_parameters()):
+        full_name = f"{prefix}.{name}" if prefix else name
+        tensor = weights.finite(full_name).to(device=device, dtype=dtype)
+        owner_path, _, leaf = name.rpartition(".")
+        module.get_submodule(owner_path).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        del parameter
+
+
+def release(module: nn.Module) -> None:
+    """Send the parameters of `module` back to the meta device."""
+    module.to_empty(device="meta")
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """A dense or pruned causal LM with its weights, in eval mode, without gradients.
+
+    Raises:
+        ModelError: the checkpoint is not usable; see `open_checkpoint` and `check_weights`.
+    """
+    checkpoint = open_checkpoint(path)
+    model = meta_model(checkpoint, dtype)
+    check_weights(model, checkpoint)
+    family = checkpoint.family
+    if checkpoint.shape.tied_embeddings:
+        model.get_submodule(family.head).register_parameter("weight", None)
+    materialize(model, "", checkpoint.weights, dtype=dtype, device=device)
+    if checkpoint.shape.tied_embeddings:
+        embedding = model.get_submodule(family.embedding)
+        model.get_submodule(family.head).register_parameter("weight", embedding.get_parameter("weight"))
+    return model.to(device)
+
+
+def _keep_double_precision(model: nn.Module) -> None:
+    """Let RMS norms compute in float64: transformers' own ones pass through float32, whatever the weights are."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(_double_rms_norm, module)
+
+
+def _double_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    return nn.functional.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
