@@ -82,7 +82,7 @@ def load_artifact(path: Path) -> Artifact:
         ArtifactError: the directory is not an artifact, or a graph file is missing.
     """
     if not is_artifact(path):
-        raise ArtifactError(f"'{path}' is not an exported artifact (no {ARTIFACT_NAME} in it); run `flap-export export`")
+        raise ArtifactError(f"'{path}' is no exported artifact (no {ARTIFACT_NAME} in it); run `flap-export export`")
     artifact = Artifact.load(path / ARTIFACT_NAME)
     missing = [name for name in artifact.graphs.values() if not (path / name).is_file()]
     if missing:

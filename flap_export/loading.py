@@ -115,7 +115,9 @@ def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> An
         return AutoConfig.for_model(family.model_type, **{key: raw[key] for key in raw if key not in own})
     # transformers validates configurations with exceptions of several libraries.
     except Exception as error:
-        raise ModelError(f"'{directory / 'config.json'}' is not a valid {family.model_type} configuration: {error}") from error
+        raise ModelError(
+            f"'{directory / 'config.json'}' is not a valid {family.model_type} configuration: {error}"
+        ) from error
 
 
 def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:
@@ -124,7 +126,10 @@ def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape,
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"'{directory / 'config.json'}' is a pruned model's but lacks valid pruned.layers") from error
     if len(layers) != raw.get("num_hidden_layers"):
-        raise ModelError(f"'{directory / 'config.json'}': pruned.layers lists {len(layers)} layers, num_hidden_layers says {raw.get('num_hidden_layers')}")
+        raise ModelError(
+            f"'{directory / 'config.json'}' lists {len(layers)} pruned.layers but {raw.get('num_hidden_layers')} "
+            "num_hidden_layers; the checkpoint is damaged, prune again"
+        )
     return layers
 
 

@@ -30,8 +30,10 @@ class Constant(nn.Module):
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """The bias for every position: [..., in] -> [..., out]."""
         shape = (*hidden_states.shape[:-1], self.out_features)
-        return hidden_states.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+        bias: Tensor | None = self._parameters["bias"]
+        return hidden_states.new_zeros(shape) if bias is None else bias.expand(shape)
 
 
 class EmptyAttention(nn.Module):
@@ -45,6 +47,7 @@ class EmptyAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        """The output bias, and no attention weights; arguments as transformers passes them to attention."""
         if past_key_values is not None and getattr(past_key_values, "counts_empty_layers", True):
             placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(placeholder, placeholder, self.layer_idx)
@@ -60,15 +63,21 @@ class EmptyFeedForward(nn.Module):
         self.add_module(output, constant)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.get_submodule(self.output)(hidden_states)
+        """The output bias."""
+        output: Tensor = self.get_submodule(self.output)(hidden_states)
+        return output
+
+
+def _linear(layer: nn.Module, path: str) -> nn.Linear:
+    module = layer.get_submodule(path)
+    assert isinstance(module, nn.Linear), path
+    return module
 
 
 def _resized(linear: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
     if (linear.in_features, linear.out_features, linear.bias is not None) == (in_features, out_features, bias):
         return linear
-    return nn.Linear(
-        in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype
-    )
+    return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
 def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
@@ -86,13 +95,13 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         block = inputs if inputs != "hidden" else ("ffn" if "ffn" in outputs else "query")
         if widths[block] == 0:
             if inputs != "hidden":
-                constant = Constant(layer.get_submodule(path), output_bias[block])
+                constant = Constant(_linear(layer, path), output_bias[block])
                 emptied = (
                     EmptyAttention(name, constant, layer_idx) if block == "query" else EmptyFeedForward(name, constant)
                 )
                 layer.set_submodule(parent_path, emptied)
             continue
-        linear = layer.get_submodule(path)
+        linear = _linear(layer, path)
         bias = output_bias[inputs] if inputs != "hidden" else linear.bias is not None
         layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
         parent = layer.get_submodule(parent_path)
@@ -102,13 +111,13 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
             parent.intermediate_size = counts["ffn_channels"]
 
 
-def resize_decoder(model: nn.Module, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:
+def resize_decoder(model: Any, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:
     """Resize every decoder layer of a freshly built causal LM, before its weights are loaded."""
     for layer_idx, layer in enumerate(model.get_submodule(layers_path)):
         resize_layer(layer, layer_idx, pruned, model.config.hidden_size, head_dim)
 
 
-class PrunedConfig(BaseConfig):
+class PrunedConfig(BaseConfig):  # type: ignore[misc]
     """The dense family's configuration plus what each layer kept."""
 
     model_type = f"flap_{BaseConfig.model_type}"
@@ -118,7 +127,7 @@ class PrunedConfig(BaseConfig):
         self.pruned = pruned or {}
 
 
-class PrunedForCausalLM(BaseForCausalLM):
+class PrunedForCausalLM(BaseForCausalLM):  # type: ignore[misc]
     """The dense family's causal LM with resized layers."""
 
     config_class = PrunedConfig

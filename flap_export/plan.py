@@ -1,7 +1,8 @@
-"""The pruning plan: which query heads, KV heads and FFN channels each layer keeps, complete before any weight changes."""
+"""The pruning plan: what each layer keeps, complete before any weight changes."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -93,7 +94,7 @@ class PruningPlan(Record):
 
 
 def _check_indices(layer: int, what: str, kept: tuple[int, ...], available: int) -> None:
-    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(kept)):
         raise PlanError(f"layer {layer}: {what} must be ascending and distinct")
     if kept and (kept[0] < 0 or kept[-1] >= available):
         raise PlanError(f"layer {layer}: {what} must lie in 0..{available - 1}, got {kept[0]}..{kept[-1]}")

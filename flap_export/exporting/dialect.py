@@ -165,7 +165,9 @@ def _rotary_tables(module: Any, hidden_states: Tensor, position_ids: Tensor) -> 
     return _Table(module.cosine, position_ids), _Table(module.sine, position_ids)
 
 
-def _apply_rotary(query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _apply_rotary(
+    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
     def rotated(heads: Tensor) -> Tensor:
         return _symbolic("RotaryEmbedding", (heads, cosine.values, sine.values, cosine.position_ids), heads, 23)
 

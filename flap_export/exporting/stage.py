@@ -8,15 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-import onnx_ir as ir
 import torch
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName, LogitsKind
+from flap_export.checkpoint import copy_companions
 from flap_export.errors import InputError
 from flap_export.exporting.passes import keep_all_logits, optimize
 from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
 from flap_export.exporting.trace import OPSET, trace
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.plan import PLAN_NAME
 from flap_export.storage import new_directory
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,6 @@ DTYPES: Final[dict[DtypeName, torch.dtype]] = {
 }
 GRAPHS: Final[dict[LogitsKind, str]] = {"all": "model.onnx", "last": "model-last.onnx"}
 DATA_NAME: Final = "model.onnx.data"
-COMPANIONS: Final = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json",
-                     "chat_template*", "plan.json")  # fmt: skip
-"""What travels with the weights: tokenizer, generation settings and plan."""
 
 
 def export(
@@ -65,7 +63,9 @@ def export(
         write_graph(ir_model, directory / GRAPHS["all"], None)
         logger.info("exported %s: %d nodes", opened.name, len(ir_model.graph))
         artifact = _describe(opened, dtype, max_length)
-        _copy_companions(opened.directory, directory)
+        copy_companions(opened.directory, directory)
+        if (opened.directory / PLAN_NAME).is_file():
+            shutil.copyfile(opened.directory / PLAN_NAME, directory / PLAN_NAME)
         artifact.save(directory / ARTIFACT_NAME)
     return artifact
 
@@ -93,10 +93,3 @@ def _describe(checkpoint: Checkpoint, dtype: DtypeName, max_length: int) -> Arti
         digests={"weights": checkpoint.weights.digest},
         versions={package: importlib.metadata.version(package) for package in packages},
     )
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)

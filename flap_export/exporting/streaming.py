@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
         assert traced.shape is not None
         assert traced.dtype is not None
         bound = lazy_initializer(
-            graph, name, traced.dtype, traced.shape.numpy(), lambda name=name: _read(checkpoint, name, dtype)
+            graph, name, traced.dtype, traced.shape.numpy(), partial(_read, checkpoint, name, dtype)
         )
         ir.convenience.replace_all_uses_with(traced, bound)
 

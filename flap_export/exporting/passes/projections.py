@@ -33,7 +33,7 @@ class FuseProjectionsPass(ir.passes.InPlacePass):
 
 
 def _bias_add(node: ir.Node) -> ir.Node | None:
-    uses = node.outputs[0].uses()
+    uses = list(node.outputs[0].uses())
     reader = uses[0].node if len(uses) == 1 else None
     return reader if reader is not None and reader.op_type == "Add" and any(map(is_weight, reader.inputs)) else None
 
@@ -78,7 +78,7 @@ def _joined(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value:
     name = "+".join(value.name for value in values if value is not None and value.name)
     first = tensors[0]
     assert first is not None
-    width = sum(int(tensor.shape[-1]) for tensor in tensors if tensor is not None)  # type: ignore[arg-type]
+    width = sum(int(tensor.shape.numpy()[-1]) for tensor in tensors if tensor is not None)
     shape = (*first.shape.numpy()[:-1], width)
     return lazy_initializer(
         graph, name, first.dtype, shape, lambda: np.concatenate([t.numpy() for t in tensors if t is not None], axis=-1)

@@ -1,0 +1,125 @@
+"""Stage `calibrate`: stream calibration tokens through the dense model and gather channel statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flap_export.errors import ModelError
+from flap_export.layerwise import Progress, no_progress, run_layers
+from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.moments import Moments
+from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace, SiteStatistics
+from flap_export.text import read_windows
+
+DEFAULT_SAMPLES = 1024
+"""FLAP's number of calibration samples; fewer are used where the text is shorter."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def calibrate(
+    model: str | Path,
+    source: str,
+    *,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    chunk_sequences: int = 8,
+    progress: Progress = no_progress,
+) -> CalibrationStatistics:
+    """Gather mean and variance of every channel that enters `o_proj` and `down_proj` (FLAP, section 3.2).
+
+    Args:
+        model: a dense model directory or hub name.
+        source: a text source, see `flap_export.text`.
+        samples: sequences to use; None takes up to 1024 of what the source holds.
+        sequence_length: tokens of one sequence; None is 128, or the shape of a token array.
+        seed: chooses the sequences of a longer text.
+        device: where to compute.
+        dtype: precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU.
+        chunk_sequences: sequences in memory at a time.
+        progress: told after every layer.
+
+    Raises:
+        ModelError: the model is unusable, or its activations overflow.
+        TextError: the source is unusable or shorter than asked.
+    """
+    checkpoint = open_checkpoint(model)
+    if checkpoint.is_pruned:
+        raise ModelError(f"'{model}' is pruned already; prune the dense model at a higher ratio instead")
+    check_weights(meta_model(checkpoint, torch.float32), checkpoint)
+    windows = read_windows(
+        source,
+        checkpoint.directory,
+        checkpoint.shape.vocabulary_size,
+        sequence_length=sequence_length,
+        samples=samples,
+        seed=seed,
+        default_samples=DEFAULT_SAMPLES,
+    )
+    sites: dict[tuple[int, CutSpace], SiteStatistics] = {}
+    run_layers(
+        checkpoint,
+        torch.from_numpy(windows.tokens),
+        partial(_observed, checkpoint, sites),
+        dtype=compute_dtype(checkpoint, dtype, device),
+        device=device,
+        chunk_sequences=chunk_sequences,
+        progress=progress,
+    )
+    digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
+    sequences, length = windows.tokens.shape
+    return CalibrationStatistics(checkpoint.name, source, sequences, length, sites, digests)
+
+
+def compute_dtype(checkpoint: Checkpoint, dtype: str | None, device: str) -> torch.dtype:
+    """The named dtype, or float32 on a CPU and the checkpoint's own elsewhere."""
+    if dtype is not None:
+        return DTYPES[dtype]
+    return torch.float32 if device == "cpu" else checkpoint.dtype
+
+
+@contextmanager
+def _observed(
+    checkpoint: Checkpoint, sites: dict[tuple[int, CutSpace], SiteStatistics], index: int, layer: nn.Module
+) -> Iterator[None]:
+    """Gather the statistics of one layer while it runs."""
+    restoring = {space: layer.get_submodule(checkpoint.family.restoring(space).path) for space in CUT_SPACES}
+    moments = {space: Moments.empty(module.get_parameter("weight").shape[1]) for space, module in restoring.items()}
+
+    def observe(space: CutSpace, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments[space] = moments[space].merged(_on_cpu(Moments.of(inputs[0].flatten(0, 1))))
+
+    hooks = [module.register_forward_pre_hook(partial(observe, space)) for space, module in restoring.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for space, module in restoring.items():
+        _check_finite(moments[space], index, checkpoint.family.restoring(space).path)
+        weight = module.get_parameter("weight").to(torch.float64)
+        sites[index, space] = SiteStatistics(
+            moments[space], weight.square().sum(dim=0).cpu(), weight.abs().mean(dim=0).cpu()
+        )
+
+
+def _on_cpu(moments: Moments) -> Moments:
+    return Moments(moments.count, moments.mean.cpu(), moments.square_sum.cpu())
+
+
+def _check_finite(moments: Moments, layer: int, path: str) -> None:
+    if bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.square_sum).all()):
+        return
+    raise ModelError(
+        f"layer {layer}: what enters {path} is NaN or infinite; the model overflows in this precision, "
+        "set --dtype float32"
+    )

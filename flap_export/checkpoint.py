@@ -1,0 +1,149 @@
+"""Save a pruned model so that transformers loads it anywhere, and flap_export reads it back exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flap_export.families import Family
+from flap_export.loading import PRUNED_PREFIX, Checkpoint, pruned_section
+from flap_export.plan import PLAN_NAME, PruningPlan
+from flap_export.shapes import DecoderShape
+from flap_export.weights import INDEX_FILE, SINGLE_FILE
+
+MODELING_NAME: Final = "modeling_pruned.py"
+MAX_SHARD_BYTES: Final = 4 * 1024**3
+COMPANIONS: Final = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+)
+"""Files that travel along unchanged: tokenizer and generation settings."""
+
+
+def write_checkpoint(
+    directory: Path,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    shape: DecoderShape,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write an uneven checkpoint into an empty directory: weights, configuration, modelling file, plan, tokenizer.
+
+    Args:
+        directory: where to write.
+        dense: the model the plan was made for.
+        plan: what was kept.
+        shape: the pruned decoder's shape.
+        tensors: names and tensors, taken one at a time; at most `max_shard_bytes` are held.
+        max_shard_bytes: size at which a further weight file is begun.
+    """
+    write_shards(directory, tensors, max_shard_bytes)
+    config = uneven_config(read_config(dense), dense.family, shape)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / MODELING_NAME).write_text(modeling_source(dense.family), encoding="utf-8")
+    plan.save(directory / PLAN_NAME)
+    copy_companions(dense.directory, directory)
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The raw configuration of a checkpoint that was opened."""
+    raw: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
+    return raw
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation settings."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def uneven_config(dense: dict[str, Any], family: Family, shape: DecoderShape) -> dict[str, Any]:
+    """The dense configuration with a model type of its own and what every layer kept.
+
+    The dense head counts stay: transformers checks that they divide the hidden size. The per-layer counts stand in
+    the section `pruned`.
+    """
+    return {
+        **both_rope_forms(dense),
+        "model_type": PRUNED_PREFIX + family.model_type,
+        "architectures": ["PrunedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_pruned.PrunedConfig",
+            "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
+        },
+        "pruned": pruned_section(family, shape),
+    }
+
+
+def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
+    """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        is_scaled = scaling.get("rope_type", "default") != "default"
+        return {**config, "rope_theta": parameters["rope_theta"], "rope_scaling": scaling if is_scaled else None}
+    if "rope_theta" in config:
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        return {**config, "rope_parameters": {**scaling, "rope_theta": config["rope_theta"]}}
+    return config
+
+
+def modeling_source(family: Family) -> str:
+    """The self-contained modelling file for checkpoints of `family`."""
+    source = Path(__file__).with_name(MODELING_NAME).read_text(encoding="utf-8")
+    for suffix in ("Config", "ForCausalLM"):
+        line = f"from transformers import Llama{suffix} as Base{suffix}"
+        assert line in source, line
+        source = source.replace(line, line.replace("Llama", family.class_stem))
+    return source
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
+    """Write tensors as safetensors: one file if they fit, else numbered shards and their index."""
+    pending: dict[str, Tensor] = {}
+    names: list[list[str]] = []
+    total_bytes = pending_bytes = 0
+
+    def flush() -> None:
+        save_file(pending, directory / f"shard-{len(names)}", metadata={"format": "pt"})
+        names.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    _name_shards(directory, names, total_bytes)
+
+
+def _name_shards(directory: Path, names: list[list[str]], total_bytes: int) -> None:
+    """Give the shards their final names, which tell how many there are."""
+    if len(names) == 1:
+        (directory / "shard-0").rename(directory / SINGLE_FILE)
+        return
+    weight_map = {}
+    for position, shard_names in enumerate(names):
+        file_name = f"model-{position + 1:05d}-of-{len(names):05d}.safetensors"
+        (directory / f"shard-{position}").rename(directory / file_name)
+        weight_map.update(dict.fromkeys(shard_names, file_name))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

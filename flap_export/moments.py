@@ -1,0 +1,58 @@
+"""Running mean and variance per channel, exact for any chunking.
+
+Pairwise update of Chan, Golub and LeVeque (1979), which is Welford's for chunks of one; float64 throughout, so that
+neither half-precision inputs nor millions of tokens lose digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Moments:
+    """First and second central moments of C channels over `count` tokens."""
+
+    count: int
+    mean: Tensor
+    """float64 [C]"""
+    square_sum: Tensor
+    """float64 [C]: sum over tokens of (x - mean)^2."""
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        """Moments of no token at all."""
+        zeros = torch.zeros(channels, dtype=torch.float64)
+        return cls(0, zeros, zeros)
+
+    @classmethod
+    def of(cls, values: Tensor) -> Moments:
+        """Moments of one chunk of values [tokens, C], any floating dtype."""
+        exact = values.to(torch.float64)
+        mean = exact.mean(dim=0)
+        return cls(values.shape[0], mean, (exact - mean).square().sum(dim=0))
+
+    def merged(self, other: Moments) -> Moments:
+        """Moments of both token sets together."""
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        cross = delta.square() * (self.count * other.count / count)
+        return Moments(count, mean, self.square_sum + other.square_sum + cross)
+
+    @property
+    def variance(self) -> Tensor:
+        """float64 [C]: population variance, Var(X_j)."""
+        return self.square_sum / max(self.count, 1)
+
+    @property
+    def square_norm(self) -> Tensor:
+        """float64 [C]: sum over tokens of x^2, ||X_j||^2."""
+        return self.square_sum + self.count * self.mean.square()

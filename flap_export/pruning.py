@@ -1,0 +1,143 @@
+"""Stage `prune`: score, allocate, rewrite and save, from calibration statistics or from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flap_export.allocation import StructureName, allocate
+from flap_export.calibration import calibrate
+from flap_export.checkpoint import write_checkpoint
+from flap_export.compensation import COMPENSATIONS, CompensationName
+from flap_export.errors import BudgetError, InputError
+from flap_export.layerwise import Progress, no_progress
+from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.plan import PLAN_NAME, PruningPlan
+from flap_export.rewriting import rewrite
+from flap_export.scoring import MetricName, score
+from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics
+from flap_export.storage import check_output, new_directory
+
+
+def prune(
+    model: str | Path,
+    output: str | Path,
+    *,
+    ratio: float,
+    calibration: str,
+    metric: MetricName = "wifv",
+    structure: StructureName = "al-am",
+    compensation: CompensationName = "bias",
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+) -> PruningPlan:
+    """Prune a dense causal LM with FLAP and save the smaller checkpoint, its plan and its statistics.
+
+    Args:
+        model: a dense model directory or hub name.
+        output: the directory to make; an older checkpoint of this tool there is replaced once the new one is whole.
+        ratio: share of the decoder's attention and FFN weights that goes, in (0, 1).
+        calibration: a text source, see `flap_export.text`.
+        metric: importance of a channel, see `flap_export.scoring`.
+        structure: how the budget is spread, see `flap_export.allocation`.
+        compensation: see `flap_export.compensation`.
+        samples: calibration sequences.
+        sequence_length: tokens of one sequence.
+        seed: chooses the sequences of a longer text.
+        device: where to calibrate.
+        dtype: precision to calibrate in.
+        progress: told after every layer.
+
+    Raises:
+        InputError: one of its kinds, for an unusable model, text, budget or output directory.
+    """
+    check_ratio(ratio)
+    check_output(Path(output), PLAN_NAME)
+    statistics = calibrate(
+        model,
+        calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+    return prune_with(
+        model, output, statistics, ratio=ratio, metric=metric, structure=structure, compensation=compensation
+    )
+
+
+def prune_with(
+    model: str | Path,
+    output: str | Path,
+    statistics: CalibrationStatistics,
+    *,
+    ratio: float,
+    metric: MetricName = "wifv",
+    structure: StructureName = "al-am",
+    compensation: CompensationName = "bias",
+) -> PruningPlan:
+    """Prune with statistics that were gathered before; the other arguments are those of `prune`."""
+    check_ratio(ratio)
+    dense = open_checkpoint(model)
+    check_weights(meta_model(dense, dense.dtype), dense)
+    _check_statistics(statistics, dense)
+    plan = make_plan(dense, statistics, ratio=ratio, metric=metric, structure=structure, compensation=compensation)
+    restore = COMPENSATIONS[compensation]
+    shape = plan.pruned_shape(dense.shape, compensated=restore is not None)
+    with new_directory(Path(output), PLAN_NAME) as directory:
+        write_checkpoint(directory, dense, plan, shape, rewrite(dense, plan, statistics, restore))
+        statistics.save(directory / STATISTICS_NAME)
+    return plan
+
+
+def make_plan(
+    dense: Checkpoint,
+    statistics: CalibrationStatistics,
+    *,
+    ratio: float,
+    metric: MetricName,
+    structure: StructureName,
+    compensation: CompensationName,
+) -> PruningPlan:
+    """Score and allocate, without touching a weight."""
+    layers, achieved = allocate(score(statistics, dense.shape, metric), dense.shape, ratio, structure)
+    return PruningPlan(
+        model=dense.name,
+        family=dense.family.model_type,
+        ratio=achieved,
+        method={
+            "method": "flap",
+            "metric": metric,
+            "structure": structure,
+            "compensation": compensation,
+            "calibration": statistics.source,
+            "samples": statistics.sequences,
+            "sequence_length": statistics.sequence_length,
+        },
+        layers=layers,
+        digests=dict(statistics.digests),
+    )
+
+
+def check_ratio(ratio: float) -> None:
+    """Whether `ratio` lies in (0, 1).
+
+    Raises:
+        BudgetError: it does not.
+    """
+    if not 0 < ratio < 1:
+        raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
+
+
+def _check_statistics(statistics: CalibrationStatistics, dense: Checkpoint) -> None:
+    found, required = statistics.digests.get("weights"), dense.weights.digest
+    if found != required:
+        raise InputError(
+            f"the calibration statistics are of other weights than '{dense.name}' (digest {str(found)[:12]} against "
+            f"{required[:12]}); calibrate again"
+        )

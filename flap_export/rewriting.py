@@ -1,0 +1,176 @@
+"""Stage `rewrite`: cut every weight to what the plan keeps, and add the compensation. Reads one tensor at a time.
+
+A projection's axes belong to spaces (`flap_export.families`); a plan says which channels of each space stay. Kept
+weights are copied bit for bit; compensation is added to a bias that is there, never put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from flap_export.errors import ModelError
+from flap_export.families import Family, Projection, Space
+from flap_export.loading import Checkpoint
+from flap_export.plan import LayerPlan, PruningPlan
+from flap_export.shapes import DecoderShape
+from flap_export.statistics import CalibrationStatistics, CutSpace
+
+Compensation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Kept = Mapping[Space, Tensor | None]
+"""Per space the kept channels, int64; None where all stay."""
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    statistics: CalibrationStatistics,
+    compensation: Compensation | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the pruned model's tensors by name, in the checkpoint's dtypes.
+
+    Args:
+        checkpoint: the dense model; its weights are read from disk one at a time.
+        plan: what every layer keeps.
+        statistics: the mean inputs that compensation needs.
+        compensation: see `flap_export.compensation`; None leaves biases as they are.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ModelError: a tensor is missing or holds NaN.
+    """
+    plan.check(checkpoint.shape)
+    prefix = f"{checkpoint.family.layers}."
+    for name in checkpoint.weights:
+        if not name.startswith(prefix):
+            yield name, checkpoint.weights.finite(name)
+    for index, layer_plan in enumerate(plan.layers):
+        kept = kept_channels(layer_plan, checkpoint.shape)
+        yield from _rewrite_layer(checkpoint, f"{prefix}{index}.", kept, statistics, compensation, index)
+
+
+def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
+    """The channels of every space that one layer keeps; a head is D consecutive channels."""
+    dense = shape.layers[plan.layer]
+
+    def of_heads(heads: tuple[int, ...], available: int) -> Tensor | None:
+        if len(heads) == available:
+            return None
+        starts = torch.tensor(heads, dtype=torch.int64) * shape.head_dim
+        return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
+
+    all_channels = len(plan.ffn_channels) == dense.ffn_channels
+    return {
+        "hidden": None,
+        "query": of_heads(plan.query_heads, dense.query_heads),
+        "kv": of_heads(plan.kv_heads, dense.kv_heads),
+        "ffn": None if all_channels else torch.tensor(plan.ffn_channels, dtype=torch.int64),
+    }
+
+
+def _rewrite_layer(
+    checkpoint: Checkpoint,
+    prefix: str,
+    kept: Kept,
+    statistics: CalibrationStatistics,
+    compensation: Compensation | None,
+    index: int,
+) -> Iterator[tuple[str, Tensor]]:
+    weights = checkpoint.weights
+    for name in [name for name in weights if name.startswith(prefix)]:
+        path, _, kind = name.removeprefix(prefix).rpartition(".")
+        projection = checkpoint.family.projection(path)
+        if projection is None:
+            if not _leaves_with_attention(path, checkpoint.family, kept):
+                yield name, weights.finite(name)
+            continue
+        tensor = cut(weights.finite(name), projection, kind, kept, _widths(checkpoint.shape, index))
+        if kind == "bias" and projection.restores:
+            continue
+        if tensor.numel():
+            yield name, tensor
+    for space in ("query", "ffn"):
+        bias = _output_bias(checkpoint, prefix, space, kept, statistics, compensation, index)
+        if bias is not None:
+            yield f"{prefix}{checkpoint.family.restoring(space).path}.bias", bias
+
+
+def _leaves_with_attention(path: str, family: Family, kept: Kept) -> bool:
+    """Whether `path` (a query or key norm) is part of an attention that kept no head."""
+    query = kept["query"]
+    return query is not None and query.numel() == 0 and path.startswith(f"{family.attention}.")
+
+
+def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:
+    layer = shape.layers[index]
+    return {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
+
+
+def cut(tensor: Tensor, projection: Projection, kind: str, kept: Kept, widths: Mapping[Space, int]) -> Tensor:
+    """Keep the plan's channels of one weight [out, in] or bias [out].
+
+    Args:
+        tensor: the dense weight or bias.
+        projection: the spaces of its axes; several output spaces are stacked along the outputs.
+        kind: "weight" or "bias".
+        kept: channels that stay, per space.
+        widths: dense size of every space.
+
+    Raises:
+        ModelError: the projection has a tensor that is neither weight nor bias (a quantised checkpoint).
+    """
+    if kind not in ("weight", "bias"):
+        raise ModelError(
+            f"projection '{projection.path}' has a tensor '{kind}' beside weight and bias; quantised checkpoints "
+            "cannot be pruned, start from the full-precision one"
+        )
+    rows = _stacked([kept[space] for space in projection.outputs], [widths[space] for space in projection.outputs])
+    if rows is not None:
+        tensor = tensor[rows]
+    columns = kept[projection.inputs]
+    if kind == "weight" and columns is not None:
+        tensor = tensor[:, columns]
+    return tensor.contiguous()
+
+
+def _stacked(kept: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Indices into fused outputs that stand one space after another; None where all stay."""
+    if all(channels is None for channels in kept):
+        return None
+    starts = [sum(widths[:position]) for position in range(len(widths))]
+    return torch.cat(
+        [
+            (torch.arange(width) if channels is None else channels) + start
+            for channels, width, start in zip(kept, widths, starts, strict=True)
+        ]
+    )
+
+
+def _output_bias(
+    checkpoint: Checkpoint,
+    prefix: str,
+    space: CutSpace,
+    kept: Kept,
+    statistics: CalibrationStatistics,
+    compensation: Compensation | None,
+    index: int,
+) -> Tensor | None:
+    """The bias of o_proj or down_proj: the dense one, if any, plus the compensation, if any."""
+    name = f"{prefix}{checkpoint.family.restoring(space).path}"
+    dense = checkpoint.weights.finite(f"{name}.bias") if f"{name}.bias" in checkpoint.weights else None
+    channels = kept[space]
+    if compensation is None or channels is None:
+        return dense
+    weight, site = checkpoint.weights.finite(f"{name}.weight"), statistics.sites[index, space]
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_removed[channels] = False
+    added = compensation(weight, is_removed.nonzero().flatten(), site.moments.mean)
+    total = added if dense is None else dense.to(torch.float64) + added
+    return total.to(weight.dtype)

@@ -1,0 +1,86 @@
+"""Stage `score`: an importance per KV group and FFN channel. Pure arithmetic on calibration statistics.
+
+X_j is input channel j of a restoring projection over all calibration tokens, W its weight (FLAP, equations 4 to 6).
+A new metric is one function and one row of `METRICS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, final
+
+from torch import Tensor
+
+from flap_export.errors import PlanError
+from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.statistics import CalibrationStatistics, SiteStatistics
+
+MetricName = Literal["wifv", "ifv", "wifn"]
+
+
+def wifv(site: SiteStatistics) -> Tensor:
+    """Weighted input-feature variance, Var(X_j) ||W_:j||^2. float64 [C]."""
+    return site.moments.variance * site.weight_square_norm
+
+
+def ifv(site: SiteStatistics) -> Tensor:
+    """Input-feature variance, Var(X_j). float64 [C]."""
+    return site.moments.variance
+
+
+def wifn(site: SiteStatistics) -> Tensor:
+    """Weighted input-feature norm, mean_i |W_ij| ||X_j||. float64 [C]."""
+    return site.weight_absolute_mean * site.moments.square_norm.sqrt()
+
+
+METRICS: Final[Mapping[MetricName, Callable[[SiteStatistics], Tensor]]] = {"wifv": wifv, "ifv": ifv, "wifn": wifn}
+
+
+@final
+@dataclass(frozen=True)
+class LayerScores:
+    """Standardised importance of one layer's units; higher is kept longer."""
+
+    kv_groups: Tensor
+    """float64 [K]: a KV head with its g query heads."""
+    ffn_channels: Tensor
+    """float64 [F]"""
+
+
+def score(
+    statistics: CalibrationStatistics, shape: DecoderShape, metric: MetricName = "wifv"
+) -> tuple[LayerScores, ...]:
+    """Standardised scores of every layer's units.
+
+    Raises:
+        PlanError: the statistics are of a model of another shape.
+    """
+    return tuple(_layer_scores(statistics, shape, METRICS[metric], index) for index in range(len(shape.layers)))
+
+
+def _layer_scores(
+    statistics: CalibrationStatistics, shape: DecoderShape, metric: Callable[[SiteStatistics], Tensor], index: int
+) -> LayerScores:
+    layer = shape.layers[index]
+    sites = [statistics.sites.get((index, "query")), statistics.sites.get((index, "ffn"))]
+    widths = [site.moments.mean.numel() if site else None for site in sites]
+    if widths != [layer.query_heads * shape.head_dim, layer.ffn_channels]:
+        raise PlanError(
+            f"layer {index}: the statistics are of {widths[0]} attention and {widths[1]} FFN channels, the model has "
+            f"{layer.query_heads * shape.head_dim} and {layer.ffn_channels}; calibrate this model"
+        )
+    attention, ffn = (standardised(metric(site)) for site in sites if site is not None)
+    return LayerScores(group_means(attention, layer), ffn)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """(s - mean) / std over the channels of one layer and module [C]; zero where all are alike (FLAP, equation 7)."""
+    deviation = scores.std(unbiased=True) if scores.numel() > 1 else scores.new_zeros(())
+    centred = scores - scores.mean()
+    return centred / deviation if float(deviation) > 0 else centred * 0
+
+
+def group_means(channel_scores: Tensor, layer: LayerShape) -> Tensor:
+    """Mean over the g D channels of every KV group: [Q D] -> [K]."""
+    return channel_scores.view(layer.kv_heads, -1).mean(dim=1)
