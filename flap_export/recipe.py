@@ -1,0 +1,195 @@
+"""Recipes: one YAML file that says everything a run does. Typed, validated, and helpful about typing mistakes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flap_export.allocation import StructureName
+from flap_export.artifact import DtypeName
+from flap_export.compensation import CompensationName
+from flap_export.errors import RecipeError
+from flap_export.scoring import MetricName
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrateSection(Section):
+    """Stage `calibrate`."""
+
+    source: str
+    """A text source, see `flap_export.text`."""
+    samples: int | None = Field(default=None, gt=0)
+    sequence_length: int | None = Field(default=None, gt=1)
+    seed: int = 0
+    dtype: DtypeName | None = None
+    """Precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU."""
+
+
+class PruneSection(Section):
+    """Stages `score`, `allocate` and `rewrite`."""
+
+    ratio: float
+    """Share of the decoder's attention and FFN weights that goes, in (0, 1)."""
+    metric: MetricName = "wifv"
+    structure: StructureName = "al-am"
+    compensation: CompensationName = "bias"
+
+
+class ExportSection(Section):
+    """Stage `export`, done alike for the dense and the pruned model."""
+
+    dtype: DtypeName = "float32"
+    max_length: int = Field(default=2048, gt=1)
+
+
+class ValidateSection(Section):
+    """Stage `validate`."""
+
+    prompt_length: int = Field(default=48, gt=1)
+    decode_steps: int = Field(default=32, gt=0)
+    batch_size: int = Field(default=4, gt=0)
+    seed: int = 0
+
+
+class BenchSection(Section):
+    """Stage `bench`."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    prompt_lengths: tuple[int, ...] = (128,)
+    repeats: int = Field(default=15, gt=2)
+    threads: int | None = Field(default=None, gt=0)
+
+
+class EvaluateSection(Section):
+    """Stage `evaluate`: perplexity, dense beside pruned."""
+
+    sources: tuple[str, ...] = ()
+    samples: int | None = Field(default=None, gt=0)
+    sequence_length: int | None = Field(default=None, gt=1)
+
+
+class GatesSection(Section):
+    """What must hold for the run to succeed, besides parity, which always must."""
+
+    maximum_perplexity_ratio: float | None = Field(default=None, gt=1)
+    """Pruned over dense perplexity, on any source."""
+    minimum_decode_speedup: float | None = Field(default=None, gt=0)
+    minimum_prefill_speedup: float | None = Field(default=None, gt=0)
+
+
+class Recipe(Section):
+    """Everything `flap-export run` does.
+
+    Paths are looked up beside the recipe first, then from the working directory; a model may also be a hub name.
+    """
+
+    model: str
+    device: Literal["cpu", "cuda"] = "cpu"
+    calibrate: CalibrateSection
+    prune: PruneSection
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+    validate_: ValidateSection = Field(default=ValidateSection(), alias="validate")
+    bench: BenchSection = BenchSection()
+    gates: GatesSection = GatesSection()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `KEY=VALUE` overrides with dotted keys and YAML values.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (the nearest known one is named), or a wrong value.
+    """
+    file = Path(path)
+    values = _read_yaml(file)
+    for override in overrides:
+        _apply_override(values, override)
+    return recipe_from(_with_paths(values, file.parent), where=str(file))
+
+
+def recipe_from(values: Mapping[str, Any], *, where: str = "the recipe") -> Recipe:
+    """Validate the values of a recipe.
+
+    Raises:
+        RecipeError: an unknown key or a wrong value.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explained(problem, where) for problem in error.errors())) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no recipe at '{file}'") from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise RecipeError(f"'{file}' is not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"'{file}' must hold keys and values, such as `model: ...`; found {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"an override reads KEY=VALUE, such as prune.ratio=0.3; got '{override}'")
+    *parents, leaf = key.strip().split(".")
+    section: Any = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"the override '{override}' needs a section '{parent}', which is a plain value")
+    try:
+        section[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of the override '{override}' is not YAML: {error}") from error
+
+
+def _with_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Model and text sources that exist beside the recipe become paths from the working directory."""
+
+    def located(name: Any) -> Any:
+        return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
+
+    resolved = {**values, "model": located(values.get("model"))} if "model" in values else dict(values)
+    if isinstance(calibrate := resolved.get("calibrate"), dict) and "source" in calibrate:
+        resolved["calibrate"] = {**calibrate, "source": located(calibrate["source"])}
+    evaluate = resolved.get("evaluate")
+    if isinstance(evaluate, dict) and isinstance(evaluate.get("sources"), list):
+        resolved["evaluate"] = {**evaluate, "sources": [located(source) for source in evaluate["sources"]]}
+    return resolved
+
+
+def _explained(problem: Any, where: str) -> str:
+    """One validation problem in our words; an unknown key names the nearest known one."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0)
+        return f"{where}: unknown key '{key}'; did you mean '{'.'.join([*location[:-1], *nearest])}'?"
+    if problem["type"] == "missing":
+        return f"{where}: the key '{key}' is missing"
+    return f"{where}: '{key}' is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        field = next((field for name, field in section.model_fields.items() if part in (name, field.alias)), None)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        section = field.annotation
+    return [field.alias or name for name, field in section.model_fields.items()]
