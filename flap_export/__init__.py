@@ -1,1 +1,92 @@
-"""flap_export."""
+"""Structured pruning of large language models, all the way to a checked and measured inference artifact.
+
+    recipe -> calibrate -> score -> allocate -> rewrite -> export -> validate -> bench -> report
+
+The functions below are the stages; the command line only wraps them. Importing this package imports neither torch
+nor any backend: a stage brings in what it needs when it is called for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flap_export.artifact import Artifact
+    from flap_export.benchmarking import LatencyReport, bench
+    from flap_export.calibration import calibrate
+    from flap_export.errors import FlapExportError
+    from flap_export.evaluation import QualityReport, evaluate
+    from flap_export.exporting import export
+    from flap_export.generation import generate
+    from flap_export.loading import load_model
+    from flap_export.manifest import verify
+    from flap_export.pipeline import run
+    from flap_export.plan import PruningPlan
+    from flap_export.pruning import prune
+    from flap_export.recipe import Recipe, load_recipe
+    from flap_export.reporting import report
+    from flap_export.runners import open_runner
+    from flap_export.statistics import CalibrationStatistics
+    from flap_export.validation import ParityReport, validate
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Artifact": "artifact",
+    "CalibrationStatistics": "statistics",
+    "FlapExportError": "errors",
+    "LatencyReport": "benchmarking",
+    "ParityReport": "validation",
+    "PruningPlan": "plan",
+    "QualityReport": "evaluation",
+    "Recipe": "recipe",
+    "bench": "benchmarking",
+    "calibrate": "calibration",
+    "evaluate": "evaluation",
+    "export": "exporting",
+    "generate": "generation",
+    "load_model": "loading",
+    "load_recipe": "recipe",
+    "open_runner": "runners",
+    "prune": "pruning",
+    "report": "reporting",
+    "run": "pipeline",
+    "validate": "validation",
+    "verify": "manifest",
+}
+
+__all__ = [
+    "Artifact",
+    "CalibrationStatistics",
+    "FlapExportError",
+    "LatencyReport",
+    "ParityReport",
+    "PruningPlan",
+    "QualityReport",
+    "Recipe",
+    "__version__",
+    "bench",
+    "calibrate",
+    "evaluate",
+    "export",
+    "generate",
+    "load_model",
+    "load_recipe",
+    "open_runner",
+    "prune",
+    "report",
+    "run",
+    "validate",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'flap_export' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"flap_export.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

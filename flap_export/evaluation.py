@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from flap_export.artifact import ARTIFACT_NAME, is_artifact
-from flap_export.errors import ArtifactError, InputError, ModelError, TextError
+from flap_export.errors import ArtifactError, GateBreachedError, InputError, ModelError, TextError
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.storage import Record, digest_of_file
 from flap_export.text import TokenWindows, read_windows
@@ -30,6 +31,7 @@ from flap_export.text import TokenWindows, read_windows
 if TYPE_CHECKING:
     from flap_export.runners.base import Runner
 
+QUALITY_NAME: Final = "quality.json"
 CALIBRATION_DIGEST: Final = "calibration"
 """Key in a plan's digests of the text it was calibrated on."""
 
@@ -60,6 +62,21 @@ class QualityReport(Record):
     digests: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every source (`text:SOURCE`), and of the model: `weights` of a checkpoint, `artifact` (its
     `artifact.json`, which holds further digests) of an artifact."""
+
+    def raise_if_worse(self, maximum_ratio: float) -> None:
+        """Hold pruned over dense perplexity, where both were measured, against a gate.
+
+        Raises:
+            GateBreachedError: a source is above it; the gate is named `quality`.
+        """
+        for source in self.sources:
+            dense = source.dense_perplexity
+            if dense is not None and source.perplexity > maximum_ratio * dense:
+                raise GateBreachedError(
+                    "quality",
+                    f"perplexity on '{source.source}' must be at most {maximum_ratio:g} times the dense model's "
+                    f"{dense:.2f}, found {source.perplexity:.2f} ({source.perplexity / dense:.2f} times)",
+                )
 
 
 def perplexity_of(total_nll: float, tokens: int) -> float:
@@ -184,6 +201,26 @@ def evaluate(
                 SourceQuality(source=windows.source, perplexity=value, tokens=predicted, contaminated=contaminated)
             )
     return QualityReport(model=str(target), sources=tuple(qualities), digests=digests)
+
+
+def evaluate_both(
+    dense: str | Path,
+    pruned: str | Path,
+    sources: Sequence[str],
+    *,
+    sequence_length: int | None = None,
+    samples: int | None = None,
+    device: str = "cpu",
+) -> QualityReport:
+    """The pruned model's perplexity with the dense model's beside it, on the same windows; see `evaluate`."""
+    measure = partial(evaluate, sources=sources, sequence_length=sequence_length, samples=samples, device=device)
+    before, after = measure(dense), measure(pruned)
+    beside = tuple(
+        source.model_copy(update={"dense_perplexity": reference.perplexity})
+        for source, reference in zip(after.sources, before.sources, strict=True)
+    )
+    digests = {**after.digests, "dense_weights": before.digests["weights"]}
+    return after.model_copy(update={"sources": beside, "digests": digests})
 
 
 def _identify(target: str | Path) -> tuple[Path, dict[str, str]]:

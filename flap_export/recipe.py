@@ -55,7 +55,8 @@ class ExportSection(Section):
 class ValidateSection(Section):
     """Stage `validate`."""
 
-    prompt_length: int = Field(default=48, gt=1)
+    prompt_length: int | None = Field(default=None, gt=1)
+    """Tokens of the longest random prompt; None is 64, or less where the cache is short."""
     decode_steps: int = Field(default=32, gt=0)
     batch_size: int = Field(default=4, gt=0)
     seed: int = 0
@@ -67,6 +68,8 @@ class BenchSection(Section):
     batch_sizes: tuple[int, ...] = (1,)
     prompt_lengths: tuple[int, ...] = (128,)
     repeats: int = Field(default=15, gt=2)
+    budget_s: float = Field(default=60.0, gt=0)
+    """Seconds for all rounds together."""
     threads: int | None = Field(default=None, gt=0)
 
 

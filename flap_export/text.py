@@ -114,6 +114,19 @@ def read_windows(
     return TokenWindows(source, digest, _choose(windows, samples, default_samples, seed, source))
 
 
+def digest_of_source(source: str) -> str:
+    """SHA-256 of a source's content, as `TokenWindows.digest`, without tokenizing it.
+
+    Raises:
+        TextError: the source is missing, unreadable or of no known kind.
+        MissingRequirementError: the source is a dataset and the package `datasets` is not installed.
+    """
+    if source.startswith(_HUB_PREFIX):
+        return digest_of_bytes(_text_from_dataset(source).encode())
+    _suffix_of(source)
+    return digest_of_bytes(_read_bytes(source))
+
+
 def load_tokenizer(directory: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, from local files only.
 

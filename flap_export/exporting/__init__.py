@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flap_export.exporting.stage import export
+from flap_export.exporting.stage import DTYPES, export
 
-__all__ = ["export"]
+__all__ = ["DTYPES", "export"]

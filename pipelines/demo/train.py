@@ -48,7 +48,7 @@ def passages(books: list[str], characters: int) -> str:
     cut = []
     for book in books:
         start = book.find("\n\n", len(book) // 3) + 2
-        end = book.find("\n\n", start + share)
+        end = book.find("\n\n", start + share, start + 2 * share)
         cut.append(book[start : end if end > 0 else start + share])
     return BOOK_SEPARATOR.join(cut)
 

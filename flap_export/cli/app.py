@@ -1,0 +1,340 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flap_export.cli import console
+from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Threads, Verbose
+from flap_export.errors import FlapExportError, InputError
+
+app = typer.Typer(
+    name="flap-export",
+    help="Prune a causal language model, export it, prove that the artifact computes the same, measure the speedup.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        app(standalone_mode=True)
+    except FlapExportError as error:
+        console.emit_error(error, as_json=as_json)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.side().print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import flap_export
+
+        typer.echo(flap_export.__version__)
+        raise typer.Exit
+
+
+def _show(value: Any, parts: Any, as_json: bool) -> None:
+    if as_json:
+        console.emit_json(value)
+        return
+    out = console.words()
+    for part in parts:
+        out.print(part)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see pipelines/*.yaml.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory (runs/RECIPE).")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as prune.ratio=0.3.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Every stage of a recipe; resumes where an interrupted run stopped."""
+    console.configure_logging(verbose)
+    from flap_export.cli import summaries
+    from flap_export.pipeline import run as run_recipe
+    from flap_export.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    with console.progress_bars() as progress:
+        result = run_recipe(loaded, output or Path("runs") / recipe.stem, progress=progress)
+    _show(result.as_json(), summaries.of_run(result), json)
+    for breach in result.breaches:
+        console.side().print(f"[bold red]breached:[/] {breach}")
+    if result.breaches:
+        raise typer.Exit(result.breaches[0].exit_code)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
+    output: Output,
+    ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.")],
+    calibration: Annotated[str, typer.Option(help="Text source to calibrate on.")],
+    metric: Annotated[str, typer.Option(help="wifv, ifv or wifn.")] = "wifv",
+    structure: Annotated[str, typer.Option(help="al-am or ul-um.")] = "al-am",
+    compensation: Annotated[str, typer.Option(help="none or bias.")] = "bias",
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Precision to calibrate in.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prune a model: a smaller checkpoint and its plan."""
+    console.configure_logging(verbose)
+    from flap_export.allocation import STRUCTURES
+    from flap_export.calibration import DTYPES
+    from flap_export.cli import summaries
+    from flap_export.compensation import COMPENSATIONS
+    from flap_export.pruning import prune as prune_model
+    from flap_export.scoring import METRICS
+
+    with console.progress_bars() as progress:
+        plan = prune_model(
+            model,
+            output,
+            ratio=ratio,
+            calibration=calibration,
+            metric=_one_of("metric", metric, METRICS),
+            structure=_one_of("structure", structure, STRUCTURES),
+            compensation=_one_of("compensation", compensation, COMPENSATIONS),
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            device=device,
+            dtype=None if dtype is None else _one_of("dtype", dtype, DTYPES),
+            progress=progress,
+        )
+    _show(plan, [*summaries.of_plan(plan), f"checkpoint: {output}"], json)
+
+
+def _one_of(option: str, value: str, known: Any) -> Any:
+    if value not in known:
+        raise InputError(f"--{option} must be one of {', '.join(known)}, got '{value}'")
+    return value
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Dense or pruned checkpoint.")],
+    output: Output,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    max_length: Annotated[int, typer.Option(help="Rows of the KV cache: prompt and generated tokens together.")] = 2048,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export a checkpoint to ONNX with its KV cache in place."""
+    console.configure_logging(verbose)
+    from flap_export.exporting import DTYPES
+    from flap_export.exporting import export as export_checkpoint
+
+    artifact = export_checkpoint(checkpoint, output, dtype=_one_of("dtype", dtype, DTYPES), max_length=max_length)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    _show(artifact, [f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"], json)
+
+
+@app.command()
+def validate(
+    artifact: Annotated[Path, typer.Argument(help="Exported artifact.")],
+    reference: Annotated[str, typer.Option(help="The checkpoint it was exported from.")],
+    prompt_length: Annotated[int | None, typer.Option(min=2, help="Tokens of the longest random prompt.")] = None,
+    decode_steps: Annotated[int, typer.Option(min=1, help="Greedy steps after each prefill.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=2, help="Sequences of the ragged batch.")] = 4,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to save parity.json.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove that an artifact computes what its checkpoint computes; a breach exits 1."""
+    console.configure_logging(verbose)
+    from flap_export.cli import summaries
+    from flap_export.loading import open_checkpoint
+    from flap_export.validation import validate as validate_artifact
+
+    parity = validate_artifact(
+        artifact,
+        reference=open_checkpoint(reference).directory,
+        prompt_length=prompt_length,
+        decode_steps=decode_steps,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
+    if output is not None:
+        parity.save(output)
+    _show(parity, summaries.of_parity(parity), json)
+    _gate(parity.raise_if_breached)
+
+
+def _gate(check: Any) -> None:
+    """Hold a result that has been printed already against its gate."""
+    try:
+        check()
+    except FlapExportError as error:
+        console.emit_error(error, as_json=False)
+        raise typer.Exit(error.exit_code) from error
+
+
+@app.command()
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="Pruned artifact.")],
+    baseline: Annotated[Path, typer.Option(help="Dense artifact, exported alike.")],
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Sequences of a batch; may repeat (1).")] = None,
+    prompt_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a prefill; may repeat.")] = None,
+    context_length: Annotated[int | None, typer.Option(min=1, help="Cached tokens before a decode step.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Rounds per phase and shape.")] = 30,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for all rounds together.")] = 120.0,
+    minimum_speedup: Annotated[float | None, typer.Option(help="Exit 1 where a speedup is below this.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to save latency.json.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a pruned artifact against its dense baseline, beside what the arithmetic allows."""
+    console.configure_logging(verbose)
+    from flap_export.benchmarking import bench as bench_artifacts
+    from flap_export.cli import summaries
+
+    latency = bench_artifacts(
+        artifact,
+        baseline=baseline,
+        batch_sizes=batch_size or (1,),
+        prompt_lengths=prompt_length or (128,),
+        context_length=context_length,
+        repeats=repeats,
+        budget_s=budget,
+        threads=threads,
+        device=device,
+        seed=seed,
+    )
+    if output is not None:
+        latency.save(output)
+    _show(latency, summaries.of_latency(latency), json)
+    if minimum_speedup is not None:
+        _gate(lambda: latency.raise_if_slower(minimum_speedup))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="Checkpoint or artifact.")],
+    text: Annotated[list[str], typer.Option(help="Text source; may repeat.")],
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Precision of a checkpoint.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Perplexity of a checkpoint or an artifact on text."""
+    console.configure_logging(verbose)
+    from flap_export.cli import summaries
+    from flap_export.evaluation import evaluate as evaluate_target
+
+    quality = evaluate_target(
+        target,
+        text,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    _show(quality, summaries.of_quality(quality), json)
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Argument(help="Checkpoint or artifact.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a prompt, streaming to the terminal."""
+    console.configure_logging(verbose)
+    from flap_export.cli.generating import generated_text
+
+    pieces = []
+    for piece in generated_text(
+        target,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+        threads=threads,
+    ):
+        pieces.append(piece)
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json:
+        console.emit_json({"prompt": prompt, "text": "".join(pieces)})
+    else:
+        sys.stdout.write("\n")
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(help="Model, checkpoint or artifact.")], json: Json = False) -> None:
+    """What is this, layer by layer."""
+    console.configure_logging(False)
+    from flap_export.cli.inspecting import described
+
+    value, parts = described(path)
+    _show(value, parts, json)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Directory with a manifest.json.")], json: Json = False
+) -> None:
+    """Check every file of a directory against its manifest."""
+    console.configure_logging(False)
+    from flap_export.manifest import verify as verify_directory
+
+    manifest = verify_directory(directory)
+    _show({"verified": len(manifest.files)}, [f"{len(manifest.files)} files are as they were written"], json)
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a run.")], json: Json = False) -> None:
+    """Write a run's report.html."""
+    console.configure_logging(False)
+    from flap_export.reporting import report as write_report
+
+    path = write_report(run_directory)
+    _show({"report": str(path)}, [f"report: {path}"], json)

@@ -1,0 +1,38 @@
+"""`generate`: a prompt and a model in, pieces of text out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flap_export.artifact import is_artifact
+from flap_export.generation import generate, stream_text
+from flap_export.loading import open_checkpoint
+from flap_export.runners import open_runner
+from flap_export.text import load_tokenizer
+
+
+def generated_text(target: str, prompt: str, *, device: str, threads: int | None, **sampling: Any) -> Iterator[str]:
+    """Continue `prompt` with a checkpoint or an artifact; yields text as it comes.
+
+    Raises:
+        InputError: the target, its tokenizer or a sampling option cannot be used.
+    """
+    path = Path(target)
+    directory = path if is_artifact(path) else open_checkpoint(target).directory
+    with open_runner(directory, device=device, threads=threads, logits="last") as runner:
+        tokenizer: Any = load_tokenizer(directory, runner.vocabulary_size)
+        prompt_ids = tokenizer.encode(prompt)
+        ids = generate(runner, prompt_ids, stop_ids=_stop_ids(directory), **sampling)
+        yield from stream_text(tokenizer, ids)
+
+
+def _stop_ids(directory: Path) -> set[int]:
+    """The tokens that end a text, from the generation settings; none where there are no settings."""
+    path = directory / "generation_config.json"
+    stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    if stated is None:
+        return set()
+    return {stated} if isinstance(stated, int) else set(stated)

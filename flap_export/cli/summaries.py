@@ -1,0 +1,106 @@
+"""Records in words: what people read after a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.markup import escape
+
+from flap_export.cli.console import table
+
+if TYPE_CHECKING:
+    from flap_export.benchmarking import LatencyReport
+    from flap_export.evaluation import QualityReport
+    from flap_export.pipeline import RunResult
+    from flap_export.plan import PruningPlan
+    from flap_export.shapes import DecoderShape
+    from flap_export.validation import ParityReport
+
+
+def of_plan(plan: PruningPlan) -> Iterator[RenderableType]:
+    """The achieved ratio and why it is off, if it is."""
+    ratio = plan.ratio
+    yield f"pruned [bold]{ratio.achieved:.2%}[/] of the attention and FFN weights ({ratio.requested:.2%} asked)"
+    if plan.ratio.reason:
+        yield f"  [yellow]{escape(plan.ratio.reason)}[/]"
+
+
+def of_shape(shape: DecoderShape) -> Iterator[RenderableType]:
+    """One row per layer, equal neighbours in one."""
+    drawn = table("layers", "layer", "query heads", "KV heads", "FFN channels")
+    start = 0
+    for index, layer in enumerate(shape.layers):
+        last = index + 1 == len(shape.layers)
+        if last or shape.layers[index + 1] != layer:
+            label = str(index) if start == index else f"{start}-{index}"
+            drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), str(layer.ffn_channels))
+            start = index + 1
+    yield drawn
+
+
+def of_quality(quality: QualityReport) -> Iterator[RenderableType]:
+    """Perplexity per source."""
+    drawn = table("quality", "text", "perplexity", "dense", "change", "tokens")
+    for source in quality.sources:
+        dense = source.dense_perplexity
+        mark = " [yellow](also calibrated on)[/]" if source.contaminated else ""
+        drawn.add_row(
+            escape(source.source) + mark,
+            f"{source.perplexity:.2f}",
+            "" if dense is None else f"{dense:.2f}",
+            "" if dense is None else f"{source.perplexity / dense - 1:+.1%}",
+            str(source.tokens),
+        )
+    yield drawn
+
+
+def of_parity(parity: ParityReport) -> Iterator[RenderableType]:
+    """One row per comparison."""
+    drawn = table("parity", "case", "phase", "max error", "allowed", "KL", "same top token", "verdict")
+    verdicts = {True: "[green]passed[/]", False: "[bold red]breached[/]", None: "[yellow]not run[/]"}
+    for found in parity.comparisons:
+        drawn.add_row(
+            f"{found.candidate}, {found.case}",
+            found.phase,
+            *(_number(value) for value in (found.max_abs, found.tolerance_max_abs, found.kl)),
+            "" if found.top1_agreement is None else f"{found.top1_agreement:.2%}",
+            verdicts[found.passed],
+        )
+    yield drawn
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def of_latency(latency: LatencyReport) -> Iterator[RenderableType]:
+    """Dense beside pruned per phase and shape."""
+    drawn = table("latency", "phase", "dense ms", "pruned ms", "speedup", "95 % interval", "ideal", "efficiency")
+    for found in latency.phases:
+        low, high = found.speedup_interval
+        drawn.add_row(
+            found.described,
+            f"{found.dense.median_ms:.2f}",
+            f"{found.pruned.median_ms:.2f}",
+            f"{found.speedup:.2f}x",
+            f"{low:.2f}-{high:.2f}",
+            f"{found.ideal_speedup:.2f}x",
+            f"{found.efficiency:.0%}",
+        )
+    yield drawn
+
+
+def of_run(result: RunResult) -> Iterator[RenderableType]:
+    """All of a run."""
+    parts: Sequence[Iterator[RenderableType]] = [
+        of_plan(result.plan),
+        of_quality(result.quality) if result.quality else iter(()),
+        of_parity(result.parity),
+        of_latency(result.latency) if result.latency else iter(()),
+    ]
+    for part in parts:
+        yield from part
+        yield ""
+    yield f"report: [bold]{escape(str(result.report))}[/]"

@@ -1,0 +1,363 @@
+"""`run`: every stage of a recipe in order, resumed where it stopped.
+
+A stage is done when its record in `.stages/` carries the key of what it would do now and its outputs are unchanged.
+The key covers the stage's options and the digests of its inputs, not how they came about: a changed recipe redoes
+exactly the stages whose inputs change. Outputs appear whole or not at all, so a run may be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Final, final
+
+from flap_export import __version__
+from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
+from flap_export.calibration import calibrate
+from flap_export.errors import FlapExportError, GateBreachedError, OutputError
+from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
+from flap_export.exporting import export
+from flap_export.ideal import Phase
+from flap_export.layerwise import Progress, no_progress
+from flap_export.loading import open_checkpoint
+from flap_export.manifest import FileEntry, listed_files, write_manifest
+from flap_export.plan import PLAN_NAME, PruningPlan
+from flap_export.pruning import check_ratio, prune_with
+from flap_export.recipe import Recipe
+from flap_export.reporting import REPORT_NAME, report
+from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics
+from flap_export.storage import Record, check_output, digest_of_json, write_text, writing_errors
+from flap_export.text import digest_of_source
+from flap_export.validation import PARITY_NAME, ParityReport, validate
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME: Final = "run.json"
+STAGES_FOLDER: Final = ".stages"
+CALIBRATION_FOLDER: Final = "calibration"
+CHECKPOINT_FOLDER: Final = "checkpoint"
+DENSE_FOLDER: Final = "onnx/dense"
+PRUNED_FOLDER: Final = "onnx/pruned"
+
+
+class StageRecord(Record):
+    """That a stage is done, and what it left."""
+
+    kind: ClassVar[str] = "stage record"
+
+    key: str
+    outputs: dict[str, FileEntry]
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """One recipe in one directory."""
+
+    recipe: Recipe
+    directory: Path
+    progress: Progress
+
+
+@final
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run."""
+
+    name: str
+    needs: tuple[str, ...]
+    """Stages whose outputs it reads."""
+    outputs: tuple[str, ...]
+    """Files or folders it writes, relative to the run's directory."""
+    options: Callable[[Recipe], Any]
+    """What of the recipe it depends on, as JSON."""
+    action: Callable[[Run], None]
+
+
+@final
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found; `breaches` is empty when every gate held."""
+
+    report: Path
+    plan: PruningPlan
+    quality: QualityReport | None
+    parity: ParityReport
+    latency: LatencyReport | None
+    breaches: tuple[GateBreachedError, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """What a CI job reads: the verdict, and every record of the run."""
+        records = {"quality": self.quality, "parity": self.parity, "latency": self.latency}
+        return {
+            "passed": not self.breaches,
+            "breaches": [{"gate": breach.gate, "message": str(breach)} for breach in self.breaches],
+            "report": str(self.report),
+            "ratio": self.plan.ratio.model_dump(mode="json"),
+            **{name: record and record.model_dump(mode="json") for name, record in records.items()},
+        }
+
+
+def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress) -> RunResult:
+    """Prune, export, validate, measure and report as a recipe says; resumes.
+
+    Args:
+        recipe: see `flap_export.recipe.load_recipe`.
+        output: the run's directory; an interrupted run of the same directory goes on.
+        progress: told what is being done.
+
+    Raises:
+        InputError: the recipe's model, texts or budget cannot be used, or `output` holds something else.
+        MissingRequirementError: a package or device is not there.
+    """
+    check_ratio(recipe.prune.ratio)
+    directory = Path(output)
+    check_output(directory, RUN_NAME)
+    current = Run(recipe, directory, progress)
+    with _locked(directory):
+        _begin(current)
+        known = _input_digests(recipe)
+        for stage in STAGES:
+            _perform(stage, current, known)
+            if stage.name == "validate" and _parity(directory).worst is not None:
+                # What was measured on a wrong artifact says nothing: older results must not stand beside the breach.
+                (directory / LATENCY_NAME).unlink(missing_ok=True)
+                break
+        result = _result(current)
+        write_manifest(directory, digests=known, recipe=recipe.model_dump(mode="json", by_alias=True))
+        report(directory)
+    return result
+
+
+def _perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
+    """Do a stage unless it is done; afterwards `known` has the digest of its outputs."""
+    directory = current.directory
+    inputs = {need: known[need] for need in stage.needs}
+    key = digest_of_json([stage.name, __version__, stage.options(current.recipe), inputs])
+    record_path = directory / STAGES_FOLDER / f"{stage.name}.json"
+    record = _valid_record(record_path, key, directory)
+    if record is None:
+        logger.info("stage %s", stage.name)
+        current.progress(stage.name, 0, 1)
+        record_path.unlink(missing_ok=True)
+        with writing_errors(directory):
+            stage.action(current)
+        record = StageRecord(key=key, outputs=_measured(stage, directory))
+        record.save(record_path)
+        current.progress(stage.name, 1, 1)
+    else:
+        logger.info("stage %s is done already", stage.name)
+    known[stage.name] = digest_of_json({name: entry.sha256 for name, entry in record.outputs.items()})
+
+
+def _valid_record(path: Path, key: str, directory: Path) -> StageRecord | None:
+    """The record at `path` if it is of `key` and the outputs it lists are unchanged."""
+    if not path.is_file():
+        return None
+    try:
+        record = StageRecord.load(path)
+    except FlapExportError:
+        return None
+    unchanged = record.key == key and all(entry.matches(directory / name) for name, entry in record.outputs.items())
+    return record if unchanged else None
+
+
+def _measured(stage: Stage, directory: Path) -> dict[str, FileEntry]:
+    entries = {}
+    for name in stage.outputs:
+        path = directory / name
+        for file in listed_files(path) if path.is_dir() else filter(Path.is_file, [path]):
+            entries[file.relative_to(directory).as_posix()] = FileEntry.of(file)
+    return entries
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the run's directory; the operating system lets go of it when the process ends, however it ends."""
+    with writing_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
+            yield
+
+
+def _begin(current: Run) -> None:
+    """Write the resolved recipe and clear what a killed run left half-written."""
+    for pattern in (".*.partial*", ".*.retired-*"):
+        for leftover in current.directory.rglob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    write_text(current.directory / RUN_NAME, current.recipe.model_dump_json(indent=2, by_alias=True) + "\n")
+
+
+def _input_digests(recipe: Recipe) -> dict[str, str]:
+    """Digests of what the run starts from: the dense model and the texts."""
+    dense = open_checkpoint(recipe.model)
+    texts = {source: digest_of_source(source) for source in (recipe.calibrate.source, *recipe.evaluate.sources)}
+    configuration = {"config": (dense.directory / "config.json").read_text(encoding="utf-8")}
+    return {
+        "model": digest_of_json([dense.weights.digest, configuration]),
+        "calibration text": texts[recipe.calibrate.source],
+        "evaluation texts": digest_of_json([texts[source] for source in recipe.evaluate.sources]),
+    }
+
+
+def _calibrate(current: Run) -> None:
+    section = current.recipe.calibrate
+    statistics = calibrate(
+        current.recipe.model,
+        section.source,
+        samples=section.samples,
+        sequence_length=section.sequence_length,
+        seed=section.seed,
+        device=current.recipe.device,
+        dtype=section.dtype,
+        progress=current.progress,
+    )
+    statistics.save(current.directory / CALIBRATION_FOLDER / STATISTICS_NAME)
+
+
+def _prune(current: Run) -> None:
+    section = current.recipe.prune
+    statistics = CalibrationStatistics.load(current.directory / CALIBRATION_FOLDER / STATISTICS_NAME)
+    plan = prune_with(
+        current.recipe.model,
+        current.directory / CHECKPOINT_FOLDER,
+        statistics,
+        ratio=section.ratio,
+        metric=section.metric,
+        structure=section.structure,
+        compensation=section.compensation,
+    )
+    plan.save(current.directory / PLAN_NAME)
+
+
+def _export_dense(current: Run) -> None:
+    section = current.recipe.export
+    export(current.recipe.model, current.directory / DENSE_FOLDER, dtype=section.dtype, max_length=section.max_length)
+
+
+def _export_pruned(current: Run) -> None:
+    section, directory = current.recipe.export, current.directory
+    export(directory / CHECKPOINT_FOLDER, directory / PRUNED_FOLDER, dtype=section.dtype, max_length=section.max_length)
+
+
+def _evaluate(current: Run) -> None:
+    section = current.recipe.evaluate
+    if not section.sources:
+        (current.directory / QUALITY_NAME).unlink(missing_ok=True)
+        return
+    quality = evaluate_both(
+        current.recipe.model,
+        current.directory / CHECKPOINT_FOLDER,
+        section.sources,
+        samples=section.samples,
+        sequence_length=section.sequence_length,
+        device=current.recipe.device,
+    )
+    quality.save(current.directory / QUALITY_NAME)
+
+
+def _validate(current: Run) -> None:
+    section, directory = current.recipe.validate_, current.directory
+    parity = validate(
+        directory / PRUNED_FOLDER,
+        reference=directory / CHECKPOINT_FOLDER,
+        prompt_length=section.prompt_length,
+        decode_steps=section.decode_steps,
+        batch_size=section.batch_size,
+        seed=section.seed,
+        device=current.recipe.device,
+    )
+    parity.save(directory / PARITY_NAME)
+
+
+def _bench(current: Run) -> None:
+    section, directory = current.recipe.bench, current.directory
+    latency = bench(
+        directory / PRUNED_FOLDER,
+        baseline=directory / DENSE_FOLDER,
+        batch_sizes=section.batch_sizes,
+        prompt_lengths=section.prompt_lengths,
+        repeats=section.repeats,
+        budget_s=section.budget_s,
+        threads=section.threads,
+        device=current.recipe.device,
+    )
+    latency.save(directory / LATENCY_NAME)
+
+
+def _dump(section: str, *more: str) -> Callable[[Recipe], Any]:
+    """The options of a stage: one section of the recipe, and further keys of its top level."""
+
+    def options(recipe: Recipe) -> Mapping[str, Any]:
+        values = recipe.model_dump(mode="json", by_alias=True)
+        return {key: values[key] for key in (section, *more)}
+
+    return options
+
+
+STAGES: Final = (
+    Stage("calibrate", ("model", "calibration text"), (CALIBRATION_FOLDER,), _dump("calibrate", "device"), _calibrate),
+    Stage("prune", ("model", "calibrate"), (CHECKPOINT_FOLDER, PLAN_NAME), _dump("prune"), _prune),
+    Stage("export-dense", ("model",), (DENSE_FOLDER,), _dump("export"), _export_dense),
+    Stage("export", ("prune",), (PRUNED_FOLDER,), _dump("export"), _export_pruned),
+    Stage(
+        "evaluate",
+        ("model", "prune", "evaluation texts"),
+        (QUALITY_NAME,),
+        _dump("evaluate", "device"),
+        _evaluate,
+    ),
+    Stage("validate", ("prune", "export"), (PARITY_NAME,), _dump("validate", "device"), _validate),
+    Stage("bench", ("export-dense", "export"), (LATENCY_NAME,), _dump("bench", "device"), _bench),
+)
+"""In the order they run; the report is made afresh every time."""
+
+
+def _parity(directory: Path) -> ParityReport:
+    return ParityReport.load(directory / PARITY_NAME)
+
+
+def _result(current: Run) -> RunResult:
+    directory = current.directory
+    quality = QualityReport.load(directory / QUALITY_NAME) if (directory / QUALITY_NAME).is_file() else None
+    latency = LatencyReport.load(directory / LATENCY_NAME) if (directory / LATENCY_NAME).is_file() else None
+    parity = _parity(directory)
+    return RunResult(
+        report=directory / REPORT_NAME,
+        plan=PruningPlan.load(directory / PLAN_NAME),
+        quality=quality,
+        parity=parity,
+        latency=latency,
+        breaches=tuple(_breaches(current.recipe, quality, parity, latency)),
+    )
+
+
+def _breaches(
+    recipe: Recipe, quality: QualityReport | None, parity: ParityReport, latency: LatencyReport | None
+) -> Iterator[GateBreachedError]:
+    checks: list[Callable[[], None]] = [parity.raise_if_breached]
+    limit = recipe.gates.maximum_perplexity_ratio
+    if quality is not None and limit is not None:
+        checks.append(partial(quality.raise_if_worse, limit))
+    minima: dict[Phase, float | None] = {
+        "decode": recipe.gates.minimum_decode_speedup,
+        "prefill": recipe.gates.minimum_prefill_speedup,
+    }
+    for phase, minimum in minima.items():
+        if latency is not None and minimum is not None:
+            checks.append(partial(latency.raise_if_slower, minimum, phase=phase))
+    for check in checks:
+        try:
+            check()
+        except GateBreachedError as breach:
+            yield breach
