@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flap_export.artifact import ARTIFACT_NAME, is_artifact
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, ModelError, TextError
 from flap_export.plan import PLAN_NAME, PruningPlan
-from flap_export.storage import Record, digest_of_file
+from flap_export.storage import Record, Value, digest_of_file
 from flap_export.text import TokenWindows, read_windows
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ CALIBRATION_DIGEST: Final = "calibration"
 """Key in a plan's digests of the text it was calibrated on."""
 
 
-class SourceQuality(BaseModel):
+class SourceQuality(Value):
     """Perplexity on one text source."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     perplexity: float
@@ -71,7 +69,7 @@ class QualityReport(Record):
         """
         for source in self.sources:
             dense = source.dense_perplexity
-            if dense is not None and source.perplexity > maximum_ratio * dense:
+            if dense is not None and not source.perplexity <= maximum_ratio * dense:
                 raise GateBreachedError(
                     "quality",
                     f"perplexity on '{source.source}' must be at most {maximum_ratio:g} times the dense model's "

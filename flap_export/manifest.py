@@ -8,18 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flap_export.errors import ArtifactError
-from flap_export.storage import MANIFEST_NAME, Record, digest_of_file
+from flap_export.storage import MANIFEST_NAME, Record, Value, digest_of_file
 
 PACKAGES: Final = ("flap-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
-class FileEntry(BaseModel):
+class FileEntry(Value):
     """Size and content of one file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_bytes: int
     sha256: str
@@ -67,9 +65,7 @@ def listed_files(directory: Path) -> Iterable[Path]:
             yield path
 
 
-def write_manifest(
-    directory: Path, *, digests: Mapping[str, str], recipe: Mapping[str, Any] | None = None
-) -> Manifest:
+def write_manifest(directory: Path, *, digests: Mapping[str, str], recipe: Mapping[str, Any] | None = None) -> Manifest:
     """Measure every file of `directory` and write its manifest."""
     manifest = Manifest(
         files={path.relative_to(directory).as_posix(): FileEntry.of(path) for path in listed_files(directory)},

@@ -130,8 +130,9 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
                 (directory / LATENCY_NAME).unlink(missing_ok=True)
                 break
         result = _result(current)
-        write_manifest(directory, digests=known, recipe=recipe.model_dump(mode="json", by_alias=True))
-        report(directory)
+        values = recipe.model_dump(mode="json", by_alias=True)
+        report(directory, recipe=values)
+        write_manifest(directory, digests=known, recipe=values)
     return result
 
 

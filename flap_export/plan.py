@@ -5,19 +5,17 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flap_export.errors import PlanError
 from flap_export.shapes import DecoderShape, LayerShape
-from flap_export.storage import Record
+from flap_export.storage import Record, Value
 
 PLAN_NAME = "plan.json"
 
 
-class LayerPlan(BaseModel):
+class LayerPlan(Value):
     """Indices of what one layer keeps of the dense model, ascending."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layer: int
     query_heads: tuple[int, ...]
@@ -25,10 +23,8 @@ class LayerPlan(BaseModel):
     ffn_channels: tuple[int, ...]
 
 
-class Ratio(BaseModel):
+class Ratio(Value):
     """Share of the decoder's attention and FFN weights that goes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     requested: float
     achieved: float

@@ -11,6 +11,7 @@ from flap_export.compensation import COMPENSATIONS, CompensationName
 from flap_export.errors import BudgetError, InputError
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.rewriting import rewrite
 from flap_export.scoring import MetricName, score
@@ -92,6 +93,7 @@ def prune_with(
     with new_directory(Path(output), PLAN_NAME) as directory:
         write_checkpoint(directory, dense, plan, shape, rewrite(dense, plan, statistics, restore))
         statistics.save(directory / STATISTICS_NAME)
+        write_manifest(directory, digests=plan.digests)
     return plan
 
 

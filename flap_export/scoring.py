@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
+import torch
 from torch import Tensor
 
 from flap_export.errors import PlanError
@@ -17,6 +18,8 @@ from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.statistics import CalibrationStatistics, SiteStatistics
 
 MetricName = Literal["wifv", "ifv", "wifn"]
+ALIKE_WITHIN: Final = 1e-12
+"""Relative difference below which scores of one module count as equal; they are sums in float64."""
 
 
 def wifv(site: SiteStatistics) -> Tensor:
@@ -75,10 +78,14 @@ def _layer_scores(
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """(s - mean) / std over the channels of one layer and module [C]; zero where all are alike (FLAP, equation 7)."""
-    deviation = scores.std(unbiased=True) if scores.numel() > 1 else scores.new_zeros(())
+    """(s - mean) / std over the channels of one layer and module [C]; zero where all are alike (FLAP, equation 7).
+
+    Scores are alike when they differ by rounding only: dividing that by its own deviation would make it a ranking.
+    """
     centred = scores - scores.mean()
-    return centred / deviation if float(deviation) > 0 else centred * 0
+    if float(centred.abs().max()) <= ALIKE_WITHIN * float(scores.abs().max()):
+        return torch.zeros_like(scores)
+    return centred / scores.std(unbiased=True)
 
 
 def group_means(channel_scores: Tensor, layer: LayerShape) -> Tensor:

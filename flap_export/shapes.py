@@ -9,13 +9,11 @@ Notation used throughout the package:
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from flap_export.storage import Value
 
 
-class LayerShape(BaseModel):
+class LayerShape(Value):
     """Units of one decoder layer, and whether its two output projections carry a bias."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     query_heads: int
     kv_heads: int
@@ -24,10 +22,8 @@ class LayerShape(BaseModel):
     ffn_bias: bool = False
 
 
-class DecoderShape(BaseModel):
+class DecoderShape(Value):
     """Sizes of a decoder whose layers may differ from each other."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     hidden_size: int
     head_dim: int

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flap_export.errors import InputError
 from flap_export.moments import Moments
-from flap_export.storage import writing_errors
+from flap_export.storage import new_file
 
 STATISTICS_NAME: Final = "statistics.safetensors"
 SCHEMA_VERSION: Final = 1
@@ -67,11 +67,8 @@ class CalibrationStatistics:
             "counts": {f"{layer}.{space}": site.moments.count for (layer, space), site in self.sites.items()},
             "digests": dict(self.digests),
         }
-        with writing_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
+        with new_file(path) as partial:
             save_file(tensors, partial, metadata={"statistics": json.dumps(header)})
-            partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationStatistics:

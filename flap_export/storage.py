@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from flap_export.errors import InputError, OutputError
 
@@ -20,10 +22,14 @@ READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
 
 
-class Record(BaseModel):
-    """A frozen, typed record with a schema version; the stages exchange nothing else."""
+class Value(BaseModel):
+    """A frozen, typed part of a record. NaN and infinity are saved as strings, so that files stay strict JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
+
+
+class Record(Value):
+    """A frozen, typed record with a schema version; the stages exchange nothing else."""
 
     kind: ClassVar[str] = "record"
     schema_version: int = 1
@@ -76,11 +82,25 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that appears whole: yields a temporary sibling that takes the name `path` at the end.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -88,15 +108,25 @@ def writing_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write below `path` into `OutputError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"the disk is full while writing '{path}'; nothing was left behind. "
                 "Free some space or choose another --output"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise OutputError(f"'{path}' cannot be written: {error.strerror}; choose another --output") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; choose another --output") from error
         raise
+
+
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """The operating system's error number, which safetensors only spells out and NumPy's `tofile` drops."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(match[1])
+    return errno.ENOSPC if re.fullmatch(r"\d+ requested and \d+ written", str(error)) else None
 
 
 @contextmanager
@@ -113,6 +143,7 @@ def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterato
         OutputError: `path` holds something else, the disk is full, or the folder cannot be written.
     """
     check_output(path, marker, overwrite=overwrite)
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
@@ -128,10 +159,12 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
     """Whether `path` may become an output directory that is told by `marker`.
 
     Raises:
-        OutputError: it is a file, or a directory that holds something else.
+        OutputError: it is a file, the working directory, or a directory that holds something else.
     """
     if path.is_file():
         raise OutputError(f"the output '{path}' is a file; name a directory")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise OutputError(f"the output '{path}' is where you work, and would be replaced; name a directory below it")
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / marker).is_file():
@@ -148,5 +181,10 @@ def _swap(partial: Path, path: Path) -> None:
     retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
     if path.exists():
         path.rename(retired)
-    partial.rename(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        if retired.exists():
+            retired.rename(path)
+        raise
     shutil.rmtree(retired, ignore_errors=True)

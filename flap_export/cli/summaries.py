@@ -58,11 +58,11 @@ def of_quality(quality: QualityReport) -> Iterator[RenderableType]:
 
 def of_parity(parity: ParityReport) -> Iterator[RenderableType]:
     """One row per comparison."""
-    drawn = table("parity", "case", "phase", "max error", "allowed", "KL", "same top token", "verdict")
+    drawn = table("parity", "case", "phase", "max error", "allowed", "KL", "same token", "verdict")
     verdicts = {True: "[green]passed[/]", False: "[bold red]breached[/]", None: "[yellow]not run[/]"}
     for found in parity.comparisons:
         drawn.add_row(
-            f"{found.candidate}, {found.case}",
+            found.case if found.candidate == "onnxruntime" else f"{found.case}, {found.candidate}",
             found.phase,
             *(_number(value) for value in (found.max_abs, found.tolerance_max_abs, found.kl)),
             "" if found.top1_agreement is None else f"{found.top1_agreement:.2%}",

@@ -11,7 +11,7 @@ Attention, cache updates, norms and rotary embeddings each become one node:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -38,12 +38,12 @@ def _symbolic(operator: str, inputs: tuple[Tensor | None, ...], like: Tensor, si
 class Decoding:
     """What one traced step knows: where its tokens stand, and the caches. One per trace."""
 
-    past: list[tuple[Tensor, Tensor] | None]
-    """Per layer key and value cache [B, K, L, D]; None where the layer kept no head."""
+    past: Mapping[int, tuple[Tensor, Tensor]]
+    """Key and value cache [B, K, L, D] of every layer that kept a head."""
     write_indices: Tensor
     new_tokens: int
     max_length: int
-    present: list[tuple[Tensor, Tensor] | None] = field(init=False)
+    present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     position_ids: Tensor = field(init=False)
     """[B, n]"""
     valid_keys: Tensor = field(init=False)
@@ -51,18 +51,18 @@ class Decoding:
     _window_masks: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.present = [None] * len(self.past)
         self.position_ids = self.write_indices.unsqueeze(1) + torch.arange(self.new_tokens).unsqueeze(0)
         self.valid_keys = self.write_indices + self.new_tokens
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Scatter new rows [B, K, n, D] into the layer's cache."""
-        past = self.past[layer]
-        assert past is not None, f"layer {layer} has no cache"
-        new_key = _symbolic("TensorScatter", (past[0], key, self.write_indices), past[0], 24, axis=2, mode="linear")
-        new_value = _symbolic("TensorScatter", (past[1], value, self.write_indices), past[1], 24, axis=2, mode="linear")
-        self.present[layer] = (new_key, new_value)
-        return new_key, new_value
+
+        def scattered(past: Tensor, new: Tensor) -> Tensor:
+            return _symbolic("TensorScatter", (past, new, self.write_indices), past, 24, axis=2, mode="linear")
+
+        past_key, past_value = self.past[layer]
+        self.present[layer] = scattered(past_key, key), scattered(past_value, value)
+        return self.present[layer]
 
     def window_mask(self, window: int, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p.

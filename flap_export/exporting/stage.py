@@ -17,6 +17,7 @@ from flap_export.exporting.passes import keep_all_logits, optimize
 from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
 from flap_export.exporting.trace import OPSET, trace
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
 from flap_export.storage import new_directory
 
@@ -67,6 +68,7 @@ def export(
         if (opened.directory / PLAN_NAME).is_file():
             shutil.copyfile(opened.directory / PLAN_NAME, directory / PLAN_NAME)
         artifact.save(directory / ARTIFACT_NAME)
+        write_manifest(directory, digests=artifact.digests)
     return artifact
 
 

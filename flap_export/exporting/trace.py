@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
 from flap_export.exporting.dialect import TABLE_NAMES, Decoding, rotary_tables, speaking_onnx
 from flap_export.loading import Checkpoint, build_model
+from flap_export.shapes import DecoderShape
 
 OPSET = 24
 
@@ -46,16 +47,17 @@ class ScatterCache(Cache):  # type: ignore[misc]
 class DecoderStep(nn.Module):
     """One call of the exported graph: `(input_ids, write_indices, caches) -> (logits, caches)`."""
 
-    def __init__(self, model: nn.Module, max_length: int, logits: LogitsKind) -> None:
+    def __init__(self, model: nn.Module, cache_layers: Sequence[int], max_length: int, logits: LogitsKind) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cache_layers = model, tuple(cache_layers)
         self.max_length, self.logits_to_keep = max_length, 1 if logits == "last" else 0
 
     def forward(
-        self, input_ids: Tensor, write_indices: Tensor, past: list[tuple[Tensor, Tensor] | None]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+        self, input_ids: Tensor, write_indices: Tensor, past: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run the causal LM on n new tokens; shapes as in `flap_export.artifact`."""
-        decoding = Decoding(past, write_indices, input_ids.shape[1], self.max_length)
+        past_of_layer = dict(zip(self.cache_layers, past, strict=True))
+        decoding = Decoding(past_of_layer, write_indices, input_ids.shape[1], self.max_length)
         output = self.model(
             input_ids=input_ids,
             position_ids=decoding.position_ids,
@@ -64,27 +66,20 @@ class DecoderStep(nn.Module):
             logits_to_keep=self.logits_to_keep,
             decoding=decoding,
         )
-        return output.logits, decoding.present
+        return output.logits, [decoding.present[layer] for layer in self.cache_layers]
 
 
 def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: LogitsKind) -> ir.Model:
     """The graph as torch emits it, unoptimized; initializers are named as in the checkpoint and hold fake values."""
     real_tables = rotary_tables(checkpoint, max_length)
     shape = checkpoint.shape
+    cache_layers = [index for index, layer in enumerate(shape.layers) if layer.kv_heads]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         model = build_model(checkpoint, dtype)
         tables = tuple(mode.from_tensor(table.to(dtype)) for table in real_tables)
         with speaking_onnx(model, checkpoint, (tables[0], tables[1])):
-            step = DecoderStep(model, max_length, logits).eval()
-            caches = [
-                tuple(torch.zeros(2, layer.kv_heads, max_length, shape.head_dim, dtype=dtype) for _ in range(2))
-                if layer.kv_heads
-                else None
-                for layer in shape.layers
-            ]
-            arguments = (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), caches)
-            batch, new = torch.export.Dim("batch"), torch.export.Dim("new_tokens")
-            cache_axes = [cache and ({0: batch}, {0: batch}) for cache in caches]
+            step = DecoderStep(model, cache_layers, max_length, logits).eval()
+            arguments, axes = _example(shape, cache_layers, max_length, dtype)
             with _quiet_exporter():
                 program = torch.onnx.export(
                     step,
@@ -93,13 +88,28 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: L
                     opset_version=OPSET,
                     optimize=False,
                     verbose=False,
-                    dynamic_shapes=({0: batch, 1: new}, {0: batch}, cache_axes),
+                    dynamic_shapes=axes,
                 )
     assert program is not None
     ir_model: ir.Model = program.model
     _name_interface(ir_model, checkpoint)
     _bind_tables(ir_model, checkpoint.family.rotary, real_tables, dtype)
     return ir_model
+
+
+def _example(
+    shape: DecoderShape, cache_layers: Sequence[int], max_length: int, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments to trace `DecoderStep.forward` with, and the names of their free axes."""
+    cache_shapes = [(2, shape.layers[layer].kv_heads, max_length, shape.head_dim) for layer in cache_layers]
+    caches = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for size in cache_shapes]
+    tokens, write_indices = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    batch, new = torch.export.Dim("batch"), torch.export.Dim("new_tokens")
+    if not caches:
+        # The exporter loses all axis names over an empty list (and over a None) among the arguments.
+        return (tokens, write_indices), ({0: batch, 1: new}, {0: batch})
+    cache_axes = [({0: batch}, {0: batch}) for _ in caches]
+    return (tokens, write_indices, caches), ({0: batch, 1: new}, {0: batch}, cache_axes)
 
 
 @contextmanager

@@ -1,0 +1,159 @@
+"""The stage itself: both artifacts in turns, phase by phase and shape by shape."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact
+from flap_export.benchmarking.machine import installed_versions, this_machine
+from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_latency
+from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
+from flap_export.benchmarking.worker import Worker, WorkerOptions
+from flap_export.benchmarking.workload import Workload
+from flap_export.errors import ArtifactError, InputError
+from flap_export.ideal import Phase, Roofline, ideal_speedup
+from flap_export.storage import digest_of_file
+
+BYTES_PER_WEIGHT: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
+
+
+def bench(
+    artifact: str | Path,
+    *,
+    baseline: str | Path,
+    phases: Sequence[Phase] = PHASES,
+    batch_sizes: Sequence[int] = (1,),
+    prompt_lengths: Sequence[int] = (128,),
+    context_length: int | None = None,
+    repeats: int = 30,
+    budget_s: float = 120.0,
+    threads: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    roofline: Roofline | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LatencyReport:
+    """Measure a pruned artifact against its dense baseline on the same backend, precision and shapes.
+
+    Each artifact runs in a process of its own, both in memory at the same time. They take turns, in an order drawn
+    anew for every two rounds (dense, pruned, pruned, dense or the reverse), so that both meet the same disturbances.
+
+    Args:
+        artifact: the pruned artifact.
+        baseline: the dense one.
+        phases: `prefill`, `decode` or both.
+        batch_sizes: sequences of a batch.
+        prompt_lengths: tokens of a prefill.
+        context_length: tokens in the cache before a decode step; by default as many as the longest prompt, or as the
+            cache leaves room for.
+        repeats: rounds per phase and shape.
+        budget_s: seconds for all rounds together. A phase and shape that has used up its share of them ends early,
+            but not before three rounds; opening and warming up come on top.
+        threads: cores one operator may use; the backend's own choice by default.
+        device: `cpu`, `cuda` or `cuda:N`.
+        seed: of the tokens, the order of the rounds and the bootstrap.
+        roofline: what the machine sustains; see `flap_export.ideal.ideal_speedup`.
+        progress: is told, before each phase and shape, which it is, how many are done and how many there are.
+
+    Raises:
+        InputError: an argument out of range.
+        ArtifactError: an artifact is damaged, the two differ in dtype or `max_length`, or a shape does not fit them.
+        MissingRequirementError: the backend or the device is not there.
+        FlapExportError: a worker process died.
+    """
+    machine = this_machine()
+    paths = (Path(baseline), Path(artifact))
+    dense, pruned = load_artifact(paths[0]), load_artifact(paths[1])
+    _check_comparable(dense, pruned, paths)
+    context = _context_length(context_length, prompt_lengths, dense.max_length)
+    workloads = _workloads(phases, batch_sizes, prompt_lengths, context)
+    _check_request(workloads, dense.max_length, repeats, budget_s)
+    measured: list[PhaseLatency] = []
+    draw, options = random.Random(seed), WorkerOptions(device=device, threads=threads, seed=seed)
+    with Worker(paths[0], options) as dense_worker, Worker(paths[1], options) as pruned_worker:
+        workers = (dense_worker, pruned_worker)
+        backend, _ = (worker.backend() for worker in workers)
+        for done, workload in enumerate(workloads):
+            if progress is not None:
+                progress(workload.described, done, len(workloads))
+            share_s = budget_s / len(workloads)
+            samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw)
+            ideal = _ideal(dense, pruned, workload, roofline)
+            measured.append(phase_latency(workload, *samples, ideal=ideal, seed=seed))
+    return LatencyReport(
+        artifact=str(artifact),
+        baseline=str(baseline),
+        backend=backend,
+        device=device,
+        dtype=dense.dtype,
+        max_length=dense.max_length,
+        phases=tuple(measured),
+        machine=machine,
+        versions=installed_versions(),
+        settings={"repeats": repeats, "budget_s": budget_s, "sample_ms": SAMPLE_MS, "threads": threads, "seed": seed},
+        digests={**_digests("dense", paths[0], dense), **_digests("pruned", paths[1], pruned)},
+    )
+
+
+def _check_comparable(dense: Artifact, pruned: Artifact, paths: tuple[Path, Path]) -> None:
+    for name, option in (("dtype", "--dtype"), ("max_length", "--max-length")):
+        expected, found = getattr(dense, name), getattr(pruned, name)
+        if expected != found:
+            raise ArtifactError(
+                f"both artifacts must have the same {name}: '{paths[0]}' has {expected}, '{paths[1]}' has {found}; "
+                f"export the second again with `flap-export export {pruned.model} --output {paths[1]} "
+                f"{option} {expected}`"
+            )
+
+
+def _context_length(requested: int | None, prompt_lengths: Sequence[int], max_length: int) -> int:
+    return min(max(prompt_lengths, default=1), max_length - 1) if requested is None else requested
+
+
+def _workloads(
+    phases: Sequence[Phase], batch_sizes: Sequence[int], prompt_lengths: Sequence[int], context_length: int
+) -> list[Workload]:
+    unknown = sorted(set(phases) - set(PHASES))
+    if unknown:
+        raise InputError(f"phases must be among {', '.join(PHASES)}, got {', '.join(unknown)}")
+    lengths: dict[Phase, tuple[int, ...]] = {"prefill": tuple(prompt_lengths), "decode": (context_length,)}
+    return [Workload(phase, size, length) for phase in phases for size in batch_sizes for length in lengths[phase]]
+
+
+def _check_request(workloads: Sequence[Workload], max_length: int, repeats: int, budget_s: float) -> None:
+    if not workloads:
+        raise InputError("nothing to measure; name at least one phase, one batch size and one prompt length")
+    if repeats < MINIMUM_ROUNDS:
+        raise InputError(f"repeats must be at least {MINIMUM_ROUNDS}, got {repeats}")
+    if budget_s <= 0:
+        raise InputError(f"the budget must be positive, got {budget_s} s")
+    for workload in workloads:
+        if workload.batch_size < 1 or workload.length < 1:
+            raise InputError(f"batch sizes and lengths must be positive, got '{workload.described}'")
+        if workload.context_length + workload.new_tokens > max_length:
+            raise ArtifactError(
+                f"'{workload.described}' must fit the cache of {max_length} rows and needs "
+                f"{workload.context_length + workload.new_tokens}; shorten it, or export both artifacts with a larger "
+                "--max-length"
+            )
+
+
+def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roofline | None) -> float:
+    return ideal_speedup(
+        dense.shape,
+        pruned.shape,
+        workload.phase,
+        batch_size=workload.batch_size,
+        length=workload.length,
+        bytes_per_weight=BYTES_PER_WEIGHT[dense.dtype],
+        roofline=roofline,
+    )
+
+
+def _digests(side: str, path: Path, artifact: Artifact) -> dict[str, str]:
+    own = {"artifact": digest_of_file(path / ARTIFACT_NAME), **artifact.digests}
+    return {f"{side}.{name}": digest for name, digest in own.items()}

@@ -1,0 +1,53 @@
+"""The stage itself: read the records, make the page, write it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flap_export.reporting.page import Page, page_from
+from flap_export.reporting.records import read_run
+from flap_export.storage import write_text
+
+REPORT_NAME: Final = "report.html"
+_TEMPLATE: Final = "report.html"
+
+
+def report(run_directory: str | Path, *, recipe: Mapping[str, Any] | None = None) -> Path:
+    """Write `report.html` into a run directory: self-contained, opens from disk.
+
+    The directory holds `plan.json`, `onnx/dense` and `onnx/pruned`; `parity.json`, `quality.json`, `latency.json` and
+    `manifest.json` may be missing, and the page then says so.
+
+    Args:
+        run_directory: the output directory of a run.
+        recipe: what the run was asked to do, its gates among it; None takes it from the manifest, where there is one.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: no plan or no artifact, a record that cannot be read, or parts of different runs.
+        OutputError: the page cannot be written.
+    """
+    directory = Path(run_directory)
+    path = directory / REPORT_NAME
+    write_text(path, _rendered(page_from(read_run(directory, recipe))))
+    return path
+
+
+def _rendered(page: Page) -> str:
+    """The page as HTML; every text is escaped, names and reasons come from outside."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["pct"] = "{:.3f}%".format
+    return environment.get_template(_TEMPLATE).render(page=page)

@@ -1,0 +1,56 @@
+"""Open a checkpoint or an artifact on a backend. A further backend is one file beside this and one row of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Literal
+
+from flap_export.artifact import LogitsKind, is_artifact
+from flap_export.errors import InputError
+from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds, padded
+from flap_export.runners.onnxruntime_runner import OnnxRuntimeRunner
+from flap_export.runners.torch_runner import TorchRunner
+
+__all__ = ["BACKENDS", "Backend", "Logits", "Runner", "RunnerOptions", "TokenIds", "open_runner", "padded"]
+
+Backend = Literal["auto", "torch", "onnxruntime"]
+
+BACKENDS: Final[dict[str, Callable[[Path, RunnerOptions], Runner]]] = {
+    "torch": TorchRunner,
+    "onnxruntime": OnnxRuntimeRunner,
+}
+
+
+def open_runner(
+    path: Path,
+    *,
+    backend: Backend = "auto",
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    logits: LogitsKind = "all",
+    max_length: int | None = None,
+) -> Runner:
+    """Open `path` for running; use it in a `with` statement.
+
+    Args:
+        path: an artifact (ONNX Runtime) or a checkpoint (PyTorch).
+        backend: which one to insist on; `auto` goes by what `path` is.
+        device: `cpu`, `cuda` or `cuda:N`.
+        dtype: precision of a checkpoint on PyTorch, float32 by default; an artifact has its own.
+        threads: cores one operator may use; the backend's own choice by default.
+        logits: of every new token, or of the last one only, which is cheaper.
+        max_length: rows of a checkpoint's cache, its context length by default; an artifact has its own.
+
+    Raises:
+        InputError: an unknown backend, device or dtype, or one that `path` does not have.
+        ArtifactError: the artifact is damaged.
+        ModelError: the checkpoint is not usable.
+        MissingRequirementError: a package or a device is not there.
+    """
+    chosen = ("onnxruntime" if is_artifact(path) else "torch") if backend == "auto" else backend
+    if chosen not in BACKENDS:
+        raise InputError(f"backend must be auto or one of {', '.join(BACKENDS)}, got '{backend}'")
+    options = RunnerOptions(device=device, dtype=dtype, threads=threads, logits=logits, max_length=max_length)
+    return BACKENDS[chosen](path, options)

@@ -1,0 +1,203 @@
+"""An exported artifact on ONNX Runtime, on the CPU or a CUDA device, with the cache updated in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+
+from flap_export.artifact import (
+    INPUT_IDS,
+    LOGITS,
+    WRITE_INDICES,
+    Artifact,
+    LogitsKind,
+    load_artifact,
+    past_names,
+    present_names,
+)
+from flap_export.errors import ArtifactError, InputError, MissingRequirementError
+from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
+
+_ONNX_ELEMENT_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
+# NumPy has no bfloat16; its bits travel as uint16.
+_ARRAY_DTYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_SESSION_SETTINGS: Final = {
+    # Workers that wait by spinning take the cores from sessions run in turns and from anything else on the machine:
+    # measured beside one busy process on two cores, a session without spinning was twice as fast, in prefill and in
+    # decode. The second setting stops what a build may spin regardless, at the end of each run.
+    "session.intra_op.allow_spinning": "0",
+    "session.inter_op.allow_spinning": "0",
+    "session.force_spinning_stop": "1",
+}
+
+
+@final
+class OnnxRuntimeRunner(Runner):
+    """One session over the graph that gives the wanted kind of logits.
+
+    Each cache tensor is one `OrtValue`, bound as the graph's `past` input and as its `present` output: only then does
+    `TensorScatter` write in place instead of copying the cache at every step.
+
+    Raises:
+        ArtifactError: the artifact is damaged or lacks the wanted graph.
+        InputError: an unknown device, or a dtype or cache length other than the artifact's.
+        MissingRequirementError: onnxruntime, its CUDA provider, or an implementation of the dtype is not there.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, options: RunnerOptions) -> None:
+        artifact = load_artifact(path)
+        _check_options(artifact, path, options)
+        super().__init__(
+            max_length=artifact.max_length, vocabulary_size=artifact.shape.vocabulary_size, logits=options.logits
+        )
+        self._artifact, self._path = artifact, path
+        self._device, self._device_id = _parsed_device(options.device)
+        self._session: Any = self._opened(_graph_file(artifact, path, options.logits), options.threads)
+        self._binding: Any = None
+        _check_interface(self._session, artifact, path)
+
+    def close(self) -> None:
+        """Free the session and its cache."""
+        self._session, self._binding = None, None
+
+    def _opened(self, graph: Path, threads: int | None) -> Any:
+        """An InferenceSession on the wanted device."""
+        onnxruntime = _import_onnxruntime()
+        provider, provider_options = self._provider(onnxruntime)
+        try:
+            session = onnxruntime.InferenceSession(
+                str(graph), _session_options(onnxruntime, threads), [(provider, provider_options)]
+            )
+        # ONNX Runtime's exceptions share no base below Exception.
+        except Exception as error:
+            raise ArtifactError(
+                f"ONNX Runtime cannot open '{graph}': {_first_line(error)}; the artifact is damaged, export it again"
+            ) from error
+        if provider not in session.get_providers():
+            raise MissingRequirementError(
+                f"ONNX Runtime has the {provider} but could not start it", "install the CUDA and cuDNN it asks for"
+            )
+        return session
+
+    def _provider(self, onnxruntime: Any) -> tuple[str, dict[str, int]]:
+        if self._device == "cpu":
+            return "CPUExecutionProvider", {}
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise MissingRequirementError(
+                "the installed onnxruntime has no CUDA execution provider", "pip install 'flap-export[gpu]'"
+            )
+        return "CUDAExecutionProvider", {"device_id": self._device_id}
+
+    def _allocate(self, batch_size: int) -> None:
+        self._binding = self._session.io_binding()
+        for layer in self._artifact.cache_layers:
+            shape = self._artifact.cache_shape(layer, batch_size)
+            for past, present in zip(past_names(layer), present_names(layer), strict=True):
+                cache = self._zeros(shape)
+                self._binding.bind_ortvalue_input(past, cache)
+                self._binding.bind_ortvalue_output(present, cache)
+
+    def _zeros(self, shape: tuple[int, ...]) -> Any:
+        """A zeroed OrtValue on the device. Unwritten rows have no weight, but zero times NaN would still be NaN."""
+        from onnxruntime import OrtValue
+
+        element_type = _ONNX_ELEMENT_TYPES[self._artifact.dtype]
+        value = OrtValue.ortvalue_from_shape_and_type(shape, element_type, self._device, self._device_id)
+        value.update_inplace(np.zeros(shape, _ARRAY_DTYPES[self._artifact.dtype]))
+        return value
+
+    def _forward(self, input_ids: TokenIds, write_indices: TokenIds) -> Logits:
+        from onnxruntime import OrtValue
+
+        batch_size, new_tokens = input_ids.shape
+        rows = new_tokens if self.logits == "all" else 1
+        logits = np.empty((batch_size, rows, self.vocabulary_size), _ARRAY_DTYPES[self._artifact.dtype])
+        element_type = _ONNX_ELEMENT_TYPES[self._artifact.dtype]
+        self._binding.bind_ortvalue_input(INPUT_IDS, OrtValue.ortvalue_from_numpy(input_ids))
+        self._binding.bind_ortvalue_input(WRITE_INDICES, OrtValue.ortvalue_from_numpy(write_indices))
+        # The session writes the logits straight into the array.
+        self._binding.bind_ortvalue_output(LOGITS, OrtValue.ortvalue_from_numpy_with_onnx_type(logits, element_type))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise ArtifactError(
+                f"ONNX Runtime failed on the artifact '{self._path}': {_first_line(error)}; export it again"
+            ) from error
+        return _widened(logits)
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingRequirementError(
+            f"running an artifact needs onnxruntime ({error})", "pip install 'flap-export[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _check_options(artifact: Artifact, path: Path, options: RunnerOptions) -> None:
+    if options.dtype not in (None, artifact.dtype):
+        raise InputError(f"artifact '{path}' computes in {artifact.dtype}; export it again for {options.dtype}")
+    if options.max_length not in (None, artifact.max_length):
+        raise InputError(
+            f"the cache of artifact '{path}' has {artifact.max_length} rows; export it again for {options.max_length}"
+        )
+    if artifact.dtype == "bfloat16" and options.device == "cpu":
+        raise MissingRequirementError(
+            "ONNX Runtime's CPU provider does not implement bfloat16",
+            "run the artifact with --device cuda, or export with --dtype float32",
+        )
+
+
+def _parsed_device(device: str) -> tuple[str, int]:
+    """Kind and index of `cpu`, `cuda` or `cuda:N`."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
+        raise InputError(f"device must be cpu, cuda or cuda:N, got '{device}'")
+    return kind, int(index or 0)
+
+
+def _graph_file(artifact: Artifact, path: Path, logits: LogitsKind) -> Path:
+    if logits not in artifact.graphs:
+        raise ArtifactError(f"artifact '{path}' has no graph for logits '{logits}'; export it again")
+    return path / artifact.graphs[logits]
+
+
+def _session_options(onnxruntime: Any, threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    for key, value in _SESSION_SETTINGS.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _check_interface(session: Any, artifact: Artifact, path: Path) -> None:
+    """Whether the graph has exactly the inputs and outputs that `artifact.json` implies."""
+    pasts = [name for layer in artifact.cache_layers for name in past_names(layer)]
+    presents = [name for layer in artifact.cache_layers for name in present_names(layer)]
+    found = {value.name for value in [*session.get_inputs(), *session.get_outputs()]}
+    wrong = sorted(found ^ {INPUT_IDS, WRITE_INDICES, LOGITS, *pasts, *presents})
+    if wrong:
+        raise ArtifactError(
+            f"the graph of artifact '{path}' and its artifact.json disagree about {', '.join(wrong[:4])}; export again"
+        )
+
+
+def _widened(logits: Any) -> Logits:
+    """Logits as float32; uint16 holds the upper half of float32's bits."""
+    if logits.dtype == np.uint16:
+        bits: Logits = (logits.astype(np.uint32) << 16).view(np.float32)
+        return bits
+    widened: Logits = logits.astype(np.float32, copy=False)
+    return widened
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

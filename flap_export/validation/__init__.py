@@ -1,0 +1,208 @@
+"""Parity: does the artifact compute what its checkpoint computes, in prefill and in decode, up to its precision?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Final, get_args
+
+import numpy as np
+
+from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact
+from flap_export.errors import ArtifactError, MissingRequirementError
+from flap_export.runners import Backend, Runner, open_runner
+from flap_export.shapes import DecoderShape
+from flap_export.storage import digest_of_file, digest_of_json
+from flap_export.validation.cases import Case, Trace, build_cases, run_case, run_last_case
+from flap_export.validation.report import PARITY_NAME, CaseName, Comparison, ParityReport, Phase, compared, not_run
+from flap_export.validation.tolerance import FLOOR_ULPS, REFERENCE_DTYPES, SAFETY_FACTOR
+
+__all__ = ["PARITY_NAME", "Comparison", "ParityReport", "validate"]
+
+DEFAULT_BACKENDS: Final[tuple[Backend, ...]] = ("onnxruntime",)
+_REFERENCE: Final = "torch"
+
+Traces = dict[CaseName, Trace]
+
+
+def validate(
+    artifact: Path,
+    *,
+    reference: Path,
+    decode_steps: int = 32,
+    prompt_length: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    prompts: Sequence[Sequence[int]] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    backends: Sequence[Backend] = DEFAULT_BACKENDS,
+) -> ParityReport:
+    """Hold an artifact against the checkpoint it was exported from; the rule is in `flap_export.validation.tolerance`.
+
+    Four cases, each prefilled and then decoded along the reference's greedy tokens: a single prompt; one that fills
+    the cache to its last row, prefilled in chunks; a ragged batch; and the first and the third again through the graph
+    that gives the last token's logits only.
+
+    Args:
+        artifact: directory that `export` wrote.
+        reference: the checkpoint, run on PyTorch in a higher precision.
+        decode_steps: T, greedy steps after each prefill.
+        prompt_length: tokens of the longest random prompt; 64 by default, less where the cache is short.
+        batch_size: sequences of the ragged batch.
+        seed: of the random prompts.
+        prompts: token ids to use in place of random ones, at least two different lengths.
+        device: where reference and candidates run.
+        threads: cores one operator may use.
+        backends: what to run the artifact on.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or is not of this checkpoint.
+        InputError: the cache is too short for what was asked.
+        ModelError: the checkpoint is not usable.
+    """
+    from flap_export.loading import open_checkpoint
+
+    opened, checkpoint = load_artifact(artifact), open_checkpoint(reference)
+    _check_same_model(opened.shape, checkpoint.shape, artifact, reference)
+    cases = build_cases(
+        max_length=opened.max_length,
+        vocabulary_size=opened.shape.vocabulary_size,
+        decode_steps=decode_steps,
+        prompt_length=prompt_length,
+        batch_size=batch_size,
+        seed=seed,
+        prompts=prompts,
+    )
+    inputs = _Inputs(cases, decode_steps, opened, device, threads)
+    expected = _reference_traces(inputs, reference, REFERENCE_DTYPES[opened.dtype], forced=None)
+    yardstick = _reference_traces(inputs, reference, opened.dtype, forced=expected)
+    comparisons: list[Comparison] = []
+    for backend in backends:
+        comparisons += _comparisons(inputs, artifact, backend, expected, yardstick)
+    settings = _settings(inputs, seed=seed if prompts is None else None)
+    digests = {"artifact": _digest_of_artifact(artifact), "reference": checkpoint.weights.digest}
+    return ParityReport.of(tuple(comparisons), settings, digests)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every runner is fed, and where."""
+
+    cases: tuple[Case, ...]
+    decode_steps: int
+    artifact: Artifact
+    device: str
+    threads: int | None
+
+
+def _reference_traces(inputs: _Inputs, checkpoint: Path, dtype: str, *, forced: Traces | None) -> Traces:
+    """PyTorch's answers in `dtype`, along its own greedy tokens or those of `forced`."""
+    max_length = inputs.artifact.max_length
+    with open_runner(
+        checkpoint, backend="torch", device=inputs.device, dtype=dtype, threads=inputs.threads, max_length=max_length
+    ) as runner:
+        traces = _traces(runner, inputs, forced)
+    return {**traces, "last": _joined(traces["single"], traces["ragged"])}
+
+
+def _candidate_traces(inputs: _Inputs, artifact: Path, backend: Backend, forced: Traces) -> Traces:
+    """The artifact's answers: from its graph with all logits, and from the one with the last only where it has it."""
+    opened = partial(open_runner, artifact, backend=backend, device=inputs.device, threads=inputs.threads)
+    with opened(logits="all") as runner:
+        traces = _traces(runner, inputs, forced)
+    if "last" not in inputs.artifact.graphs:
+        return traces
+    with opened(logits="last") as runner:
+        last = [
+            run_last_case(runner, case, forced=forced[case.name].tokens)
+            for case in inputs.cases
+            if case.name in ("single", "ragged")
+        ]
+    return {**traces, "last": _joined(*last)}
+
+
+def _traces(runner: Runner, inputs: _Inputs, forced: Traces | None) -> Traces:
+    traces: Traces = {}
+    for case in inputs.cases:
+        tokens = forced[case.name].tokens if forced else None
+        traces[case.name] = run_case(runner, case, decode_steps=inputs.decode_steps, forced=tokens)
+    return traces
+
+
+def _joined(single: Trace, ragged: Trace) -> Trace:
+    """What the graph with the last logits only can show of two cases: an even batch and a ragged one."""
+    last = np.concatenate([single.last, ragged.last])
+    tokens = np.concatenate([single.tokens, ragged.tokens], axis=1)
+    return Trace(last, last, np.concatenate([single.decode, ragged.decode]), tokens)
+
+
+def _comparisons(
+    inputs: _Inputs, artifact: Path, backend: Backend, expected: Traces, yardstick: Traces
+) -> list[Comparison]:
+    blanks = [
+        Comparison(reference=_REFERENCE, candidate=backend, phase=phase, case=case, passed=None)
+        for case, phase in product(expected, get_args(Phase))
+        if case != "last" or "last" in inputs.artifact.graphs
+    ]
+    try:
+        found = _candidate_traces(inputs, artifact, backend, expected)
+    except MissingRequirementError as error:
+        return [not_run(blank, error) for blank in blanks]
+    return [
+        compared(
+            blank,
+            getattr(expected[blank.case], blank.phase),
+            getattr(yardstick[blank.case], blank.phase),
+            getattr(found[blank.case], blank.phase),
+            inputs.artifact.dtype,
+        )
+        for blank in blanks
+    ]
+
+
+def _check_same_model(exported: DecoderShape, checkpoint: DecoderShape, artifact: Path, reference: Path) -> None:
+    if exported == checkpoint:
+        return
+    raise ArtifactError(
+        f"artifact '{artifact}' and checkpoint '{reference}' must be of the same model, but "
+        f"{_difference(exported, checkpoint)}; name the checkpoint it was exported from"
+    )
+
+
+def _difference(exported: DecoderShape, checkpoint: DecoderShape) -> str:
+    """The first field or layer in which two shapes differ, in words."""
+    for field in ("vocabulary_size", "hidden_size", "head_dim", "ffn_matrices", "tied_embeddings"):
+        ours, theirs = getattr(exported, field), getattr(checkpoint, field)
+        if ours != theirs:
+            return f"{field} is {ours} in the artifact and {theirs} in the checkpoint"
+    if len(exported.layers) != len(checkpoint.layers):
+        return f"the artifact has {len(exported.layers)} layers and the checkpoint {len(checkpoint.layers)}"
+    pairs = enumerate(zip(exported.layers, checkpoint.layers, strict=True))
+    layer, (ours, theirs) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+    return f"layer {layer} is ({ours}) in the artifact and ({theirs}) in the checkpoint"
+
+
+def _settings(inputs: _Inputs, seed: int | None) -> dict[str, str | int | float | None]:
+    ragged = next(case for case in inputs.cases if case.name == "ragged")
+    return {
+        "dtype": inputs.artifact.dtype,
+        "reference_dtype": REFERENCE_DTYPES[inputs.artifact.dtype],
+        "safety_factor": SAFETY_FACTOR,
+        "floor_ulps": FLOOR_ULPS,
+        "decode_steps": inputs.decode_steps,
+        "prompt_lengths": " ".join(str(len(prompt)) for prompt in ragged.prompts),
+        "max_length": inputs.artifact.max_length,
+        "seed": seed,
+        "device": inputs.device,
+        "threads": inputs.threads,
+    }
+
+
+def _digest_of_artifact(artifact: Path) -> str:
+    """SHA-256 over the graphs, the weights and `artifact.json`; reports lie beside them and don't count."""
+    files = [file for file in sorted(artifact.iterdir()) if file.is_file() and file.suffix != ".json"]
+    return digest_of_json({file.name: digest_of_file(file) for file in [*files, artifact / ARTIFACT_NAME]})

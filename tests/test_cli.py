@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import save_tokens, tiny_checkpoint, tokens_of
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from flap_export.cli import main
+from flap_export.errors import GateBreachedError, MissingRequirementError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Run the command line in this process, as the installed script would."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["flap-export", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capfd.readouterr()
+        code = exit_.value.code
+        return Outcome(code if isinstance(code, int) else 0, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "model"
+    tiny_checkpoint("llama", directory, vocab_size=300)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat " * 20], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    (directory.parent / "text.txt").write_text("the cat sat on the mat and looked at the other cat. " * 40)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Path) -> Path:
+    import flap_export
+
+    output = model.parent / "pruned"
+    flap_export.prune(model, output, ratio=0.3, calibration=str(model.parent / "text.txt"), sequence_length=16)
+    return output
+
+
+@pytest.fixture(scope="module")
+def artifacts(model: Path, pruned: Path) -> tuple[Path, Path]:
+    import flap_export
+
+    paths = (model.parent / "dense-onnx", model.parent / "pruned-onnx")
+    for source, output in zip((model, pruned), paths, strict=True):
+        flap_export.export(source, output, max_length=48)
+    return paths
+
+
+def test_prune_prints_the_plan_as_json_and_nothing_else(call: Call, model: Path, tmp_path: Path) -> None:
+    text = model.parent / "text.txt"
+    options = ("--ratio", "0.25", "--calibration", text, "--sequence-length", "16", "--json")
+    outcome = call("prune", model, "--output", tmp_path / "out", *options)
+    assert outcome.code == 0
+    plan = json.loads(outcome.out)
+    assert plan == json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["schema_version"] == 1
+    assert set(plan["layers"][0]) == {"layer", "query_heads", "kv_heads", "ffn_channels"}
+    assert abs(plan["ratio"]["achieved"] - 0.25) < 0.01
+    assert plan["digests"].keys() >= {"weights", "calibration"}
+
+
+def test_validate_bench_evaluate_and_generate(
+    call: Call, model: Path, pruned: Path, artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dense_onnx, pruned_onnx = artifacts
+    parity = call("validate", pruned_onnx, "--reference", pruned, "--decode-steps", "4", "--json")
+    assert parity.code == 0
+    found = json.loads(parity.out)
+    assert found["passed"] is True
+    assert {comparison["phase"] for comparison in found["comparisons"]} == {"prefill", "decode"}
+    short = ("--prompt-length", "8", "--repeats", "3", "--budget", "1")
+    bench = call("bench", pruned_onnx, "--baseline", dense_onnx, *short, "--json")
+    assert bench.code == 0
+    assert {"speedup", "ideal_speedup", "efficiency"} <= set(json.loads(bench.out)["phases"][0])
+    text = model.parent / "text.txt"
+    for target in (pruned, pruned_onnx):
+        quality = json.loads(call("evaluate", target, "--text", text, "--sequence-length", "16", "--json").out)
+        assert quality["sources"][0]["contaminated"] is True
+        assert quality["sources"][0]["perplexity"] > 1
+    prompt = ("--prompt", "the cat", "--max-new-tokens", "6")
+    written = [call("generate", target, *prompt, "--json") for target in (pruned, pruned_onnx)]
+    assert [outcome.code for outcome in written] == [0, 0]
+    assert json.loads(written[0].out)["text"] == json.loads(written[1].out)["text"] != ""
+    shown = call("generate", pruned_onnx, *prompt)
+    assert shown.out == json.loads(written[1].out)["text"] + "\n"
+
+
+def test_a_parity_breach_exits_1_and_names_the_gate(
+    call: Call, model: Path, artifacts: tuple[Path, Path], pruned: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(artifacts[1], broken)
+    content = bytearray((broken / "model.onnx.data").read_bytes())
+    content[3] ^= 0x40
+    (broken / "model.onnx.data").write_bytes(content)
+    outcome = call("validate", broken, "--reference", pruned, "--decode-steps", "4", "--json")
+    assert outcome.code == 1
+    assert json.loads(outcome.out)["passed"] is False
+    assert "parity" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_speedup_gate_exits_1(call: Call, artifacts: tuple[Path, Path]) -> None:
+    options = ("--prompt-length", "8", "--repeats", "3", "--budget", "1", "--minimum-speedup", "1000")
+    outcome = call("bench", artifacts[1], "--baseline", artifacts[0], *options)
+    assert outcome.code == 1
+    assert "speedup" in outcome.err
+
+
+@pytest.mark.parametrize("which", ["model", "pruned", "artifact"])
+def test_inspect(call: Call, model: Path, pruned: Path, artifacts: tuple[Path, Path], which: str) -> None:
+    path = {"model": model, "pruned": pruned, "artifact": artifacts[1]}[which]
+    value = json.loads(call("inspect", path, "--json").out)
+    assert len(value["shape"]["layers"]) == 2
+    assert "layer" in call("inspect", path).out
+
+
+def test_verify(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts[0], copy)
+    assert call("verify", copy).code == 0
+    (copy / "model.onnx").write_bytes(b"broken")
+    outcome = call("verify", copy)
+    assert outcome.code == 2
+    assert "model.onnx is changed" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "MODEL", "--output", "OUT", "--ratio", "1", "--calibration", "TEXT"], "strictly between 0 and 1"),
+        (["prune", "MODEL", "--output", "OUT", "--ratio", "nan", "--calibration", "TEXT"], "strictly between 0 and 1"),
+        (["prune", "MODEL", "--output", "OUT", "--ratio", "0.2", "--calibration", "no.txt"], "no text source"),
+        (["prune", "MODEL", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT", "--samples", "9999"], "9999"),
+        (["prune", "MODEL", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT", "--metric", "x"], "wifv"),
+        (["prune", "nowhere", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT"], "no model directory"),
+        (["prune", "PRUNED", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT"], "pruned already"),
+        (["export", "MODEL", "--output", "OUT", "--dtype", "int3"], "float32"),
+        (["export", "MODEL", "--output", "OUT", "--max-length", "100000"], "positions"),
+        (["export", "MODEL", "--output", "MODEL"], "holds something else"),
+        (["validate", "MODEL", "--reference", "MODEL"], "no exported artifact"),
+        (["bench", "MODEL", "--baseline", "MODEL"], "no exported artifact"),
+        (["evaluate", "MODEL", "--text", "no.npy"], "no text source"),
+        (["generate", "nowhere", "--prompt", "x"], "no model directory"),
+        (["report", "MODEL"], ""),
+        (["run", "no.yaml"], "no recipe"),
+        (["inspect", "nowhere"], "no model directory"),
+        (["verify", "MODEL"], "manifest"),
+    ],
+)
+def test_wrong_input_exits_2_with_one_clear_line(
+    call: Call, model: Path, pruned: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    names = {"MODEL": model, "PRUNED": pruned, "OUT": tmp_path / "out", "TEXT": model.parent / "text.txt"}
+    outcome = call(*(names.get(argument, argument) for argument in arguments))
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_with_json_is_one_json_object(call: Call, tmp_path: Path) -> None:
+    outcome = call("inspect", tmp_path / "none", "--json")
+    assert json.loads(outcome.out)["error"]["exit_code"] == 2
+    assert json.loads(outcome.out)["error"]["kind"] == "Model"
+
+
+def test_wrong_usage_exits_2(call: Call) -> None:
+    assert call("prune").code == 2
+    assert call("no-such-command").code == 2
+
+
+def test_an_unknown_recipe_key_names_the_nearest(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\ncalibrate: {source: t.txt}\nprune: {ration: 0.2}\n")
+    outcome = call("run", tmp_path / "r.yaml")
+    assert outcome.code == 2
+    assert "did you mean 'prune.ratio'" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MissingRequirementError("no GPU", "buy one"), 3), (GateBreachedError("parity", "off"), 1)]
+)
+def test_exit_codes_of_errors(
+    call: Call, monkeypatch: pytest.MonkeyPatch, model: Path, error: Exception, code: int
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("flap_export.exporting.export", failing)
+    outcome = call("export", model, "--output", "nowhere")
+    assert outcome.code == code
+    assert str(error) in outcome.err
+
+
+def test_run_from_a_recipe(call: Call, model: Path, tmp_path: Path) -> None:
+    source = save_tokens(tmp_path / "tokens.npy", tokens_of(6, 12))
+    (tmp_path / "tiny.yaml").write_text(
+        f"model: {model}\ncalibrate: {{source: {source}}}\nprune: {{ratio: 0.2}}\nexport: {{max_length: 48}}\n"
+        "validate: {decode_steps: 4, prompt_length: 8}\nbench: {repeats: 3, prompt_lengths: [8], budget_s: 1}\n"
+    )
+    outcome = call("run", tmp_path / "tiny.yaml", "--output", tmp_path / "run", "--set", "prune.ratio=0.3", "--json")
+    assert outcome.code == 0
+    value = json.loads(outcome.out)
+    assert value["passed"] is True
+    assert value["ratio"]["requested"] == 0.3
+    assert Path(value["report"]).is_file()

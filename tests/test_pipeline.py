@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tokens, tiny_checkpoint, tokens_of
+
+from flap_export import pipeline
+from flap_export.errors import BudgetError, OutputError, TextError
+from flap_export.manifest import verify
+from flap_export.recipe import Recipe, recipe_from
+
+STAGE_NAMES = [stage.name for stage in pipeline.STAGES]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_checkpoint("llama", folder / "model")
+    save_tokens(folder / "calibration.npy", tokens_of(6, 12, seed=1))
+    save_tokens(folder / "heldout.npy", tokens_of(4, 12, seed=2))
+    return folder
+
+
+@pytest.fixture
+def recipe_of(inputs: Path) -> Callable[..., Recipe]:
+    def build(**sections: dict[str, Any]) -> Recipe:
+        values: dict[str, Any] = {
+            "model": str(inputs / "model"),
+            "calibrate": {"source": str(inputs / "calibration.npy")},
+            "prune": {"ratio": 0.3},
+            "evaluate": {"sources": [str(inputs / "heldout.npy")]},
+            "export": {"max_length": 48},
+            "validate": {"decode_steps": 4, "prompt_length": 12},
+            "bench": {"repeats": 3, "prompt_lengths": [8], "budget_s": 1},
+        }
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        return recipe_from(values)
+
+    return build
+
+
+@pytest.fixture
+def performed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages whose action ran, in order."""
+    names: list[str] = []
+
+    def noting(stage: pipeline.Stage) -> pipeline.Stage:
+        def action(current: pipeline.Run) -> None:
+            names.append(stage.name)
+            stage.action(current)
+
+        return pipeline.Stage(stage.name, stage.needs, stage.outputs, stage.options, action)
+
+    monkeypatch.setattr(pipeline, "STAGES", tuple(noting(stage) for stage in pipeline.STAGES))
+    return names
+
+
+def performed_by(names: list[str], recipe: Recipe, directory: Path) -> list[str]:
+    names.clear()
+    pipeline.run(recipe, directory)
+    return list(names)
+
+
+def test_a_run_does_every_stage_and_a_second_one_only_what_changed(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    directory = tmp_path / "run"
+    result = pipeline.run(recipe_of(), directory)
+    assert performed == STAGE_NAMES
+    assert result.breaches == ()
+    assert result.parity.passed
+    assert result.quality is not None
+    assert result.quality.sources[0].dense_perplexity is not None
+    assert result.latency is not None
+    assert {phase.phase for phase in result.latency.phases} == {"prefill", "decode"}
+    assert result.report.is_file()
+    assert "onnx/pruned/model.onnx.data" in verify(directory).files
+
+    assert performed_by(performed, recipe_of(), directory) == []
+    assert performed_by(performed, recipe_of(bench={"repeats": 4}), directory) == ["bench"]
+    after_ratio = ["prune", "export", "evaluate", "validate", "bench"]
+    assert performed_by(performed, recipe_of(prune={"ratio": 0.4}), directory) == after_ratio
+    after_export = ["export-dense", "export", "validate", "bench"]
+    assert (
+        performed_by(performed, recipe_of(prune={"ratio": 0.4}, export={"max_length": 40}), directory) == after_export
+    )
+
+
+def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:
+    directory = tmp_path / "run"
+    pipeline.run(recipe_of(), directory)
+    data = directory / "onnx/pruned/model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 0xFF
+    data.write_bytes(content)
+    # What export writes again is what it wrote before, so nothing after it needs to run.
+    assert performed_by(performed, recipe_of(), directory) == ["export"]
+
+
+def test_a_changed_calibration_text_redoes_what_depends_on_it(
+    tmp_path: Path, inputs: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    source = save_tokens(tmp_path / "text.npy", tokens_of(6, 12, seed=3))
+    recipe = recipe_of(calibrate={"source": source})
+    pipeline.run(recipe, tmp_path / "run")
+    save_tokens(tmp_path / "text.npy", tokens_of(6, 12, seed=4))
+    again = performed_by(performed, recipe, tmp_path / "run")
+    assert again[:2] == ["calibrate", "prune"]
+    assert "export-dense" not in again
+
+
+def test_a_parity_breach_stops_before_the_bench_and_still_reports(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    pipeline.run(recipe_of(), directory)
+    assert (directory / "latency.json").is_file()
+    export = pipeline.export
+
+    def broken_export(checkpoint: Any, output: Any, **options: Any) -> Any:
+        artifact = export(checkpoint, output, **options)
+        data = Path(output) / "model.onnx.data"
+        content = bytearray(data.read_bytes())
+        content[3] ^= 0x40
+        data.write_bytes(content)
+        return artifact
+
+    monkeypatch.setattr(pipeline, "export", broken_export)
+    performed.clear()
+    result = pipeline.run(recipe_of(export={"max_length": 44}), directory)
+    assert performed[-1] == "validate"
+    assert [breach.gate for breach in result.breaches] == ["parity"]
+    assert result.latency is None
+    assert not (directory / "latency.json").exists()
+    assert result.report.is_file()
+    assert result.as_json()["passed"] is False
+
+
+def test_gates_name_what_they_measured(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    gates = {"maximum_perplexity_ratio": 1.0000001, "minimum_decode_speedup": 1e6}
+    result = pipeline.run(recipe_of(gates=gates, prune={"ratio": 0.8}), tmp_path / "run")
+    found = {breach.gate: str(breach) for breach in result.breaches}
+    assert "speedup" in found
+    assert "1e+06" in found["speedup"]
+    quality = result.quality
+    assert quality is not None
+    dense = quality.sources[0].dense_perplexity
+    assert dense is not None
+    assert ("quality" in found) == (quality.sources[0].perplexity > dense * 1.0000001)
+
+
+def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:
+    directory, recipe = tmp_path / "run", recipe_of()
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(by_alias=True))
+    command = [sys.executable, "-m", "flap_export", "run", str(tmp_path / "recipe.yaml"), "--output", str(directory)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    marker, deadline = directory / pipeline.STAGES_FOLDER / "prune.json", time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert marker.exists()
+    assert not (directory / "report.html").exists()
+    again = performed_by(performed, recipe, directory)
+    assert "calibrate" not in again
+    assert "prune" not in again
+    assert again[-1] == "bench"
+    assert (directory / "report.html").is_file()
+    assert [path.name for path in directory.rglob(".*partial*")] == []
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    directory = tmp_path / "run"
+    with pipeline._locked(directory), pytest.raises(OutputError, match="another run is at work"):
+        pipeline.run(recipe_of(), directory)
+
+
+def test_a_directory_with_something_else_is_left_alone(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="holds something else"):
+        pipeline.run(recipe_of(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "error"),
+    [
+        ({"prune": {"ratio": 1.5}}, BudgetError),
+        ({"calibrate": {"source": "missing.txt"}}, TextError),
+        ({"evaluate": {"sources": ["missing.npy"]}}, TextError),
+    ],
+)
+def test_wrong_input_is_found_before_any_stage(
+    tmp_path: Path,
+    recipe_of: Callable[..., Recipe],
+    performed: list[str],
+    sections: dict[str, dict[str, Any]],
+    error: type[Exception],
+) -> None:
+    with pytest.raises(error):
+        pipeline.run(recipe_of(**sections), tmp_path / "run")
+    assert performed == []
+
+
+def test_the_result_as_json_is_json(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    result = pipeline.run(recipe_of(evaluate={"sources": []}), tmp_path / "run")
+    value = json.loads(json.dumps(result.as_json()))
+    assert value["quality"] is None
+    assert value["passed"] is True
+    assert value["ratio"]["requested"] == 0.3

@@ -1,0 +1,180 @@
+"""Tiny random models of every family, plans that cut them unevenly, and their statistics.
+
+Weights are large enough that every layer moves the logits, biases and norms are random too, so that a tensor that
+is lost, swapped or cut wrongly shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flap_export.calibration import calibrate
+from flap_export.checkpoint import MAX_SHARD_BYTES, write_checkpoint
+from flap_export.compensation import COMPENSATIONS, CompensationName
+from flap_export.families import FAMILIES
+from flap_export.loading import Checkpoint, open_checkpoint
+from flap_export.plan import LayerPlan, PruningPlan, Ratio
+from flap_export.rewriting import rewrite
+from flap_export.statistics import CalibrationStatistics
+
+VOCABULARY = 89
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    # Qwen3's head size is stated and need not divide the hidden size; multi-query attention in Qwen2.
+    "qwen3": {"head_dim": 12},
+    "qwen2": {"num_key_value_heads": 1},
+    "mistral": {"sliding_window": 6},
+}
+ALL_FAMILIES = sorted(FAMILIES)
+ROPES: dict[str, dict[str, Any]] = {
+    "theta": {"rope_type": "default", "rope_theta": 123.0},
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 100.0,
+    },
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    return AutoConfig.for_model(family, **{**SIZES, **FAMILY_SIZES.get(family, {}), **overrides})
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.data.copy_(1 + noise if name.endswith("norm.weight") else noise)
+
+
+def tiny_checkpoint(
+    family: str,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    max_shard_size: str | int = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Save a dense model of `family` with random weights; `overrides` go to its configuration."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=dtype)
+    randomise(model, seed)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def tokens_of(sequences: int, length: int, *, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_tokens(path: Path, tokens: Tensor) -> str:
+    np.save(path, tokens.numpy())
+    return str(path)
+
+
+def tiny_statistics(checkpoint: Path, folder: Path, *, sequences: int = 6, length: int = 11) -> CalibrationStatistics:
+    return calibrate(checkpoint, save_tokens(folder / "calibration.npy", tokens_of(sequences, length, seed=7)))
+
+
+def layer_plan(checkpoint: Checkpoint, index: int, kv_heads: Sequence[int], ffn_channels: Sequence[int]) -> LayerPlan:
+    """Keep whole KV groups and some channels."""
+    layer = checkpoint.shape.layers[index]
+    size = layer.query_heads // layer.kv_heads
+    return LayerPlan(
+        layer=index,
+        query_heads=tuple(head * size + i for head in kv_heads for i in range(size)),
+        kv_heads=tuple(kv_heads),
+        ffn_channels=tuple(ffn_channels),
+    )
+
+
+def plan_of(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> PruningPlan:
+    return PruningPlan(
+        model=checkpoint.name,
+        family=checkpoint.family.model_type,
+        ratio=Ratio(requested=0.5, achieved=0.5),
+        layers=tuple(layers),
+    )
+
+
+def keep_all_plan(checkpoint: Checkpoint) -> PruningPlan:
+    layers = checkpoint.shape.layers
+    return plan_of(
+        checkpoint,
+        [layer_plan(checkpoint, i, range(s.kv_heads), range(s.ffn_channels)) for i, s in enumerate(layers)],
+    )
+
+
+def uneven_plan(checkpoint: Checkpoint) -> PruningPlan:
+    """Four layers: without heads, uneven, without channels, and without either.
+
+    One query head of each KV group goes in the uneven layer, besides whole groups where there are several.
+    """
+    layer = checkpoint.shape.layers[0]
+    assert len(checkpoint.shape.layers) == 4
+    size = layer.query_heads // layer.kv_heads
+    last = layer.kv_heads - 1
+    uneven = LayerPlan(
+        layer=1,
+        query_heads=tuple(last * size + i for i in range(min(1, size - 1), size)),
+        kv_heads=(last,),
+        ffn_channels=tuple(range(1, layer.ffn_channels, 3)),
+    )
+    return plan_of(
+        checkpoint,
+        [
+            layer_plan(checkpoint, 0, [], range(0, layer.ffn_channels, 2)),
+            uneven,
+            layer_plan(checkpoint, 2, range(last, layer.kv_heads), []),
+            layer_plan(checkpoint, 3, [], []),
+        ],
+    )
+
+
+def save_pruned(
+    dense: Path,
+    plan: PruningPlan,
+    directory: Path,
+    statistics: CalibrationStatistics,
+    *,
+    compensation: CompensationName = "bias",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Cut `dense` as `plan` says, whatever the scores would have been."""
+    checkpoint, restore = open_checkpoint(dense), COMPENSATIONS[compensation]
+    shape = plan.pruned_shape(checkpoint.shape, compensated=restore is not None)
+    directory.mkdir(parents=True)
+    tensors = rewrite(checkpoint, plan, statistics, restore)
+    write_checkpoint(directory, checkpoint, plan, shape, tensors, max_shard_bytes=max_shard_bytes)
+    return directory
+
+
+def tiny_pruned(family: str, folder: Path, **overrides: Any) -> Path:
+    """An uneven checkpoint of four layers; the dense one it came from is beside it, in `folder / "dense"`."""
+    dense = tiny_checkpoint(family, folder / "dense", **{"num_hidden_layers": 4, **overrides})
+    statistics = tiny_statistics(dense, folder)
+    return save_pruned(dense, uneven_plan(open_checkpoint(dense)), folder / "pruned", statistics)
