@@ -105,7 +105,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     kv_heads = heads if kv_heads is None else kv_heads
-    if heads % kv_heads:
+    if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     layer = LayerShape(
         query_heads=heads,

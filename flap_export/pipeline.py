@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -183,12 +184,14 @@ def _locked(directory: Path) -> Iterator[None]:
     """Hold the run's directory; the operating system lets go of it when the process ends, however it ends."""
     with writing_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
-            yield
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
+    finally:
+        os.close(descriptor)
 
 
 def _begin(current: Run) -> None:

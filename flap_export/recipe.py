@@ -49,7 +49,8 @@ class ExportSection(Section):
     """Stage `export`, done alike for the dense and the pruned model."""
 
     dtype: DtypeName = "float32"
-    max_length: int = Field(default=2048, gt=1)
+    max_length: int | None = Field(default=None, gt=1)
+    """Rows of the cache; None is 2048, or all of a shorter model's positions."""
 
 
 class ValidateSection(Section):

@@ -31,7 +31,7 @@ class Weights:
         self.directory = directory
         self._file_of = _files_by_name(directory)
         for file in self.files:
-            _check_complete(file)
+            _check_complete(file, {name for name, holder in self._file_of.items() if holder == file})
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -101,8 +101,8 @@ def _files_by_name(directory: Path) -> dict[str, Path]:
 
 def _files_from_index(index: Path) -> dict[str, Path]:
     try:
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        names = {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"'{index}' is not a safetensors index; fetch the checkpoint again") from error
     missing = sorted({shard for shard in names.values() if not (index.parent / shard).is_file()})
     if missing:
@@ -110,9 +110,14 @@ def _files_from_index(index: Path) -> dict[str, Path]:
     return {name: index.parent / shard for name, shard in names.items()}
 
 
-def _check_complete(file: Path) -> None:
-    with _opened(file):
-        pass
+def _check_complete(file: Path, names: set[str]) -> None:
+    with _opened(file) as opened:
+        missing = sorted(names - set(opened.keys()))
+    if missing:
+        raise ModelError(
+            f"weight file '{file}' lacks {len(missing)} tensors that the index says it holds, such as '{missing[0]}'; "
+            "fetch the checkpoint again"
+        )
 
 
 def _opened(file: Path) -> safe_open:

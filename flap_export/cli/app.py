@@ -139,7 +139,7 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Dense or pruned checkpoint.")],
     output: Output,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    max_length: Annotated[int, typer.Option(help="Rows of the KV cache: prompt and generated tokens together.")] = 2048,
+    max_length: Annotated[int | None, typer.Option(help="Rows of the KV cache (2048): prompt and new tokens.")] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:

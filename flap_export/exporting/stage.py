@@ -30,10 +30,11 @@ DTYPES: Final[dict[DtypeName, torch.dtype]] = {
 }
 GRAPHS: Final[dict[LogitsKind, str]] = {"all": "model.onnx", "last": "model-last.onnx"}
 DATA_NAME: Final = "model.onnx.data"
+DEFAULT_MAX_LENGTH: Final = 2048
 
 
 def export(
-    checkpoint: str | Path, output: str | Path, *, dtype: DtypeName = "float32", max_length: int = 2048
+    checkpoint: str | Path, output: str | Path, *, dtype: DtypeName = "float32", max_length: int | None = None
 ) -> Artifact:
     """Export a dense or pruned checkpoint to ONNX (opset 24, standard operators only).
 
@@ -44,7 +45,7 @@ def export(
         checkpoint: a model directory or hub name.
         output: the directory to make; an older artifact there is replaced once the new one is complete.
         dtype: precision of weights, activations and cache.
-        max_length: rows of the cache, fixed per artifact.
+        max_length: rows of the cache, fixed per artifact; None is 2048, or all of a shorter model's positions.
 
     Raises:
         ModelError: the checkpoint is unusable.
@@ -52,7 +53,7 @@ def export(
         OutputError: `output` holds something else, or the disk is full.
     """
     opened = open_checkpoint(checkpoint)
-    _check_request(opened, dtype, max_length)
+    max_length = _checked_length(opened, max_length)
     check_weights(meta_model(opened, torch.float32), opened)
     with new_directory(Path(output), ARTIFACT_NAME) as directory:
         ir_model = trace(opened, DTYPES[dtype], max_length, "last")
@@ -72,14 +73,15 @@ def export(
     return artifact
 
 
-def _check_request(checkpoint: Checkpoint, dtype: str, max_length: int) -> None:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+def _checked_length(checkpoint: Checkpoint, max_length: int | None) -> int:
     positions = getattr(checkpoint.config, "max_position_embeddings", None)
+    if max_length is None:
+        return DEFAULT_MAX_LENGTH if positions is None else min(DEFAULT_MAX_LENGTH, positions)
     if max_length < 2:
         raise InputError(f"max_length must be at least 2 (a prompt and a new token), got {max_length}")
     if positions is not None and max_length > positions:
         raise InputError(f"max_length {max_length} is beyond the model's {positions} positions; lower it")
+    return max_length
 
 
 def _describe(checkpoint: Checkpoint, dtype: DtypeName, max_length: int) -> Artifact:
