@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flap_export.families import Family
-from flap_export.loading import PRUNED_PREFIX, Checkpoint, pruned_section
+from flap_export.loading import PRUNED_PREFIX, Checkpoint, both_rope_forms, pruned_section
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.shapes import DecoderShape
 from flap_export.weights import INDEX_FILE, SINGLE_FILE
@@ -88,19 +88,6 @@ def uneven_config(dense: dict[str, Any], family: Family, shape: DecoderShape) ->
         },
         "pruned": pruned_section(family, shape),
     }
-
-
-def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
-    """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form."""
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict) and "rope_theta" in parameters:
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        is_scaled = scaling.get("rope_type", "default") != "default"
-        return {**config, "rope_theta": parameters["rope_theta"], "rope_scaling": scaling if is_scaled else None}
-    if "rope_theta" in config:
-        scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        return {**config, "rope_parameters": {**scaling, "rope_theta": config["rope_theta"]}}
-    return config
 
 
 def modeling_source(family: Family) -> str:

@@ -112,12 +112,26 @@ def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> An
 
     own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}
     try:
-        return AutoConfig.for_model(family.model_type, **{key: raw[key] for key in raw if key not in own})
+        values = both_rope_forms({key: raw[key] for key in raw if key not in own})
+        return AutoConfig.for_model(family.model_type, **values)
     # transformers validates configurations with exceptions of several libraries.
     except Exception as error:
         raise ModelError(
             f"'{directory / 'config.json'}' is not a valid {family.model_type} configuration: {error}"
         ) from error
+
+
+def both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        is_scaled = scaling.get("rope_type", "default") != "default"
+        return {**config, "rope_theta": parameters["rope_theta"], "rope_scaling": scaling if is_scaled else None}
+    if "rope_theta" in config:
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        return {**config, "rope_parameters": {**scaling, "rope_theta": config["rope_theta"]}}
+    return dict(config)
 
 
 def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:

@@ -186,12 +186,17 @@ def _locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(descriptor, directory)
         yield
-    except BlockingIOError as error:
-        raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
 
 
 def _begin(current: Run) -> None:
