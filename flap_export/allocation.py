@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from flap_export.errors import BudgetError
 from flap_export.plan import LayerPlan, Ratio
+from flap_export.reference import removed_units
 from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape, LayerShape
 
-StructureName = Literal["al-am", "ul-um"]
+StructureName = Literal["al-am", "al-mm", "ul-mm", "ul-um"]
+Selection = Literal["exact", "reference"]
 
 
 @final
@@ -26,8 +28,8 @@ StructureName = Literal["al-am", "ul-um"]
 class Removal:
     """Per layer, the KV groups and FFN channels that go; boolean [K] and [F], True where removed."""
 
-    kv_groups: tuple[NDArray[np.bool_], ...]
-    ffn_channels: tuple[NDArray[np.bool_], ...]
+    kv_groups: Sequence[NDArray[np.bool_]]
+    ffn_channels: Sequence[NDArray[np.bool_]]
 
 
 def group_parameters(shape: DecoderShape, layer: LayerShape) -> int:
@@ -36,7 +38,13 @@ def group_parameters(shape: DecoderShape, layer: LayerShape) -> int:
 
 
 def allocate(
-    scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, structure: StructureName = "al-am"
+    scores: Sequence[LayerScores],
+    shape: DecoderShape,
+    ratio: float,
+    structure: StructureName = "al-am",
+    *,
+    remove_heads: int = 0,
+    selection: Selection = "exact",
 ) -> tuple[tuple[LayerPlan, ...], Ratio]:
     """Decide what every layer keeps.
 
@@ -44,63 +52,131 @@ def allocate(
         scores: standardised scores per layer.
         shape: the dense decoder.
         ratio: share of the decoder's attention and FFN weights that goes, in (0, 1).
-        structure: `al-am` ranks all units of all layers together; `ul-um` takes the same share everywhere.
+        structure: `al-am` ranks all units of all layers together; `al-mm` ranks groups among groups and channels
+            among channels; `ul-mm` takes the same counts in every layer; `ul-um` the same share of every module too.
+        remove_heads: query heads that go in the whole model, for `al-mm` and `ul-mm`; the channels make up the rest.
+        selection: by rank at exact costs, or by the official code's thresholds (`flap_export.reference`).
 
     Raises:
-        BudgetError: the ratio is outside (0, 1), removes nothing or everything.
+        BudgetError: the ratio is outside (0, 1), removes nothing or everything, or `remove_heads` cannot be met.
     """
     if not 0 < ratio < 1:
         raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
-    removal = STRUCTURES[structure](scores, shape, ratio)
+    if selection == "reference":
+        removal = Removal(*removed_units(scores, shape, ratio, structure, remove_heads))
+    else:
+        removal = STRUCTURES[structure](scores, shape, ratio, remove_heads)
     layers = tuple(
         _layer_plan(index, layer, groups, channels)
         for index, (layer, groups, channels) in enumerate(
             zip(shape.layers, removal.kv_groups, removal.ffn_channels, strict=True)
         )
     )
-    return layers, _achieved(shape, layers, ratio, structure)
+    return layers, _achieved(shape, layers, ratio, structure, selection)
 
 
-def _al_am(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float) -> Removal:
+def _al_am(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
     """FLAP's AL-AM: one ranking over all groups and channels; lowest scores go first, each at its exact cost.
 
     A unit that would overshoot the budget by more than half of the smallest unit is passed over for smaller ones
     further up, so that the budget is met to half an FFN channel.
     """
     units = [
-        (values.numpy(), cost, kind, index)
-        for index, (layer, layer_scores) in enumerate(zip(shape.layers, scores, strict=True))
-        for kind, values, cost in (
-            (0, layer_scores.kv_groups, group_parameters(shape, layer)),
-            (1, layer_scores.ffn_channels, shape.ffn_channel_parameters),
+        (values.numpy(), cost)
+        for layer, layer_scores in zip(shape.layers, scores, strict=True)
+        for values, cost in (
+            (layer_scores.kv_groups, group_parameters(shape, layer)),
+            (layer_scores.ffn_channels, shape.ffn_channel_parameters),
         )
     ]
-    values = np.concatenate([unit[0] for unit in units])
-    costs = np.concatenate([np.full(len(unit[0]), unit[1], dtype=np.int64) for unit in units])
+    chosen = _cheapest_first(units, ratio * shape.decoder_parameters)
+    return Removal(tuple(chosen[0::2]), tuple(chosen[1::2]))
+
+
+def _al_mm(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+    """FLAP's AL-MM: the lowest groups of all layers until `remove_heads` heads are gone, then the lowest channels."""
+    attention = [
+        (s.kv_groups.numpy(), layer.query_heads // layer.kv_heads)
+        for layer, s in zip(shape.layers, scores, strict=True)
+    ]
+    groups = _cheapest_first(attention, remove_heads)
+    _check_heads(remove_heads, shape, sum(int(g.sum()) * size for g, (_, size) in zip(groups, attention, strict=True)))
+    rest = ratio * shape.decoder_parameters - _group_cost(groups, shape)
+    _check_rest(rest, shape, remove_heads)
+    channels = _cheapest_first([(s.ffn_channels.numpy(), shape.ffn_channel_parameters) for s in scores], rest)
+    return Removal(tuple(groups), tuple(channels))
+
+
+def _ul_mm(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+    """FLAP's UL-MM: the same number of heads in every layer, and channels for the rest of every layer's budget."""
+    layers = len(shape.layers)
+    sizes = [layer.query_heads // layer.kv_heads for layer in shape.layers]
+    counts = [remove_heads // layers // size for size in sizes]
+    _check_heads(remove_heads, shape, sum(count * size for count, size in zip(counts, sizes, strict=True)))
+    gone = [np.arange(layer.kv_heads) < count for layer, count in zip(shape.layers, counts, strict=True)]
+    _check_rest(ratio * shape.decoder_parameters - _group_cost(gone, shape), shape, remove_heads)
+    return _uniform(scores, shape, ratio, counts)
+
+
+def _check_rest(rest: float, shape: DecoderShape, remove_heads: int) -> None:
+    """Whether the FFN channels can make up the `rest` of the budget, in weights."""
+    available = sum(shape.ffn_parameters(layer) for layer in shape.layers)
+    if not -shape.ffn_channel_parameters / 2 <= rest <= available + shape.ffn_channel_parameters / 2:
+        more = "more" if rest > 0 else "fewer"
+        raise BudgetError(
+            f"the budget cannot be met: beside {remove_heads} query heads, {rest:.0f} weights of FFN channels would "
+            f"have to go, and there are {available}; remove {more} heads (--remove-heads)"
+        )
+
+
+def _check_heads(asked: int, shape: DecoderShape, found: int) -> None:
+    if asked != found:
+        size = shape.layers[0].query_heads // shape.layers[0].kv_heads
+        raise BudgetError(
+            f"{asked} query heads cannot be removed as whole KV groups of {size} in this structure, only {found}; "
+            f"set --remove-heads {found}"
+        )
+
+
+def _group_cost(groups: Sequence[NDArray[np.bool_]], shape: DecoderShape) -> int:
+    return sum(
+        int(gone.sum()) * group_parameters(shape, layer) for gone, layer in zip(groups, shape.layers, strict=True)
+    )
+
+
+def _cheapest_first(units: Sequence[tuple[NDArray[np.float64], int]], budget: float) -> list[NDArray[np.bool_]]:
+    """Take units from the lowest score on while they fit `budget` to half of the smallest unit's cost.
+
+    Args:
+        units: per kind and layer the scores [N], and what each of these units costs.
+        budget: in the same units as the costs.
+
+    Returns:
+        Per kind and layer boolean [N], True where taken.
+    """
+    values = np.concatenate([scores for scores, _ in units])
+    costs = np.concatenate([np.full(len(scores), cost, dtype=np.int64) for scores, cost in units])
+    chosen, removed, smallest = np.zeros(len(values), dtype=bool), 0, int(costs.min())
     # A stable sort: equal scores go in layer order, so that the same statistics always give the same plan.
-    chosen = _cheapest_first(np.argsort(values, kind="stable"), costs, ratio * shape.decoder_parameters)
-    split = np.split(chosen, np.cumsum([len(unit[0]) for unit in units])[:-1])
-    return Removal(tuple(split[0::2]), tuple(split[1::2]))
-
-
-def _cheapest_first(order: NDArray[np.intp], costs: NDArray[np.int64], budget: float) -> NDArray[np.bool_]:
-    """Take units in `order` while they fit `budget` to half of the smallest unit's cost."""
-    chosen, removed, smallest = np.zeros(len(order), dtype=bool), 0, int(costs.min())
-    for unit in order:
+    for unit in np.argsort(values, kind="stable"):
         cost = int(costs[unit])
         if removed + cost <= budget + smallest / 2:
             chosen[unit] = True
             removed += cost
         elif cost == smallest:
             break
-    return chosen
+    return np.split(chosen, np.cumsum([len(scores) for scores, _ in units])[:-1])
 
 
-def _ul_um(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float) -> Removal:
-    """FLAP's UL-UM: the same counts go in every layer; FFN channels make up for what whole groups cannot express."""
+def _ul_um(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+    """FLAP's UL-UM: the same share of every module; FFN channels make up for what whole groups cannot express."""
+    return _uniform(scores, shape, ratio, [round(ratio * layer.kv_heads) for layer in shape.layers])
+
+
+def _uniform(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, group_counts: Sequence[int]) -> Removal:
+    """Remove `group_counts` groups, and of every layer the channels that bring it to `ratio`."""
     groups, channels = [], []
-    for layer, layer_scores in zip(shape.layers, scores, strict=True):
-        group_count = round(ratio * layer.kv_heads)
+    for layer, layer_scores, group_count in zip(shape.layers, scores, group_counts, strict=True):
         budget = ratio * (shape.attention_parameters(layer) + shape.ffn_parameters(layer))
         rest = budget - group_count * group_parameters(shape, layer)
         channel_count = min(max(round(rest / shape.ffn_channel_parameters), 0), layer.ffn_channels)
@@ -115,8 +191,10 @@ def _lowest(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
     return chosen
 
 
-STRUCTURES: Final[Mapping[StructureName, Callable[[Sequence[LayerScores], DecoderShape, float], Removal]]] = {
+STRUCTURES: Final[Mapping[StructureName, Callable[[Sequence[LayerScores], DecoderShape, float, int], Removal]]] = {
     "al-am": _al_am,
+    "al-mm": _al_mm,
+    "ul-mm": _ul_mm,
     "ul-um": _ul_um,
 }
 
@@ -131,7 +209,9 @@ def _layer_plan(index: int, layer: LayerShape, groups: NDArray[np.bool_], channe
     )
 
 
-def _achieved(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, structure: StructureName) -> Ratio:
+def _achieved(
+    shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, structure: StructureName, selection: Selection
+) -> Ratio:
     kept = sum(
         len(plan.kv_heads) * group_parameters(shape, layer) + len(plan.ffn_channels) * shape.ffn_channel_parameters
         for plan, layer in zip(layers, shape.layers, strict=True)
@@ -145,12 +225,16 @@ def _achieved(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, st
     if kept == 0:
         raise BudgetError(f"a ratio of {ratio} would remove every head and channel of the decoder; ask for less")
     missed = abs(total - kept - ratio * total)
-    reason = None
-    if missed > unit / 2:
-        step = len(shape.layers) if structure == "ul-um" else 1
-        reason = (
-            f"{structure} can only move {step} FFN channels at a time, {step * unit / total:.2g} of the weights"
-            if structure == "ul-um" and missed <= step * unit / 2
-            else "no FFN channels are left to make up for whole KV groups"
-        )
+    reason = _why_missed(missed / unit, len(shape.layers), structure, selection) if missed > unit / 2 else None
     return Ratio(requested=ratio, achieved=(total - kept) / total, reason=reason)
+
+
+def _why_missed(channels: float, layers: int, structure: StructureName, selection: Selection) -> str:
+    """Why the achieved ratio is `channels` FFN channels off."""
+    if selection == "reference":
+        return "the official code's thresholds and integer costs are reproduced"
+    if structure.startswith("ul") and channels <= layers / 2:
+        return (
+            f"{structure} removes the same number in each of {layers} layers, so it moves {layers} channels at a time"
+        )
+    return "no FFN channels are left to make up for whole KV groups"

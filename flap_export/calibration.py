@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,24 @@ from torch import Tensor, nn
 from flap_export.errors import ModelError
 from flap_export.layerwise import Progress, no_progress, run_layers
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
-from flap_export.moments import Moments
-from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace, SiteStatistics
+from flap_export.moments import RunningMoments
+from flap_export.reference import ReferenceMoments
+from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace, SiteStatistics, StatisticsName
 from flap_export.text import read_windows
 
 DEFAULT_SAMPLES = 1024
 """FLAP's number of calibration samples; fewer are used where the text is shorter."""
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ACCUMULATORS: Final[dict[StatisticsName, type[RunningMoments] | type[ReferenceMoments]]] = {
+    "welford": RunningMoments,
+    "reference": ReferenceMoments,
+}
+DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 
 
 def calibrate(
@@ -30,6 +41,7 @@ def calibrate(
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
+    statistics: StatisticsName = "welford",
     device: str = "cpu",
     dtype: str | None = None,
     chunk_sequences: int = 8,
@@ -43,6 +55,7 @@ def calibrate(
         samples: sequences to use; None takes up to 1024 of what the source holds.
         sequence_length: tokens of one sequence; None is 128, or the shape of a token array.
         seed: chooses the sequences of a longer text.
+        statistics: exact, or as the official code computes them; see `flap_export.reference`.
         device: where to compute.
         dtype: precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU.
         chunk_sequences: sequences in memory at a time.
@@ -69,7 +82,7 @@ def calibrate(
     run_layers(
         checkpoint,
         torch.from_numpy(windows.tokens),
-        partial(_observed, checkpoint, sites),
+        partial(_observed, checkpoint, statistics, sites),
         dtype=compute_dtype(checkpoint, dtype, device),
         device=device,
         chunk_sequences=chunk_sequences,
@@ -77,7 +90,7 @@ def calibrate(
     )
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
     sequences, length = windows.tokens.shape
-    return CalibrationStatistics(checkpoint.name, source, sequences, length, sites, digests)
+    return CalibrationStatistics(checkpoint.name, source, sequences, length, statistics, sites, digests)
 
 
 def compute_dtype(checkpoint: Checkpoint, dtype: str | None, device: str) -> torch.dtype:
@@ -89,14 +102,20 @@ def compute_dtype(checkpoint: Checkpoint, dtype: str | None, device: str) -> tor
 
 @contextmanager
 def _observed(
-    checkpoint: Checkpoint, sites: dict[tuple[int, CutSpace], SiteStatistics], index: int, layer: nn.Module
+    checkpoint: Checkpoint,
+    kind: StatisticsName,
+    sites: dict[tuple[int, CutSpace], SiteStatistics],
+    index: int,
+    layer: nn.Module,
 ) -> Iterator[None]:
     """Gather the statistics of one layer while it runs."""
     restoring = {space: layer.get_submodule(checkpoint.family.restoring(space).path) for space in CUT_SPACES}
-    moments = {space: Moments.empty(module.get_parameter("weight").shape[1]) for space, module in restoring.items()}
+    running: dict[CutSpace, RunningMoments | ReferenceMoments] = {
+        space: ACCUMULATORS[kind](module.get_parameter("weight").shape[1]) for space, module in restoring.items()
+    }
 
     def observe(space: CutSpace, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments[space] = moments[space].merged(_on_cpu(Moments.of(inputs[0].flatten(0, 1))))
+        running[space].update(inputs[0])
 
     hooks = [module.register_forward_pre_hook(partial(observe, space)) for space, module in restoring.items()]
     try:
@@ -105,19 +124,22 @@ def _observed(
         for hook in hooks:
             hook.remove()
     for space, module in restoring.items():
-        _check_finite(moments[space], index, checkpoint.family.restoring(space).path)
-        weight = module.get_parameter("weight").to(torch.float64)
-        sites[index, space] = SiteStatistics(
-            moments[space], weight.square().sum(dim=0).cpu(), weight.abs().mean(dim=0).cpu()
-        )
+        sites[index, space] = _site(running[space], module.get_parameter("weight").to(torch.float64))
+        _check_finite(sites[index, space], index, checkpoint.family.restoring(space).path)
 
 
-def _on_cpu(moments: Moments) -> Moments:
-    return Moments(moments.count, moments.mean.cpu(), moments.square_sum.cpu())
+def _site(running: RunningMoments | ReferenceMoments, weight: Tensor) -> SiteStatistics:
+    return SiteStatistics(
+        mean=running.mean.to(torch.float64),
+        variance=running.fluctuation.to(torch.float64),
+        square_norm=running.square_norm.to(torch.float64),
+        weight_square_norm=weight.square().sum(dim=0).cpu(),
+        weight_absolute_mean=weight.abs().mean(dim=0).cpu(),
+    )
 
 
-def _check_finite(moments: Moments, layer: int, path: str) -> None:
-    if bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.square_sum).all()):
+def _check_finite(site: SiteStatistics, layer: int, path: str) -> None:
+    if bool(torch.isfinite(site.mean).all() and torch.isfinite(site.variance).all()):
         return
     raise ModelError(
         f"layer {layer}: what enters {path} is NaN or infinite; the model overflows in this precision, "

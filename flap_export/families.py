@@ -17,6 +17,7 @@ from flap_export.errors import ModelError
 from flap_export.shapes import DecoderShape, LayerShape
 
 Space = Literal["hidden", "query", "kv", "ffn"]
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Family:
     bias_flags: Mapping[Space, str] = field(default_factory=dict)
     """Configuration flag that gives all projections around a space a bias. A family with both can hold a
     compensated uniform plan in its own stock classes."""
+    requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
+    """What configuration fields must hold: one of these values, or the same as another field."""
 
     def projection(self, path: str) -> Projection | None:
         """The projection at `path` below a layer, or None."""
@@ -72,11 +75,19 @@ _SEPARATE_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_FUSED_PROJECTIONS = (
+    Projection("self_attn.qkv_proj", "hidden", ("query", "kv", "kv")),
+    Projection("self_attn.o_proj", "query", ("hidden",)),
+    Projection("mlp.gate_up_proj", "hidden", ("ffn", "ffn")),
+    Projection("mlp.down_proj", "ffn", ("hidden",)),
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
         Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
+        Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
         Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
     )
@@ -95,6 +106,27 @@ def family_of(model_type: str) -> Family:
             "A further family is a row of flap_export/families.py"
         )
     return FAMILIES[model_type]
+
+
+def check_config(config: Any, family: Family) -> None:
+    """Whether the model computes nothing that the table does not describe.
+
+    Raises:
+        ModelError: it is quantised, or a field asks for something else; the message names it.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("its weights are quantised (quantization_config); start from the full-precision checkpoint")
+    unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
+    for name, required in family.requires.items():
+        allowed = (getattr(config, required),) if isinstance(required, str) else required
+        found = getattr(config, name, allowed[0])
+        if found not in allowed:
+            stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
+            raise ModelError(
+                f"{family.model_type} models are supported with {name} equal to {stated} only, got {found}"
+            )
 
 
 def shape_from_config(config: Any, family: Family) -> DecoderShape:

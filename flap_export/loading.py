@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError
-from flap_export.families import Family, family_of, shape_from_config
+from flap_export.families import Family, check_config, family_of, shape_from_config
+from flap_export.rope import both_rope_forms
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
 
@@ -67,6 +68,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     is_pruned = model_type.startswith(PRUNED_PREFIX)
     family = family_of(model_type.removeprefix(PRUNED_PREFIX))
     config = _dense_config(raw, family, directory)
+    try:
+        check_config(config, family)
+    except ModelError as error:
+        raise ModelError(f"'{directory / 'config.json'}': {error}") from error
     shape = shape_from_config(config, family)
     if is_pruned:
         shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
@@ -121,19 +126,6 @@ def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> An
         ) from error
 
 
-def both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form."""
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict) and "rope_theta" in parameters:
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        is_scaled = scaling.get("rope_type", "default") != "default"
-        return {**config, "rope_theta": parameters["rope_theta"], "rope_scaling": scaling if is_scaled else None}
-    if "rope_theta" in config:
-        scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        return {**config, "rope_parameters": {**scaling, "rope_theta": config["rope_theta"]}}
-    return dict(config)
-
-
 def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:
     try:
         layers = tuple(LayerShape(**layer) for layer in raw["pruned"]["layers"])
@@ -173,8 +165,9 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The causal LM on the meta device, except for its rotary tables, which are real."""
     with torch.device("meta"):
         model = build_model(checkpoint, dtype)
-    rotary = model.get_submodule(checkpoint.family.rotary)
-    model.set_submodule(checkpoint.family.rotary, type(rotary)(config=checkpoint.config))
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            model.set_submodule(path, type(module)(config=module.config))
     if dtype == torch.float64:
         _keep_double_precision(model)
     return model

@@ -68,6 +68,34 @@ class EmptyFeedForward(nn.Module):
         return output
 
 
+class OwnCounts:
+    """A configuration as seen by one attention with head counts of its own; everything else is the model's."""
+
+    def __init__(self, config: Any, query_heads: int, kv_heads: int) -> None:
+        self._config = config
+        self.num_attention_heads, self.num_key_value_heads = query_heads, kv_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def _count_heads(attention: Any, query_heads: int, kv_heads: int) -> None:
+    """Tell `attention` how many heads it has, wherever its family keeps that."""
+    counts = {
+        "num_heads": query_heads,
+        "num_key_value_heads": kv_heads,
+        "num_key_value_groups": query_heads // kv_heads,
+    }
+    for name, count in counts.items():
+        if hasattr(attention, name):
+            setattr(attention, name, count)
+    config = attention.config
+    if (config.num_attention_heads, getattr(config, "num_key_value_heads", kv_heads)) != (query_heads, kv_heads):
+        attention.config = OwnCounts(config, query_heads, kv_heads)
+
+
 def _linear(layer: nn.Module, path: str) -> nn.Linear:
     module = layer.get_submodule(path)
     assert isinstance(module, nn.Linear), path
@@ -105,8 +133,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         bias = output_bias[inputs] if inputs != "hidden" else linear.bias is not None
         layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
         parent = layer.get_submodule(parent_path)
-        if hasattr(parent, "num_key_value_groups"):
-            parent.num_key_value_groups = counts["query_heads"] // counts["kv_heads"]
+        if block == "query":
+            _count_heads(parent, counts["query_heads"], counts["kv_heads"])
         if block == "ffn" and hasattr(parent, "intermediate_size"):
             parent.intermediate_size = counts["ffn_channels"]
 

@@ -56,3 +56,31 @@ class Moments:
     def square_norm(self) -> Tensor:
         """float64 [C]: sum over tokens of x^2, ||X_j||^2."""
         return self.square_sum + self.count * self.mean.square()
+
+
+@final
+class RunningMoments:
+    """Moments of everything seen so far, kept on the CPU."""
+
+    def __init__(self, channels: int) -> None:
+        self._moments = Moments.empty(channels)
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in a chunk [B, n, C]."""
+        chunk = Moments.of(inputs.flatten(0, 1))
+        self._moments = self._moments.merged(Moments(chunk.count, chunk.mean.cpu(), chunk.square_sum.cpu()))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, float64 [C]."""
+        return self._moments.mean
+
+    @property
+    def fluctuation(self) -> Tensor:
+        """Variance, float64 [C]."""
+        return self._moments.variance
+
+    @property
+    def square_norm(self) -> Tensor:
+        """Sum of squares, float64 [C]."""
+        return self._moments.square_norm

@@ -227,6 +227,7 @@ def _calibrate(current: Run) -> None:
         samples=section.samples,
         sequence_length=section.sequence_length,
         seed=section.seed,
+        statistics=section.statistics,
         device=current.recipe.device,
         dtype=section.dtype,
         progress=current.progress,
@@ -245,6 +246,7 @@ def _prune(current: Run) -> None:
         metric=section.metric,
         structure=section.structure,
         compensation=section.compensation,
+        remove_heads=section.remove_heads,
     )
     plan.save(current.directory / PLAN_NAME)
 

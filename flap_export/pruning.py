@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flap_export.allocation import StructureName, allocate
+from flap_export.allocation import Selection, StructureName, allocate
 from flap_export.calibration import calibrate
 from flap_export.checkpoint import write_checkpoint
 from flap_export.compensation import COMPENSATIONS, CompensationName
@@ -15,7 +15,7 @@ from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.rewriting import rewrite
 from flap_export.scoring import MetricName, score
-from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics
+from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics, StatisticsName
 from flap_export.storage import check_output, new_directory
 
 
@@ -28,6 +28,8 @@ def prune(
     metric: MetricName = "wifv",
     structure: StructureName = "al-am",
     compensation: CompensationName = "bias",
+    remove_heads: int = 0,
+    statistics: StatisticsName = "welford",
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -45,6 +47,8 @@ def prune(
         metric: importance of a channel, see `flap_export.scoring`.
         structure: how the budget is spread, see `flap_export.allocation`.
         compensation: see `flap_export.compensation`.
+        remove_heads: query heads that go, for the structures `al-mm` and `ul-mm`.
+        statistics: `welford` is exact; `reference` reproduces the official code, its choice of units included.
         samples: calibration sequences.
         sequence_length: tokens of one sequence.
         seed: chooses the sequences of a longer text.
@@ -57,18 +61,26 @@ def prune(
     """
     check_ratio(ratio)
     check_output(Path(output), PLAN_NAME)
-    statistics = calibrate(
+    gathered = calibrate(
         model,
         calibration,
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
+        statistics=statistics,
         device=device,
         dtype=dtype,
         progress=progress,
     )
     return prune_with(
-        model, output, statistics, ratio=ratio, metric=metric, structure=structure, compensation=compensation
+        model,
+        output,
+        gathered,
+        ratio=ratio,
+        metric=metric,
+        structure=structure,
+        compensation=compensation,
+        remove_heads=remove_heads,
     )
 
 
@@ -81,13 +93,22 @@ def prune_with(
     metric: MetricName = "wifv",
     structure: StructureName = "al-am",
     compensation: CompensationName = "bias",
+    remove_heads: int = 0,
 ) -> PruningPlan:
     """Prune with statistics that were gathered before; the other arguments are those of `prune`."""
     check_ratio(ratio)
     dense = open_checkpoint(model)
     check_weights(meta_model(dense, dense.dtype), dense)
     _check_statistics(statistics, dense)
-    plan = make_plan(dense, statistics, ratio=ratio, metric=metric, structure=structure, compensation=compensation)
+    plan = make_plan(
+        dense,
+        statistics,
+        ratio=ratio,
+        metric=metric,
+        structure=structure,
+        compensation=compensation,
+        remove_heads=remove_heads,
+    )
     restore = COMPENSATIONS[compensation]
     shape = plan.pruned_shape(dense.shape, compensated=restore is not None)
     with new_directory(Path(output), PLAN_NAME) as directory:
@@ -105,9 +126,13 @@ def make_plan(
     metric: MetricName,
     structure: StructureName,
     compensation: CompensationName,
+    remove_heads: int = 0,
 ) -> PruningPlan:
     """Score and allocate, without touching a weight."""
-    layers, achieved = allocate(score(statistics, dense.shape, metric), dense.shape, ratio, structure)
+    follows_code = statistics.kind == "reference"
+    scores = score(statistics, dense.shape, metric, square_attention=follows_code)
+    selection: Selection = "reference" if follows_code else "exact"
+    layers, achieved = allocate(scores, dense.shape, ratio, structure, remove_heads=remove_heads, selection=selection)
     return PruningPlan(
         model=dense.name,
         family=dense.family.model_type,
@@ -117,6 +142,8 @@ def make_plan(
             "metric": metric,
             "structure": structure,
             "compensation": compensation,
+            "remove_heads": remove_heads if structure.endswith("-mm") else None,
+            "statistics": statistics.kind,
             "calibration": statistics.source,
             "samples": statistics.sequences,
             "sequence_length": statistics.sequence_length,

@@ -15,6 +15,7 @@ from flap_export.artifact import DtypeName
 from flap_export.compensation import CompensationName
 from flap_export.errors import RecipeError
 from flap_export.scoring import MetricName
+from flap_export.statistics import StatisticsName
 
 
 class Section(BaseModel):
@@ -31,6 +32,8 @@ class CalibrateSection(Section):
     samples: int | None = Field(default=None, gt=0)
     sequence_length: int | None = Field(default=None, gt=1)
     seed: int = 0
+    statistics: StatisticsName = "welford"
+    """Exact, or as the official code computes them, its choice of units included."""
     dtype: DtypeName | None = None
     """Precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU."""
 
@@ -43,6 +46,8 @@ class PruneSection(Section):
     metric: MetricName = "wifv"
     structure: StructureName = "al-am"
     compensation: CompensationName = "bias"
+    remove_heads: int = Field(default=0, ge=0)
+    """Query heads that go, for the structures al-mm and ul-mm."""
 
 
 class ExportSection(Section):

@@ -171,6 +171,6 @@ def _output_bias(
     weight, site = checkpoint.weights.finite(f"{name}.weight"), statistics.sites[index, space]
     is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
     is_removed[channels] = False
-    added = compensation(weight, is_removed.nonzero().flatten(), site.moments.mean)
+    added = compensation(weight, is_removed.nonzero().flatten(), site.mean)
     total = added if dense is None else dense.to(torch.float64) + added
     return total.to(weight.dtype)

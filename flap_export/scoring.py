@@ -24,17 +24,17 @@ ALIKE_WITHIN: Final = 1e-12
 
 def wifv(site: SiteStatistics) -> Tensor:
     """Weighted input-feature variance, Var(X_j) ||W_:j||^2. float64 [C]."""
-    return site.moments.variance * site.weight_square_norm
+    return site.variance * site.weight_square_norm
 
 
 def ifv(site: SiteStatistics) -> Tensor:
     """Input-feature variance, Var(X_j). float64 [C]."""
-    return site.moments.variance
+    return site.variance
 
 
 def wifn(site: SiteStatistics) -> Tensor:
     """Weighted input-feature norm, mean_i |W_ij| ||X_j||. float64 [C]."""
-    return site.weight_absolute_mean * site.moments.square_norm.sqrt()
+    return site.weight_absolute_mean * site.square_norm.sqrt()
 
 
 METRICS: Final[Mapping[MetricName, Callable[[SiteStatistics], Tensor]]] = {"wifv": wifv, "ifv": ifv, "wifn": wifn}
@@ -52,29 +52,45 @@ class LayerScores:
 
 
 def score(
-    statistics: CalibrationStatistics, shape: DecoderShape, metric: MetricName = "wifv"
+    statistics: CalibrationStatistics,
+    shape: DecoderShape,
+    metric: MetricName = "wifv",
+    *,
+    square_attention: bool = False,
 ) -> tuple[LayerScores, ...]:
     """Standardised scores of every layer's units.
+
+    Args:
+        statistics: of the dense model.
+        shape: the dense decoder.
+        metric: a row of `METRICS`.
+        square_attention: square the attention channels' scores before they are standardised, as the official code
+            does and the paper does not.
 
     Raises:
         PlanError: the statistics are of a model of another shape.
     """
-    return tuple(_layer_scores(statistics, shape, METRICS[metric], index) for index in range(len(shape.layers)))
+    power = 2 if square_attention else 1
+    return tuple(_layer_scores(statistics, shape, METRICS[metric], power, i) for i in range(len(shape.layers)))
 
 
 def _layer_scores(
-    statistics: CalibrationStatistics, shape: DecoderShape, metric: Callable[[SiteStatistics], Tensor], index: int
+    statistics: CalibrationStatistics,
+    shape: DecoderShape,
+    metric: Callable[[SiteStatistics], Tensor],
+    attention_power: int,
+    index: int,
 ) -> LayerScores:
     layer = shape.layers[index]
     sites = [statistics.sites.get((index, "query")), statistics.sites.get((index, "ffn"))]
-    widths = [site.moments.mean.numel() if site else None for site in sites]
+    widths = [site.mean.numel() if site else None for site in sites]
     if widths != [layer.query_heads * shape.head_dim, layer.ffn_channels]:
         raise PlanError(
             f"layer {index}: the statistics are of {widths[0]} attention and {widths[1]} FFN channels, the model has "
             f"{layer.query_heads * shape.head_dim} and {layer.ffn_channels}; calibrate this model"
         )
-    attention, ffn = (standardised(metric(site)) for site in sites if site is not None)
-    return LayerScores(group_means(attention, layer), ffn)
+    attention, ffn = (metric(site) for site in sites if site is not None)
+    return LayerScores(group_means(standardised(attention**attention_power), layer), standardised(ffn))
 
 
 def standardised(scores: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ class Record(Value):
     """A frozen, typed record with a schema version; the stages exchange nothing else."""
 
     kind: ClassVar[str] = "record"
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
 
     def save(self, path: Path) -> None:
         """Write as JSON, under a temporary name first."""

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import save_tokens, tiny_checkpoint, tokens_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flap_export.errors import ArtifactError, InputError, TextError
+from flap_export.exporting import export
 from flap_export.generation import generate, pick_token, stream_text
-from flap_export.runners import Logits, Runner, TokenIds
+from flap_export.pruning import prune
+from flap_export.runners import Logits, Runner, TokenIds, open_runner
 
 VOCABULARY = 10
 
@@ -210,3 +214,19 @@ def test_special_tokens_are_not_text() -> None:
 
 def test_spaces_between_words_survive() -> None:
     assert list(stream_text(stripping_tokenizer(), [0, 1, 2, 1])) == ["two", " words", "s", " words"]
+
+
+def test_checkpoint_and_artifact_say_the_same_over_64_greedy_steps(tmp_path: Path) -> None:
+    """The uneven model on PyTorch with its own cache, and its artifact on ONNX Runtime with the static one."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense", max_position_embeddings=96)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    prune(dense, tmp_path / "pruned", ratio=0.3, calibration=source)
+    export(tmp_path / "pruned", tmp_path / "onnx", max_length=96)
+    prompt = tokens_of(1, 9, seed=5)[0].tolist()
+    written = []
+    for path in (tmp_path / "pruned", tmp_path / "onnx"):
+        with open_runner(path, threads=1, logits="last") as runner:
+            written.append(list(generate(runner, prompt, max_new_tokens=64)))
+    assert len(written[0]) == 64
+    assert written[0] == written[1]
+    assert len(set(written[0])) > 4

@@ -22,6 +22,7 @@ from flap_export.families import FAMILIES
 from flap_export.loading import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.rewriting import rewrite
+from flap_export.rope import both_rope_forms
 from flap_export.statistics import CalibrationStatistics
 
 VOCABULARY = 89
@@ -43,6 +44,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12},
     "qwen2": {"num_key_value_heads": 1},
     "mistral": {"sliding_window": 6},
+    # Half of every head turns.
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
 }
 ALL_FAMILIES = sorted(FAMILIES)
 ROPES: dict[str, dict[str, Any]] = {
@@ -59,9 +62,23 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 
+LONGROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 50.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.1, 1.7],
+        "long_factor": [3.0, 9.0],
+        "original_max_position_embeddings": 16,
+    },
+    "original_max_position_embeddings": 16,
+    "sliding_window": None,
+}
+"""Phi-3 with long contexts: other factors for all tokens once there are more than 16."""
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    return AutoConfig.for_model(family, **{**SIZES, **FAMILY_SIZES.get(family, {}), **overrides})
+    return AutoConfig.for_model(family, **both_rope_forms({**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

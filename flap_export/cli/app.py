@@ -90,8 +90,10 @@ def prune(
     ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.")],
     calibration: Annotated[str, typer.Option(help="Text source to calibrate on.")],
     metric: Annotated[str, typer.Option(help="wifv, ifv or wifn.")] = "wifv",
-    structure: Annotated[str, typer.Option(help="al-am or ul-um.")] = "al-am",
+    structure: Annotated[str, typer.Option(help="al-am, al-mm, ul-mm or ul-um.")] = "al-am",
     compensation: Annotated[str, typer.Option(help="none or bias.")] = "bias",
+    remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm.")] = 0,
+    statistics: Annotated[str, typer.Option(help="welford (exact) or reference (the official code's).")] = "welford",
     samples: Samples = None,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
@@ -103,7 +105,7 @@ def prune(
     """Prune a model: a smaller checkpoint and its plan."""
     console.configure_logging(verbose)
     from flap_export.allocation import STRUCTURES
-    from flap_export.calibration import DTYPES
+    from flap_export.calibration import ACCUMULATORS, DTYPES
     from flap_export.cli import summaries
     from flap_export.compensation import COMPENSATIONS
     from flap_export.pruning import prune as prune_model
@@ -118,6 +120,8 @@ def prune(
             metric=_one_of("metric", metric, METRICS),
             structure=_one_of("structure", structure, STRUCTURES),
             compensation=_one_of("compensation", compensation, COMPENSATIONS),
+            remove_heads=remove_heads,
+            statistics=_one_of("statistics", statistics, ACCUMULATORS),
             samples=samples,
             sequence_length=sequence_length,
             seed=seed,

@@ -112,8 +112,9 @@ def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def rotary_tables(checkpoint: Checkpoint, max_length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines float32 [L, D / 2] of every position, from the model's own rotary embedding.
+    """Cosines and sines float32 [L, R / 2] of every position, from the model's own rotary embedding.
 
+    R channels of a head are rotated, all D in most families.
     Taking the values rather than the formula carries every kind of scaling (linear, llama3, yarn) along.
     """
     from flap_export.loading import meta_model
@@ -131,7 +132,7 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: tuple[Tensor
     Args:
         model: a causal LM with fake weights.
         checkpoint: what it was built from.
-        tables: cosine and sine tables as the trace sees them, [L, D / 2].
+        tables: cosine and sine tables as the trace sees them, [L, R / 2].
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -168,7 +169,11 @@ def _rotary_tables(module: Any, hidden_states: Tensor, position_ids: Tensor) -> 
 def _apply_rotary(
     query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
+    width = 2 * cosine.values.shape[-1]
+
     def rotated(heads: Tensor) -> Tensor:
-        return _symbolic("RotaryEmbedding", (heads, cosine.values, sine.values, cosine.position_ids), heads, 23)
+        partial = {"rotary_embedding_dim": width} if width < heads.shape[-1] else {}
+        inputs = (heads, cosine.values, sine.values, cosine.position_ids)
+        return _symbolic("RotaryEmbedding", inputs, heads, 23, **partial)
 
     return rotated(query), rotated(key)

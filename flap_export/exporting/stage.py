@@ -19,6 +19,7 @@ from flap_export.exporting.trace import OPSET, trace
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
+from flap_export.rope import table_positions
 from flap_export.storage import new_directory
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,18 @@ def export(
 
 
 def _checked_length(checkpoint: Checkpoint, max_length: int | None) -> int:
-    positions = getattr(checkpoint.config, "max_position_embeddings", None)
+    positions, held = getattr(checkpoint.config, "max_position_embeddings", None), table_positions(checkpoint.config)
     if max_length is None:
-        return DEFAULT_MAX_LENGTH if positions is None else min(DEFAULT_MAX_LENGTH, positions)
+        return min(length for length in (DEFAULT_MAX_LENGTH, positions, held) if length is not None)
     if max_length < 2:
         raise InputError(f"max_length must be at least 2 (a prompt and a new token), got {max_length}")
     if positions is not None and max_length > positions:
         raise InputError(f"max_length {max_length} is beyond the model's {positions} positions; lower it")
+    if held is not None and max_length > held:
+        raise InputError(
+            f"max_length {max_length} is beyond the {held} positions after which this model's rotary embedding "
+            f"(longrope) changes for all tokens at once, which one table cannot hold; lower it to {held}"
+        )
     return max_length
 
 

@@ -1,0 +1,105 @@
+"""What the official FLAP code computes: its statistics and its choice of units.
+
+The code (CASIA-IVA-Lab/FLAP) departs from its paper, and published numbers come from the code. `--statistics reference`
+reproduces it, for comparison; the default differs in each of these points:
+
+    statistics      the mean is updated in place before the fluctuation is taken, so both factors of the fluctuation use
+                    the new mean; the first sequence's fluctuation is dropped; sequences are counted as if they were
+                    tokens; float32
+    scores          attention scores are squared before they are standardised
+    costs           a head costs 4 head_dim / 3 FFN channels, rounded down to an integer
+    choice          the unit at the threshold goes, and with it every unit of the same score
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flap_export.errors import BudgetError
+from flap_export.scoring import LayerScores
+from flap_export.shapes import DecoderShape
+
+
+@final
+class ReferenceMoments:
+    """The code's running statistics of C channels, one sequence at a time (`lib/layerwrapper.py`, BiasGPT)."""
+
+    def __init__(self, channels: int) -> None:
+        self.sequences = 0
+        self.mean = torch.zeros(channels)
+        self.fluctuation = torch.zeros(channels)
+        self.square_norm = torch.zeros(channels)
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in sequences [B, n, C], one after another."""
+        for sequence in inputs.to("cpu", torch.float32):
+            self._update_one(sequence.t())
+
+    def _update_one(self, values: Tensor) -> None:
+        before, after = self.sequences, self.sequences + 1
+        self.mean = self.mean * (before / after) + values.mean(dim=1) / after
+        self.square_norm = self.square_norm * (before / after) + values.norm(p=2, dim=1) ** 2 / after
+        if before:
+            deviation = values - self.mean.unsqueeze(1)
+            self.fluctuation = self.fluctuation * ((before - 1) / before) + (deviation * deviation).sum(dim=1) / after
+        self.sequences = after
+
+
+def removed_units(
+    scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, structure: str, remove_heads: int
+) -> tuple[list[NDArray[np.bool_]], list[NDArray[np.bool_]]]:
+    """The heads [Q] and FFN channels [F] of every layer that the code removes (`lib/prune.py`, prune_flap).
+
+    Raises:
+        BudgetError: the model has grouped queries, which the code does not know, or the request makes it fail.
+    """
+    if any(layer.query_heads != layer.kv_heads for layer in shape.layers):
+        raise BudgetError(
+            "the reference code prunes query, key and value heads by one mask and knows no grouped queries; "
+            "use --statistics welford for this model"
+        )
+    heads = np.stack([layer.kv_groups.numpy() for layer in scores])
+    channels = np.stack([layer.ffn_channels.numpy() for layer in scores])
+    head_count, channel_count = _counts(shape, ratio, structure, remove_heads)
+    if structure == "al-am":
+        threshold = _common_threshold(heads, channels, ratio, 4 * shape.head_dim // 3)
+        return list(heads <= threshold), list(channels <= threshold)
+    if structure == "al-mm":
+        return list(heads <= _lowest(heads, head_count)), list(channels <= _lowest(channels, channel_count))
+    return (
+        [row < np.sort(row)[head_count] for row in heads],
+        [row < np.sort(row)[channel_count] for row in channels],
+    )
+
+
+def _counts(shape: DecoderShape, ratio: float, structure: str, remove_heads: int) -> tuple[int, int]:
+    """Heads and channels that go: per layer for the uniform structures, altogether for `al-mm`."""
+    layer, layers = shape.layers[0], len(shape.layers)
+    if structure == "ul-um":
+        return int(ratio * layer.query_heads), int(layer.ffn_channels * ratio)
+    per = 1 if structure == "ul-mm" else layers
+    heads = remove_heads // layers if structure == "ul-mm" else remove_heads
+    removed = per * ratio * (shape.attention_parameters(layer) + shape.ffn_parameters(layer))
+    head_parameters = heads * (shape.query_head_parameters + shape.kv_head_parameters)
+    return heads, int((removed - head_parameters) / shape.ffn_channel_parameters)
+
+
+def _lowest(values: NDArray[np.float64], count: int) -> float:
+    """The score of the last unit to go; with none to go the code drops all of them, which nobody can want."""
+    if not 0 < count <= values.size:
+        raise BudgetError(f"al-mm of the reference code must remove between 1 and {values.size} units, got {count}")
+    return float(np.sort(values, axis=None)[count - 1])
+
+
+def _common_threshold(heads: NDArray[np.float64], channels: NDArray[np.float64], ratio: float, head_cost: int) -> float:
+    values = np.concatenate([heads.ravel(), channels.ravel()])
+    costs = np.concatenate([np.full(heads.size, head_cost), np.ones(channels.size, dtype=np.int64)])
+    order = np.argsort(-values, kind="stable")
+    kept = np.cumsum(costs[order])
+    return float(values[order][np.argmin(np.abs(kept - costs.sum() * (1 - ratio)))])

@@ -1,0 +1,312 @@
+"""Allocation against a brute-force count, on random shapes and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import ALL_FAMILIES, tiny_config
+from transformers import AutoModelForCausalLM
+
+from flap_export.allocation import STRUCTURES, StructureName, allocate, group_parameters
+from flap_export.errors import BudgetError
+from flap_export.families import FAMILIES, shape_from_config
+from flap_export.plan import LayerPlan, PruningPlan, Ratio
+from flap_export.scoring import LayerScores
+from flap_export.shapes import DecoderShape, LayerShape
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> DecoderShape:
+    kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
+    layer = LayerShape(
+        query_heads=kv_heads * draw(st.sampled_from([1, 2, 4])),
+        kv_heads=kv_heads,
+        ffn_channels=draw(st.integers(1, 24)),
+    )
+    return DecoderShape(
+        hidden_size=draw(st.sampled_from([4, 6])),
+        head_dim=draw(st.sampled_from([1, 2, 5, 8])),
+        vocabulary_size=11,
+        ffn_matrices=draw(st.sampled_from([2, 3])),
+        tied_embeddings=False,
+        layers=(layer,) * draw(st.integers(1, 4)),
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[DecoderShape, tuple[LayerScores, ...], float]:
+    shape = draw(shapes())
+    # Few distinct values, so that ties are common.
+    values = st.integers(-3, 3).map(float) | st.floats(-3, 3)
+
+    def scores(count: int) -> torch.Tensor:
+        return torch.tensor(draw(st.lists(values, min_size=count, max_size=count)), dtype=torch.float64)
+
+    layers = tuple(LayerScores(scores(layer.kv_heads), scores(layer.ffn_channels)) for layer in shape.layers)
+    return shape, layers, draw(st.floats(0.01, 0.99))
+
+
+def weights_of(shape: DecoderShape, plans: Sequence[LayerPlan]) -> int:
+    """Elements of the matrices that stay, counted matrix by matrix."""
+    hidden, size = shape.hidden_size, shape.head_dim
+    total = 0
+    for plan in plans:
+        total += 2 * len(plan.query_heads) * size * hidden  # q_proj, o_proj
+        total += 2 * len(plan.kv_heads) * size * hidden  # k_proj, v_proj
+        total += shape.ffn_matrices * len(plan.ffn_channels) * hidden
+    return total
+
+
+def dense_weights(shape: DecoderShape) -> int:
+    layers = [
+        LayerPlan(
+            layer=index,
+            query_heads=tuple(range(layer.query_heads)),
+            kv_heads=tuple(range(layer.kv_heads)),
+            ffn_channels=tuple(range(layer.ffn_channels)),
+        )
+        for index, layer in enumerate(shape.layers)
+    ]
+    return weights_of(shape, layers)
+
+
+def tried(
+    shape: DecoderShape, scores: Sequence[LayerScores], ratio: float, structure: StructureName
+) -> tuple[tuple[LayerPlan, ...], Ratio] | None:
+    """None where the budget removes nothing or everything, which is an error."""
+    try:
+        return allocate(scores, shape, ratio, structure)
+    except BudgetError:
+        return None
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@given(problem=problems())
+def test_the_achieved_ratio_is_what_was_removed(
+    structure: StructureName, problem: tuple[DecoderShape, tuple[LayerScores, ...], float]
+) -> None:
+    shape, scores, ratio = problem
+    result = tried(shape, scores, ratio, structure)
+    if result is None:
+        return
+    layers, found = result
+    total = dense_weights(shape)
+    assert total == shape.decoder_parameters
+    removed = total - weights_of(shape, layers)
+    assert 0 < removed < total
+    assert found.requested == ratio
+    assert found.achieved == removed / total
+    half_unit = shape.ffn_channel_parameters / 2
+    assert (found.reason is None) == (abs(removed - ratio * total) <= half_unit)
+    plan = PruningPlan(model="m", family="llama", ratio=found, layers=layers)
+    plan.check(shape)
+    pruned = plan.pruned_shape(shape, compensated=False)
+    assert pruned.decoder_parameters == total - removed
+
+
+@given(problem=problems())
+def test_al_am_removes_the_lowest_scores_of_every_cost(
+    problem: tuple[DecoderShape, tuple[LayerScores, ...], float],
+) -> None:
+    shape, scores, ratio = problem
+    result = tried(shape, scores, ratio, "al-am")
+    if result is None:
+        return
+    by_cost: dict[int, tuple[list[float], list[float]]] = {}
+    for plan, layer, layer_scores in zip(result[0], shape.layers, scores, strict=True):
+        for kept, values, cost in (
+            (plan.kv_heads, layer_scores.kv_groups, group_parameters(shape, layer)),
+            (plan.ffn_channels, layer_scores.ffn_channels, shape.ffn_channel_parameters),
+        ):
+            for unit, value in enumerate(values.tolist()):
+                by_cost.setdefault(cost, ([], []))[unit in kept].append(value)
+    for removed, kept in by_cost.values():
+        assert not removed or not kept or max(removed) <= min(kept)
+
+
+@given(problem=problems())
+def test_al_am_is_optimal_where_every_unit_costs_the_same(
+    problem: tuple[DecoderShape, tuple[LayerScores, ...], float],
+) -> None:
+    """No head in the way: the count is the nearest to the budget."""
+    shape, scores, ratio = problem
+    shape = shape.model_copy(update={"head_dim": 3, "ffn_matrices": 12})
+    layer = shape.layers[0].model_copy(update={"query_heads": shape.layers[0].kv_heads})
+    shape = shape.model_copy(update={"layers": (layer,) * len(shape.layers)})
+    assert group_parameters(shape, layer) == shape.ffn_channel_parameters
+    result = tried(shape, scores, ratio, "al-am")
+    if result is not None:
+        units = sum(layer.kv_heads + layer.ffn_channels for layer in shape.layers)
+        kept = sum(len(plan.kv_heads) + len(plan.ffn_channels) for plan in result[0])
+        assert abs((units - kept) - ratio * units) <= 0.5 + 1e-9
+        assert result[1].reason is None
+
+
+@given(problem=problems())
+def test_ul_um_takes_the_lowest_scores_and_the_same_counts_everywhere(
+    problem: tuple[DecoderShape, tuple[LayerScores, ...], float],
+) -> None:
+    shape, scores, ratio = problem
+    result = tried(shape, scores, ratio, "ul-um")
+    if result is None:
+        return
+    assert len({(len(plan.kv_heads), len(plan.query_heads), len(plan.ffn_channels)) for plan in result[0]}) == 1
+    for plan, layer_scores in zip(result[0], scores, strict=True):
+        for kept, values in ((plan.kv_heads, layer_scores.kv_groups), (plan.ffn_channels, layer_scores.ffn_channels)):
+            removed = [value for unit, value in enumerate(values.tolist()) if unit not in kept]
+            assert not removed or not kept or max(removed) <= min(values[list(kept)].tolist())
+
+
+@given(shape=shapes(), ratio=st.floats(0.05, 0.95), structure=st.sampled_from(list(STRUCTURES)))
+def test_equal_scores_are_decided_by_order(shape: DecoderShape, ratio: float, structure: StructureName) -> None:
+    """Always the same plan, which removes from the front."""
+    scores = tuple(
+        LayerScores(
+            torch.zeros(layer.kv_heads, dtype=torch.float64), torch.zeros(layer.ffn_channels, dtype=torch.float64)
+        )
+        for layer in shape.layers
+    )
+    first = tried(shape, scores, ratio, structure)
+    assert first == tried(shape, scores, ratio, structure)
+    if first is not None:
+        for plan, layer in zip(first[0], shape.layers, strict=True):
+            kept = len(plan.ffn_channels)
+            assert plan.ffn_channels == tuple(range(layer.ffn_channels - kept, layer.ffn_channels))
+
+
+def test_all_heads_may_go() -> None:
+    """Attention that scores below every channel leaves entirely, with its query heads."""
+    shape = shape_of(heads=4, kv_heads=2, head_dim=2, hidden=4, channels=30, layers=2)
+    scores = tuple(LayerScores(torch.tensor([-9.0, -8.0]), torch.arange(30.0)) for _ in range(2))
+    attention = 2 * shape.attention_parameters(shape.layers[0]) / shape.decoder_parameters
+    layers, ratio = allocate(scores, shape, attention + 1e-6, "al-am")
+    assert ratio.achieved == pytest.approx(attention)
+    for plan in layers:
+        assert (plan.query_heads, plan.kv_heads, len(plan.ffn_channels)) == ((), (), 30)
+
+
+def test_a_group_that_does_not_fit_is_passed_over_for_channels() -> None:
+    """The group scores lowest but costs more than the whole budget; reached exactly by channels instead."""
+    shape = shape_of(heads=4, kv_heads=2, head_dim=8, hidden=4, channels=40, layers=1)
+    scores = (LayerScores(torch.tensor([-9.0, 50.0]), torch.arange(40.0)),)
+    share = 5 * shape.ffn_channel_parameters / shape.decoder_parameters
+    layers, ratio = allocate(scores, shape, share, "al-am")
+    assert layers[0].kv_heads == (0, 1)
+    assert layers[0].ffn_channels == tuple(range(5, 40))
+    assert ratio.achieved == pytest.approx(share)
+    assert ratio.reason is None
+
+
+def test_a_budget_that_channels_cannot_fill_says_so() -> None:
+    shape = shape_of(heads=4, kv_heads=1, head_dim=64, hidden=4, channels=2, layers=1)
+    scores = (LayerScores(torch.tensor([0.0]), torch.tensor([1.0, 2.0])),)
+    _, ratio = allocate(scores, shape, 0.5, "al-am")
+    assert ratio.achieved < 0.1
+    assert ratio.reason is not None
+    assert "no FFN channels are left" in ratio.reason
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_ratio_outside_the_open_interval(ratio: float, structure: StructureName) -> None:
+    shape = shape_of(heads=2, kv_heads=2, head_dim=2, hidden=4, channels=6, layers=1)
+    with pytest.raises(BudgetError, match="strictly between 0 and 1"):
+        allocate((LayerScores(torch.zeros(2), torch.zeros(6)),), shape, ratio, structure)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_ratio_below_half_a_unit_or_next_to_everything(structure: StructureName) -> None:
+    shape = shape_of(heads=2, kv_heads=2, head_dim=2, hidden=4, channels=60, layers=1)
+    scores = (LayerScores(torch.zeros(2), torch.zeros(60)),)
+    with pytest.raises(BudgetError, match=r"removes nothing: the smallest unit, one FFN channel, is 0\.0\d+ of"):
+        allocate(scores, shape, 1e-6, structure)
+    with pytest.raises(BudgetError, match=r"would remove every head and channel|the budget cannot be met"):
+        allocate(scores, shape, 1 - 1e-9, structure)
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "head_dim"), [(4, 4, 8), (4, 2, 8), (6, 2, 12), (4, 1, 10), (1, 1, 4)]
+)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_costs_equal_the_sizes_of_transformers_modules(
+    family: str, query_heads: int, kv_heads: int, head_dim: int
+) -> None:
+    config = tiny_config(
+        family, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=24
+    )
+    if family in ("qwen2", "phi3"):
+        # Their attention reads head_dim although their configuration does not declare it.
+        assert config.head_dim == head_dim
+    shape = shape_from_config(config, FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    layer = model.get_submodule(f"{FAMILIES[family].layers}.0")
+    matrices = {name: weight.numel() for name, weight in layer.named_parameters() if weight.ndim == 2}
+    attention = sum(size for name, size in matrices.items() if name.startswith("self_attn."))
+    ffn = sum(matrices.values()) - attention
+    assert (
+        kv_heads * group_parameters(shape, shape.layers[0]) == attention == shape.attention_parameters(shape.layers[0])
+    )
+    assert shape.layers[0].ffn_channels * shape.ffn_channel_parameters == ffn == shape.ffn_parameters(shape.layers[0])
+    assert shape.head_parameters == model.lm_head.weight.numel()
+    assert shape.decoder_parameters == 2 * (attention + ffn)
+
+
+def shape_of(*, heads: int, kv_heads: int, head_dim: int, hidden: int, channels: int, layers: int) -> DecoderShape:
+    layer = LayerShape(query_heads=heads, kv_heads=kv_heads, ffn_channels=channels)
+    return DecoderShape(
+        hidden_size=hidden,
+        head_dim=head_dim,
+        vocabulary_size=11,
+        ffn_matrices=3,
+        tied_embeddings=False,
+        layers=(layer,) * layers,
+    )
+
+
+def mixed_shape() -> tuple[DecoderShape, tuple[LayerScores, ...]]:
+    shape = shape_of(heads=4, kv_heads=2, head_dim=2, hidden=4, channels=60, layers=2)
+    scores = tuple(
+        LayerScores(torch.tensor([1.0, 2.0]) * (index + 1), torch.arange(60.0) * (index + 1)) for index in range(2)
+    )
+    return shape, scores
+
+
+def test_al_mm_removes_the_asked_heads_and_fills_up_with_channels() -> None:
+    shape, scores = mixed_shape()
+    layers, ratio = allocate(scores, shape, 0.3, "al-mm", remove_heads=2)
+    assert [layer.kv_heads for layer in layers] == [(1,), (0, 1)]
+    assert [layer.query_heads for layer in layers] == [(2, 3), (0, 1, 2, 3)]
+    assert ratio.reason is None
+    # The lowest channels of both layers together: layer 1's scores are twice layer 0's.
+    assert len(layers[0].ffn_channels) < len(layers[1].ffn_channels)
+
+
+def test_ul_mm_removes_the_same_heads_in_every_layer() -> None:
+    shape, scores = mixed_shape()
+    layers, _ = allocate(scores, shape, 0.3, "ul-mm", remove_heads=4)
+    assert [layer.kv_heads for layer in layers] == [(1,), (1,)]
+    assert len(layers[0].ffn_channels) == len(layers[1].ffn_channels)
+
+
+@pytest.mark.parametrize(("structure", "asked", "possible"), [("al-mm", 3, 4), ("ul-mm", 2, 0), ("ul-mm", 5, 4)])
+def test_heads_that_are_no_whole_groups_are_refused(structure: StructureName, asked: int, possible: int) -> None:
+    shape, scores = mixed_shape()
+    with pytest.raises(
+        BudgetError, match=rf"{asked} query heads cannot .* only {possible}; set --remove-heads {possible}"
+    ):
+        allocate(scores, shape, 0.3, structure, remove_heads=asked)
+
+
+@pytest.mark.parametrize("structure", ["al-mm", "ul-mm"])
+@pytest.mark.parametrize(("ratio", "heads", "remedy"), [(0.01, 8, "fewer"), (0.99, 0, "more")])
+def test_a_budget_that_channels_cannot_meet_is_refused(
+    structure: StructureName, ratio: float, heads: int, remedy: str
+) -> None:
+    shape, scores = mixed_shape()
+    with pytest.raises(BudgetError, match=rf"the budget cannot be met.*remove {remedy} heads"):
+        allocate(scores, shape, ratio, structure, remove_heads=heads)

@@ -1,0 +1,231 @@
+"""The rewritten model against the dense one with removed channels held at their calibration mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    ALL_FAMILIES,
+    keep_all_plan,
+    layer_plan,
+    plan_of,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_statistics,
+    tokens_of,
+    uneven_plan,
+)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from flap_export.compensation import bias_compensation
+from flap_export.errors import ModelError, PlanError
+from flap_export.families import FAMILIES, Family
+from flap_export.loading import Checkpoint, load_model, open_checkpoint
+from flap_export.plan import PruningPlan
+from flap_export.rewriting import cut, kept_channels, rewrite
+from flap_export.statistics import CUT_SPACES, CalibrationStatistics
+
+LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
+VARIANTS = [
+    *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
+    *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("llama", LLAMA_BIASES, id="llama-biases"),
+    pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
+    pytest.param("llama", {"num_key_value_heads": 1, "mlp_bias": True}, id="llama-mqa"),
+    pytest.param("qwen3", {"attention_bias": True}, id="qwen3-biases"),
+]
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def masked_dense_logits(
+    dense: Path, plan: PruningPlan, tokens: Tensor, statistics: CalibrationStatistics | None
+) -> Tensor:
+    """Logits of the dense model, by transformers alone, whose removed channels stay at their mean (or at zero)."""
+    checkpoint = open_checkpoint(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    for index, kept_units in enumerate(plan.layers):
+        layer = model.get_submodule(f"{checkpoint.family.layers}.{index}")
+        for space in CUT_SPACES:
+            mean = statistics.sites[index, space].mean.float() if statistics else None
+            module = layer.get_submodule(checkpoint.family.restoring(space).path)
+            kept = kept_positions(checkpoint, kept_units, space)
+            removed = [i for i in range(module.in_features) if i not in kept]
+
+            def hold(_: nn.Module, inputs: Any, removed: list[int] = removed, mean: Tensor | None = mean) -> Any:
+                held = inputs[0].clone()
+                held[..., removed] = 0 if mean is None else mean[removed]
+                return (held,)
+
+            module.register_forward_pre_hook(hold)
+    return logits_of(model, tokens)
+
+
+def kept_positions(checkpoint: Checkpoint, plan: Any, space: str) -> set[int]:
+    size = checkpoint.shape.head_dim
+    if space == "ffn":
+        return set(plan.ffn_channels)
+    return {head * size + i for head in plan.query_heads for i in range(size)}
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_pruned_equals_dense_with_removed_channels_at_their_mean(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4, **overrides)
+    plan, statistics = uneven_plan(open_checkpoint(dense)), tiny_statistics(dense, tmp_path)
+    tokens = tokens_of(2, 13)
+    for compensation, held in (("bias", statistics), ("none", None)):
+        pruned = save_pruned(dense, plan, tmp_path / compensation, statistics, compensation=compensation)
+        found = logits_of(load_model(pruned, dtype=torch.float32), tokens)
+        expected = masked_dense_logits(dense, plan, tokens, held)
+        assert expected.std() > 0.5, "logits too flat to tell anything"
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    with_bias = masked_dense_logits(dense, plan, tokens, statistics)
+    assert (with_bias - expected).abs().max() > 0.1, "compensation changed nothing, the comparison proves nothing"
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """In bfloat16: every tensor is cut out of the dense one bit for bit, but for the compensated biases."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4, dtype=torch.bfloat16, **overrides)
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    plan = uneven_plan(checkpoint)
+    yielded = list(rewrite(checkpoint, plan, statistics, bias_compensation))
+    found = dict(yielded)
+    assert len(found) == len(yielded), "a tensor was given twice, and may land in two shards"
+    expected = expected_tensors(checkpoint, plan, statistics)
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.bfloat16, name
+        assert found[name].is_contiguous(), name
+        assert torch.equal(found[name], tensor), name
+
+
+def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: CalibrationStatistics) -> dict[str, Tensor]:
+    """Written out by hand, projection by projection."""
+    dense = {name: checkpoint.weights[name] for name in checkpoint.weights}
+    expected = {name: tensor for name, tensor in dense.items() if ".layers." not in name}
+    size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
+    queries, keys = layer.query_heads * size, layer.kv_heads * size
+
+    def heads(indices: tuple[int, ...]) -> list[int]:
+        return [head * size + i for head in indices for i in range(size)]
+
+    for index, kept in enumerate(plan.layers):
+        prefix = f"model.layers.{index}."
+        rows = {"q": heads(kept.query_heads), "k": heads(kept.kv_heads), "v": heads(kept.kv_heads)}
+        rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
+        channels = list(kept.ffn_channels)
+        gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
+        for name in [name for name in dense if name.startswith(prefix)]:
+            tensor, path = dense[name], name.removeprefix(prefix)
+            if path.endswith("layernorm.weight"):
+                expected[name] = tensor
+            elif path in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+                if kept.query_heads:
+                    expected[name] = tensor
+            elif path.startswith("self_attn.") and path[10:].partition("_")[0] in rows:
+                if kept.query_heads:
+                    expected[name] = tensor[rows[path[10:].partition("_")[0]]]
+            elif path.startswith("mlp.gate_up_proj") and channels:
+                expected[name] = tensor[gate_and_up]
+            elif path.startswith(("mlp.gate_proj", "mlp.up_proj")) and channels:
+                expected[name] = tensor[channels]
+        for path, space, columns in (
+            ("self_attn.o_proj", "query", rows["q"]),
+            ("mlp.down_proj", "ffn", channels),
+        ):
+            weight = dense[f"{prefix}{path}.weight"]
+            if columns:
+                expected[f"{prefix}{path}.weight"] = weight[:, columns]
+            bias = dense.get(f"{prefix}{path}.bias")
+            gone = [i for i in range(weight.shape[1]) if i not in columns]
+            if gone:
+                mean = statistics.sites[index, space].mean
+                added = weight[:, gone].double() @ mean[gone]
+                bias = (added if bias is None else bias.double() + added).to(weight.dtype)
+            if bias is not None:
+                expected[f"{prefix}{path}.bias"] = bias
+    return expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_plan_that_keeps_everything_changes_no_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    overrides = LLAMA_BIASES if family == "llama" else {}
+    dense = tiny_checkpoint(family, tmp_path / "dense", dtype=dtype, **overrides)
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    same = save_pruned(dense, keep_all_plan(checkpoint), tmp_path / "same", statistics)
+    tokens = tokens_of(2, 9)
+    assert open_checkpoint(same).shape == checkpoint.shape
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype), tokens)
+    assert torch.equal(logits_of(load_model(same, dtype=dtype), tokens), expected)
+
+
+@pytest.mark.parametrize("compensation", ["bias", "none"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_decoder_without_any_head_or_channel(family: str, compensation: Any, tmp_path: Path) -> None:
+    overrides = LLAMA_BIASES if family == "llama" else {"attention_bias": True}
+    dense = tiny_checkpoint(family, tmp_path / "dense", **overrides)
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, index, [], []) for index in range(2)])
+    pruned = save_pruned(dense, plan, tmp_path / "pruned", statistics, compensation=compensation)
+    tokens = tokens_of(2, 9)
+    expected = masked_dense_logits(dense, plan, tokens, statistics if compensation == "bias" else None)
+    torch.testing.assert_close(
+        logits_of(load_model(pruned, dtype=torch.float32), tokens), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_plan_is_checked_before_anything_is_yielded(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    plan = keep_all_plan(checkpoint)
+    short = plan.model_copy(update={"layers": plan.layers[:1]})
+    with pytest.raises(PlanError, match="1 layers, the model 2"):
+        next(rewrite(checkpoint, short, statistics, None))
+
+
+def test_kept_channels_are_whole_heads(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen3", tmp_path / "dense", num_hidden_layers=4))
+    kept = kept_channels(uneven_plan(checkpoint).layers[1], checkpoint.shape)
+    assert kept["hidden"] is None
+    assert kept["query"] is not None
+    assert kept["query"].tolist() == list(range(36, 48))
+    assert kept["kv"] is not None
+    assert kept["kv"].tolist() == list(range(12, 24))
+
+
+def test_fused_outputs_are_cut_space_by_space() -> None:
+    """Phi-3's q, k and v stand in one matrix."""
+    fused = FAMILIES["phi3"].projection("self_attn.qkv_proj")
+    assert fused is not None
+    weight = torch.arange(8 * 3).view(8, 3)
+    widths = {"hidden": 3, "query": 4, "kv": 2, "ffn": 1}
+    kept = {"hidden": None, "query": torch.tensor([2, 3]), "kv": torch.tensor([1]), "ffn": None}
+    assert torch.equal(cut(weight, fused, "weight", kept, widths), weight[[2, 3, 5, 7]])
+    only_query = {**kept, "kv": None}
+    assert torch.equal(cut(weight[:, 0], fused, "bias", only_query, widths), weight[[2, 3, 4, 5, 6, 7], 0])
+
+
+def test_quantised_projections_are_refused() -> None:
+    projection = FAMILIES["llama"].projection("self_attn.q_proj")
+    assert projection is not None
+    with pytest.raises(ModelError, match=r"self_attn\.q_proj.*'qweight'.*quantised.*full-precision"):
+        cut(torch.zeros(2, 2), projection, "qweight", {}, {})
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
+def test_a_restoring_projection_undoes_every_cut_space(family: Family) -> None:
+    for space in CUT_SPACES:
+        assert family.restoring(space).outputs == ("hidden",)
+        assert any(space in projection.outputs for projection in family.projections)
