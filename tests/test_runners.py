@@ -10,12 +10,13 @@ import numpy as np
 import parity_models
 import pytest
 import torch
+from tiny import tiny_checkpoint, tokens_of
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
 from flap_export.exporting import export
 from flap_export.loading import load_model
-from flap_export.runners import BACKENDS, Runner, open_runner
+from flap_export.runners import BACKENDS, Logits, Runner, open_runner
 
 MAX_LENGTH, VOCABULARY = parity_models.MAX_LENGTH, parity_models.VOCABULARY
 RAGGED = ((5, 6, 7), (11,), (21, 22, 23, 24, 25, 26, 27), (31, 32, 33))
@@ -359,3 +360,31 @@ def test_cache_of_another_length_fails_in_our_words(damaged: Path) -> None:
     artifact.model_copy(update={"max_length": MAX_LENGTH + 1}).save(damaged / ARTIFACT_NAME)
     with open_runner(damaged) as runner, pytest.raises(ArtifactError, match="ONNX Runtime failed"):
         runner.prefill([[1, 2]])
+
+
+def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, over prefill, several growths and a ragged batch."""
+    from flap_export.runners import onnxruntime_runner
+
+    checkpoint = tiny_checkpoint("llama", tmp_path / "dense", max_position_embeddings=256)
+    export(checkpoint, tmp_path / "onnx", max_length=200)
+    prompts = [tokens_of(1, length, seed=length)[0].tolist() for length in (50, 61)]
+
+    def logits_of(runner: Runner) -> list[Logits]:
+        found = [runner.prefill(prompts)]
+        for step in range(100):
+            found.append(runner.decode(np.array([step % 80, 7], np.int64)))
+        return found
+
+    with open_runner(tmp_path / "onnx", threads=1) as growing:
+        grown = logits_of(growing)
+        assert isinstance(growing, onnxruntime_runner.OnnxRuntimeRunner)
+        assert growing._cache is not None
+        assert 161 <= growing._cache.rows <= 200
+    monkeypatch.setattr(onnxruntime_runner, "_relaxed", lambda *_: None)
+    with open_runner(tmp_path / "onnx", threads=1) as static:
+        fixed = logits_of(static)
+    for one, two in zip(grown, fixed, strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -19,10 +19,15 @@ from flap_export.artifact import (
 )
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
+from flap_export.runners.growing_cache import GrowingCache, relaxed_graph
 
 _ONNX_ELEMENT_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
 # NumPy has no bfloat16; its bits travel as uint16.
-_ARRAY_DTYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_ARRAY_DTYPES: Final[dict[str, type[np.generic]]] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+}
 _SESSION_SETTINGS: Final = {
     # Workers that wait by spinning take the cores from sessions run in turns and from anything else on the machine:
     # measured beside one busy process on two cores, a session without spinning was twice as fast, in prefill and in
@@ -56,22 +61,26 @@ class OnnxRuntimeRunner(Runner):
         )
         self._artifact, self._path = artifact, path
         self._device, self._device_id = _parsed_device(options.device)
-        self._session: Any = self._opened(_graph_file(artifact, path, options.logits), options.threads)
+        graph = _graph_file(artifact, path, options.logits)
+        relaxed = _relaxed(graph, artifact) if self._device == "cpu" else None
+        self._grows = relaxed is not None
+        self._session: Any = self._opened(graph, relaxed, options.threads)
         self._binding: Any = None
+        self._cache: GrowingCache | None = None
         _check_interface(self._session, artifact, path)
 
     def close(self) -> None:
         """Free the session and its cache."""
-        self._session, self._binding = None, None
+        self._session, self._binding, self._cache = None, None, None
 
-    def _opened(self, graph: Path, threads: int | None) -> Any:
-        """An InferenceSession on the wanted device."""
+    def _opened(self, graph: Path, relaxed: bytes | None, threads: int | None) -> Any:
+        """An InferenceSession on the wanted device; `relaxed` stands for the graph's file where it is given."""
         onnxruntime = _import_onnxruntime()
         provider, provider_options = self._provider(onnxruntime)
+        options = _session_options(onnxruntime, threads)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
         try:
-            session = onnxruntime.InferenceSession(
-                str(graph), _session_options(onnxruntime, threads), [(provider, provider_options)]
-            )
+            session = onnxruntime.InferenceSession(relaxed or str(graph), options, [(provider, provider_options)])
         # ONNX Runtime's exceptions share no base below Exception.
         except Exception as error:
             raise ArtifactError(
@@ -94,6 +103,9 @@ class OnnxRuntimeRunner(Runner):
 
     def _allocate(self, batch_size: int) -> None:
         self._binding = self._session.io_binding()
+        if self._grows:
+            self._cache = GrowingCache(self._binding, self._artifact, batch_size, _ARRAY_DTYPES[self._artifact.dtype])
+            return
         for layer in self._artifact.cache_layers:
             shape = self._artifact.cache_shape(layer, batch_size)
             for past, present in zip(past_names(layer), present_names(layer), strict=True):
@@ -114,6 +126,8 @@ class OnnxRuntimeRunner(Runner):
         from onnxruntime import OrtValue
 
         batch_size, new_tokens = input_ids.shape
+        if self._cache is not None:
+            self._cache.reserve(int(write_indices.max()) + new_tokens)
         rows = new_tokens if self.logits == "all" else 1
         logits = np.empty((batch_size, rows, self.vocabulary_size), _ARRAY_DTYPES[self._artifact.dtype])
         element_type = _ONNX_ELEMENT_TYPES[self._artifact.dtype]
@@ -138,6 +152,16 @@ def _import_onnxruntime() -> Any:
             f"running an artifact needs onnxruntime ({error})", "pip install 'flap-export[cpu]'"
         ) from error
     return onnxruntime
+
+
+def _relaxed(graph: Path, artifact: Artifact) -> bytes | None:
+    try:
+        return relaxed_graph(graph, artifact)
+    # protobuf's exception has moved between its versions.
+    except Exception as error:
+        raise ArtifactError(
+            f"ONNX Runtime cannot open '{graph}', which is no ONNX graph; the artifact is damaged, export it again"
+        ) from error
 
 
 def _check_options(artifact: Artifact, path: Path, options: RunnerOptions) -> None:

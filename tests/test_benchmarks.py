@@ -1,0 +1,98 @@
+"""The scripts in `benchmarks/`: their options and the functions that need no measurement."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flap_export.loading import load_model, open_checkpoint
+
+SCRIPTS = ("export_cost", "onnxruntime_cpu", "pruned_vs_dense")
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_options_have_defaults_and_a_quick_mode(name: str) -> None:
+    assert script(name).parsed_arguments([]).benchmark == name
+    assert script(name).parsed_arguments(["--quick"]).quick
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_the_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script(name).parsed_arguments(["--help"])
+    assert ended.value.code == 0
+    assert "--output" in capsys.readouterr().out
+
+
+def test_a_result_says_where_when_and_with_what_it_was_measured(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(benchmark="b", output=tmp_path / "b.json", work=None, quick=False, seed=3)
+    script("common").save_result(arguments, script("common").Conditions(), {"speedup": 2.0})
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["settings"] == {"quick": False, "seed": 3}
+    assert written["speedup"] == 2.0
+    assert {"machine", "versions", "load_average_after", "other_load_present", "date"} < set(written)
+    assert {"python", "torch", "onnxruntime"} < set(written["versions"])
+
+
+def test_quick_results_stay_out_of_the_results() -> None:
+    common = script("common")
+    described: dict[str, Any] = {"machine": {"cpu": "Some CPU (R)", "cores": 2}, "versions": {"torch": "2.13.0+cpu"}}
+    path = common._default_path(argparse.Namespace(benchmark="b"), described)
+    assert path == common.RESULTS / "b-some-cpu-r-2-cores-torch-2.13.0-cpu.json"
+    arguments = argparse.Namespace(benchmark="b", output=None, work=None, quick=True)
+    written = common.save_result(arguments, common.Conditions(), {})
+    assert written.parent != common.RESULTS
+    written.unlink()
+
+
+def test_a_random_pruned_checkpoint_is_uneven_and_loads(tmp_path: Path) -> None:
+    common = script("common")
+    dense = common.random_checkpoint(tmp_path / "dense", common.llama_config("tiny", 64))
+    pruned = open_checkpoint(common.random_pruned_checkpoint(tmp_path / "pruned", dense, 0.4, multiple=4))
+    shape = open_checkpoint(dense).shape
+    assert len(set(pruned.shape.layers)) > 1
+    assert all(layer.ffn_channels % 4 == 0 for layer in pruned.shape.layers)
+    assert pruned.shape.decoder_parameters / shape.decoder_parameters == pytest.approx(0.6, abs=0.05)
+    assert all(bool(p.isfinite().all()) for p in load_model(pruned.directory, dtype=torch.float32).parameters())
+
+
+def test_sparse_weights_are_a_whole_checkpoint_without_blocks(tmp_path: Path) -> None:
+    export_cost = script("export_cost")
+    export_cost.made_checkpoint("graph", "tiny", "float16", tmp_path)
+    directory = export_cost.checkpoint_directory("graph", "tiny", tmp_path)
+    model = load_model(directory, dtype=torch.float16)
+    assert sum(int(parameter.count_nonzero()) for parameter in model.parameters()) == 0
+    stored = (directory / "model.safetensors").stat()
+    assert stored.st_size > 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert stored.st_blocks * 512 < 16384
+
+
+def test_nodes_per_layer_leave_out_what_comes_once() -> None:
+    nodes = ["Gather", *["MatMul", "MatMul", "Add"] * 4, "MatMul"]
+    assert script("export_cost").nodes_per_layer(nodes, 4) == 3
+
+
+def test_without_onnxruntime_genai_the_reason_is_stated() -> None:
+    found_genai = script("onnxruntime_cpu").found_genai
+    assert "--genai-python" in found_genai("/no/such/python")
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        assert "--genai-python" in found_genai(sys.executable)

@@ -1,0 +1,163 @@
+"""`flap_export.ideal` against brute force over real modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from flap_export.families import family_of, shape_from_config
+from flap_export.ideal import (
+    Roofline,
+    cache_bytes,
+    call_bytes,
+    call_flops,
+    call_seconds,
+    ideal_speedup,
+    read_parameters,
+)
+from flap_export.loading import pruned_section
+from flap_export.modeling_pruned import resize_decoder
+from flap_export.shapes import DecoderShape, LayerShape
+
+TOKENS = 7
+
+
+def llama(shape: DecoderShape) -> LlamaForCausalLM:
+    """A Llama whose layers have the counts of `shape`."""
+    heads = 4
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        head_dim=shape.head_dim,
+        intermediate_size=48,
+        num_hidden_layers=len(shape.layers),
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        vocab_size=shape.vocabulary_size,
+        max_position_embeddings=32,
+        tie_word_embeddings=shape.tied_embeddings,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).eval()
+    resize_decoder(model, "model.layers", pruned_section(family_of("llama"), shape), shape.head_dim)
+    return model
+
+
+def decoder(*layers: LayerShape, tied: bool = False) -> DecoderShape:
+    return DecoderShape(
+        hidden_size=32, head_dim=8, vocabulary_size=64, ffn_matrices=3, tied_embeddings=tied, layers=layers
+    )
+
+
+DENSE = decoder(*[LayerShape(query_heads=4, kv_heads=2, ffn_channels=48)] * 3)
+UNEVEN = decoder(
+    LayerShape(query_heads=4, kv_heads=2, ffn_channels=48),
+    LayerShape(query_heads=2, kv_heads=1, ffn_channels=13, attention_bias=True, ffn_bias=True),
+    LayerShape(query_heads=1, kv_heads=1, ffn_channels=7, ffn_bias=True),
+)
+TIED = decoder(LayerShape(query_heads=4, kv_heads=2, ffn_channels=48), tied=True)
+
+
+def test_the_shapes_here_are_those_of_the_models() -> None:
+    assert shape_from_config(llama(DENSE).config, family_of("llama")) == DENSE
+
+
+@pytest.mark.parametrize("shape", [DENSE, UNEVEN, TIED], ids=["dense", "uneven", "tied"])
+def test_read_parameters_are_all_but_an_untied_embedding(shape: DecoderShape) -> None:
+    model = llama(shape)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embedding = 0 if shape.tied_embeddings else model.model.embed_tokens.weight.numel()
+    assert read_parameters(shape) == parameters - embedding
+
+
+def test_an_emptied_layer_reads_its_biases_only() -> None:
+    emptied = LayerShape(query_heads=0, kv_heads=0, ffn_channels=0, attention_bias=True, ffn_bias=True)
+    one, two = decoder(*DENSE.layers[:1]), decoder(*DENSE.layers[:1], emptied)
+    assert read_parameters(two) - read_parameters(one) == 2 * DENSE.hidden_size
+
+
+@pytest.mark.parametrize("shape", [DENSE, UNEVEN], ids=["dense", "uneven"])
+def test_cache_bytes_are_those_of_a_real_cache(shape: DecoderShape) -> None:
+    cache = DynamicCache()
+    with torch.no_grad():
+        llama(shape)(torch.zeros(2, TOKENS, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(shape, batch_size=2, context_length=TOKENS, bytes_per_value=4) == real
+
+
+def counted_flops(model: LlamaForCausalLM, *, batch_size: int) -> list[int]:
+    """Operations of TOKENS calls of one token each: every query meets exactly the keys it may see.
+
+    Rotary angles, which some versions of transformers compute by a product, are not counted.
+    """
+    cache, counts = DynamicCache(), []
+    for _ in range(TOKENS):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(batch_size, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        rotary = counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {})
+        counts.append(counter.get_total_flops() - sum(rotary.values()))
+    return counts
+
+
+@pytest.mark.parametrize("shape", [DENSE, UNEVEN], ids=["dense", "uneven"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_flops_are_those_torch_counts(shape: DecoderShape, batch_size: int) -> None:
+    counted = counted_flops(llama(shape), batch_size=batch_size)
+    steps = [call_flops(shape, batch_size=batch_size, new_tokens=1, context_length=length) for length in range(TOKENS)]
+    assert steps == counted
+    assert call_flops(shape, batch_size=batch_size, new_tokens=TOKENS, logits="all") == sum(counted)
+
+
+def test_the_last_logits_cost_one_row_of_the_head() -> None:
+    every, last = (call_flops(DENSE, batch_size=2, new_tokens=TOKENS, logits=logits) for logits in ("all", "last"))
+    assert every - last == 2 * (TOKENS - 1) * 2 * DENSE.head_parameters
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
+def test_a_prompt_in_two_chunks_costs_the_same(batch_size: int, first: int, second: int) -> None:
+    whole = call_flops(UNEVEN, batch_size=batch_size, new_tokens=first + second, logits="all")
+    chunks = call_flops(UNEVEN, batch_size=batch_size, new_tokens=first, logits="all") + call_flops(
+        UNEVEN, batch_size=batch_size, new_tokens=second, context_length=first, logits="all"
+    )
+    assert whole == chunks
+
+
+def test_decode_speedup_is_the_ratio_of_bytes() -> None:
+    speedup = ideal_speedup(DENSE, UNEVEN, "decode", batch_size=2, length=9, bytes_per_weight=2)
+    dense, pruned = (call_bytes(shape, batch_size=2, context_length=9, bytes_per_weight=2) for shape in (DENSE, UNEVEN))
+    assert speedup == dense / pruned > 1
+
+
+def test_prefill_speedup_is_the_ratio_of_operations() -> None:
+    speedup = ideal_speedup(DENSE, UNEVEN, "prefill", batch_size=2, length=9, bytes_per_weight=4)
+    dense, pruned = (call_flops(shape, batch_size=2, new_tokens=9) for shape in (DENSE, UNEVEN))
+    assert speedup == pytest.approx(dense / pruned)
+
+
+def test_a_model_against_itself_is_no_faster() -> None:
+    for phase in ("prefill", "decode"):
+        assert ideal_speedup(UNEVEN, UNEVEN, phase, batch_size=1, length=5, bytes_per_weight=4) == 1
+
+
+def test_a_roofline_takes_the_longer_of_both_times() -> None:
+    request = {"batch_size": 1, "length": 8, "bytes_per_weight": 4}
+    moved = call_bytes(DENSE, batch_size=1, context_length=8, bytes_per_weight=4)
+    operations = call_flops(DENSE, batch_size=1, new_tokens=1, context_length=8)
+    slow_memory = call_seconds(DENSE, "decode", roofline=Roofline(1e3, 1e12), **request)
+    slow_compute = call_seconds(DENSE, "decode", roofline=Roofline(1e12, 1e3), **request)
+    assert slow_memory == moved / 1e3
+    assert slow_compute == operations / 1e3
+
+
+def test_decoding_a_large_batch_becomes_bound_by_operations() -> None:
+    roofline = Roofline(bandwidth_bytes_per_s=1.0, flops_per_s=10.0)
+    pruned = decoder(*[layer.model_copy(update={"ffn_channels": 8}) for layer in DENSE.layers])
+    request = {"length": 4, "bytes_per_weight": 4, "roofline": roofline}
+    small = ideal_speedup(DENSE, pruned, "decode", batch_size=1, **request)
+    large = ideal_speedup(DENSE, pruned, "decode", batch_size=512, **request)
+    assert small == ideal_speedup(DENSE, pruned, "decode", batch_size=1, length=4, bytes_per_weight=4)
+    operations = [call_flops(shape, batch_size=512, new_tokens=1, context_length=4) for shape in (DENSE, pruned)]
+    assert large == pytest.approx(operations[0] / operations[1])
