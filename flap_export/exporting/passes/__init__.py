@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential, common
 
 from flap_export.exporting.passes.constants import FoldConstantsPass
+from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
@@ -29,6 +30,8 @@ def optimize(ir_model: ir.Model) -> ir.Model:
         common.RemoveUnusedNodesPass(),
         TransposeWeightsPass(),
         FuseProjectionsPass(),
+        LayOutHeadsPass(),
+        common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(size_limit=64),
         common.ClearMetadataAndDocStringPass(),

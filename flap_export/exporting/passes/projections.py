@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from flap_export.exporting.passes.values import is_weight, lazy_initializer
+from flap_export.exporting.passes.values import integers_initializer, is_weight, lazy_initializer
 
 
 class FuseProjectionsPass(ir.passes.InPlacePass):
@@ -56,7 +56,7 @@ def _fuse(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     created = [product]
     if biases:
         created.append(ir.node("Add", [product.outputs[0], _joined(graph, biases)]))
-    sizes = _sizes(graph, widths)
+    sizes = integers_initializer(graph, "split", widths)
     split = ir.node("Split", [created[-1].outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes))
     created.append(split)
     graph.insert_before(nodes[0], created)
@@ -83,17 +83,3 @@ def _joined(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value:
     return lazy_initializer(
         graph, name, first.dtype, shape, lambda: np.concatenate([t.numpy() for t in tensors if t is not None], axis=-1)
     )
-
-
-def _sizes(graph: ir.Graph, widths: Sequence[int]) -> ir.Value:
-    name = "split_" + "_".join(map(str, widths))
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape((len(widths),)),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.Tensor(np.array(widths, dtype=np.int64), name=name),
-    )
-    graph.register_initializer(value)
-    return value

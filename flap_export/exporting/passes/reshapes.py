@@ -7,8 +7,9 @@ computed targets from Shape are left without readers.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
+
+from flap_export.exporting.passes.values import integers_initializer
 
 
 class StaticReshapesPass(ir.passes.InPlacePass):
@@ -23,7 +24,7 @@ class StaticReshapesPass(ir.passes.InPlacePass):
             target = _constant_target(node)
             if target is None:
                 continue
-            node.replace_input_with(1, _target_value(model.graph, target))
+            node.replace_input_with(1, integers_initializer(model.graph, "shape", target))
             node.attributes.pop("allowzero", None)
             modified = True
         return ir.passes.PassResult(model, modified=modified)
@@ -44,15 +45,3 @@ def _constant_target(node: ir.Node) -> tuple[int, ...] | None:
     # An axis of size 0 could not be told from a copied one; emptied layers have left the graph before.
     copied = [axis for axis, size in enumerate(result.shape) if size == 0]
     return None if copied or target.count(-1) > 1 else tuple(target)
-
-
-def _target_value(graph: ir.Graph, target: tuple[int, ...]) -> ir.Value:
-    name = "shape_" + "_".join(str(size) if size >= 0 else "rest" for size in target)
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = ir.Tensor(np.array(target, dtype=np.int64), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape((len(target),)), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

@@ -36,3 +36,18 @@ def lazy_initializer(
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def integers_initializer(graph: ir.Graph, kind: str, numbers: Sequence[int]) -> ir.Value:
+    """A small constant int64 vector, named after what it holds and registered once per graph."""
+    name = f"{kind}_" + "_".join(str(number) if number >= 0 else "rest" for number in numbers)
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape((len(numbers),)),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.Tensor(np.array(numbers, dtype=np.int64), name=name),
+    )
+    graph.register_initializer(value)
+    return value
