@@ -94,10 +94,10 @@ def uneven_config(dense: dict[str, Any], family: Family, shape: DecoderShape) ->
 def modeling_source(family: Family) -> str:
     """The self-contained modelling file for checkpoints of `family`."""
     source = Path(__file__).with_name(MODELING_NAME).read_text(encoding="utf-8")
-    for suffix in ("Config", "ForCausalLM"):
+    for suffix, stem in (("Config", family.config_stem or family.class_stem), ("ForCausalLM", family.class_stem)):
         line = f"from transformers import Llama{suffix} as Base{suffix}"
         assert line in source, line
-        source = source.replace(line, line.replace("Llama", family.class_stem))
+        source = source.replace(line, line.replace("Llama", stem))
     return source
 
 

@@ -35,6 +35,15 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """What sets a family's RMS norm apart: x / sqrt(mean(x^2) + epsilon) * (weight + offset)."""
+
+    epsilon: str = "variance_epsilon"
+    """The module's attribute that holds it."""
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: module paths relative to the causal LM (or to one layer), and class names inside transformers."""
 
@@ -42,14 +51,18 @@ class Family:
     class_stem: str
     """`<stem>ForCausalLM` and `<stem>Config` are the classes, `<stem>RMSNorm` its norm."""
     projections: tuple[Projection, ...]
+    config_stem: str | None = None
+    """Stem of the configuration's class where it is another one."""
     attention: str = "self_attn"
     ffn: str = "mlp"
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
-    rotary: str = "model.rotary_emb"
     ffn_matrices: int = 3
+    norm: Norm = Norm()
+    attention_kernel: str = "sdpa"
+    """Attention implementation of transformers to run; one that leaves nothing of the family out."""
     bias_flags: Mapping[Space, str] = field(default_factory=dict)
     """Configuration flag that gives all projections around a space a bias. A family with both can hold a
     compensated uniform plan in its own stock classes."""
@@ -82,10 +95,32 @@ _FUSED_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
+_ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
+        Family(
+            "gemma2",
+            "Gemma2",
+            _SEPARATE_PROJECTIONS,
+            norm=_GEMMA_NORM,
+            # Sdpa has no softcap: transformers 5 refuses it, 4.57 leaves the softcap out without a word.
+            attention_kernel="eager",
+            bias_flags={"query": "attention_bias"},
+            requires=_ONE_DIRECTION,
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            _SEPARATE_PROJECTIONS,
+            config_stem="Gemma3Text",
+            norm=_GEMMA_NORM,
+            bias_flags={"query": "attention_bias"},
+            requires=_ONE_DIRECTION,
+        ),
         Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
         Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
@@ -100,6 +135,10 @@ def family_of(model_type: str) -> Family:
     Raises:
         ModelError: the table has no such family.
     """
+    if f"{model_type}_text" in FAMILIES:
+        raise ModelError(
+            f"'{model_type}' models see images too; only their text models, {model_type}_text, are supported"
+        )
     if model_type not in FAMILIES:
         raise ModelError(
             f"model family '{model_type}' is not in the family table; supported are {', '.join(sorted(FAMILIES))}. "
@@ -124,9 +163,7 @@ def check_config(config: Any, family: Family) -> None:
         found = getattr(config, name, allowed[0])
         if found not in allowed:
             stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
-            raise ModelError(
-                f"{family.model_type} models are supported with {name} equal to {stated} only, got {found}"
-            )
+            raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
 
 
 def shape_from_config(config: Any, family: Family) -> DecoderShape:

@@ -33,13 +33,16 @@ class _EmbeddingDone(Exception):
 
 @final
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes the arguments it is called with and hands the hidden states on."""
+    """Stands in for a decoder layer: notes the arguments it is called with, and the first one the embeddings.
 
-    def __init__(self, layer: nn.Module, calls: list[dict[str, Any]], is_last: bool) -> None:
+    What it hands on is of no use: some families take a tensor from their layers and some the first of a tuple.
+    """
+
+    def __init__(self, layer: nn.Module, calls: list[dict[str, Any]], embedded: list[Tensor], is_last: bool) -> None:
         super().__init__()
         # Not a submodule: the model only asks the layer for attributes such as its attention type.
         object.__setattr__(self, "_layer", layer)
-        self._calls, self._is_last = calls, is_last
+        self._calls, self._embedded, self._is_last = calls, embedded, is_last
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -48,9 +51,11 @@ class _Recorder(nn.Module):
             return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not self._calls:
+            self._embedded.append(hidden_states)
         self._calls.append(kwargs)
         if self._is_last:
-            raise _EmbeddingDone(hidden_states)
+            raise _EmbeddingDone
         return hidden_states
 
 
@@ -126,26 +131,29 @@ def _embed(
 ) -> list[_Chunk]:
     """Fill `hidden` with the embeddings; returns the chunks with the arguments each layer gets."""
     family = checkpoint.family
-    embedding = model.get_submodule(family.embedding)
-    materialize(embedding, family.embedding, checkpoint.weights, dtype=dtype, device=device)
-    model.get_submodule(family.rotary).to(device)
     decoder, layers_name = model.get_submodule(family.decoder), family.layers.removeprefix(f"{family.decoder}.")
     layers = decoder.get_submodule(layers_name)
     assert isinstance(layers, nn.ModuleList)
+    around = {name: module for name, module in decoder.named_children() if module is not layers}
+    for name, module in around.items():
+        materialize(module, f"{family.decoder}.{name}", checkpoint.weights, dtype=dtype, device=device)
+        module.to(device)
     chunks: list[_Chunk] = []
     arguments_by_size: dict[int, list[dict[str, Any]]] = {}
     for start in range(0, len(tokens), chunk_sequences):
         rows = slice(start, min(start + chunk_sequences, len(tokens)))
         calls: list[dict[str, Any]] = []
-        recorders = [_Recorder(layer, calls, index == len(layers) - 1) for index, layer in enumerate(layers)]
+        embedded: list[Tensor] = []
+        recorders = [_Recorder(layer, calls, embedded, index == len(layers) - 1) for index, layer in enumerate(layers)]
         decoder.set_submodule(layers_name, nn.ModuleList(recorders))
         try:
             decoder(input_ids=tokens[rows].to(device), use_cache=False)
-        except _EmbeddingDone as done:
-            hidden[rows] = done.args[0].to("cpu")
+        except _EmbeddingDone:
+            hidden[rows] = embedded[0].to("cpu")
         finally:
             decoder.set_submodule(layers_name, layers)
         # All chunks but the last have the same shape, and so the same masks and rotary embeddings.
         chunks.append(_Chunk(rows, arguments_by_size.setdefault(rows.stop - rows.start, calls)))
-    release(embedding)
+    for module in around.values():
+        release(module)
     return chunks

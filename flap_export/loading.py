@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError
-from flap_export.families import Family, check_config, family_of, shape_from_config
+from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
 from flap_export.rope import both_rope_forms
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
@@ -141,10 +140,12 @@ def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape,
 
 def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     """The `pruned` section of a configuration, which `modeling_pruned.py` reads."""
+    kernel = {} if family.attention_kernel == "sdpa" else {"attention_kernel": family.attention_kernel}
     return {
         "layers_path": family.layers,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
+        **kernel,
     }
 
 
@@ -154,7 +155,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
     from flap_export.modeling_pruned import resize_decoder
 
-    model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation="sdpa")
+    kernel = checkpoint.family.attention_kernel
+    model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
     if checkpoint.is_pruned:
         section = pruned_section(checkpoint.family, checkpoint.shape)
         resize_decoder(model, checkpoint.family.layers, section, checkpoint.shape.head_dim)
@@ -162,15 +164,23 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
 
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The causal LM on the meta device, except for its rotary tables, which are real."""
+    """The causal LM with its parameters on the meta device; its buffers are real."""
     with torch.device("meta"):
         model = build_model(checkpoint, dtype)
+    _compute_buffers(model, checkpoint.shape.hidden_size)
+    if dtype == torch.float64:
+        _keep_double_precision(model, checkpoint.family.norm)
+    return model
+
+
+def _compute_buffers(model: nn.Module, hidden_size: int) -> None:
+    """Give values to what no checkpoint stores: rotary frequencies, and the factor of scaled embeddings."""
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
             model.set_submodule(path, type(module)(config=module.config))
-    if dtype == torch.float64:
-        _keep_double_precision(model)
-    return model
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name == "embed_scale":
+                module.register_buffer(name, torch.tensor(hidden_size**0.5, dtype=buffer.dtype), persistent=False)
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
@@ -252,12 +262,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
     return model.to(device)
 
 
-def _keep_double_precision(model: nn.Module) -> None:
+def _keep_double_precision(model: nn.Module, norm: Norm) -> None:
     """Let RMS norms compute in float64: transformers' own ones pass through float32, whatever the weights are."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(_double_rms_norm, module)
+            module.forward = partial(_double_rms_norm, module, norm)
 
 
-def _double_rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    return nn.functional.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
+def _double_rms_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
+    scale = module.weight + norm.offset
+    return nn.functional.rms_norm(hidden_states, scale.shape, scale, getattr(module, norm.epsilon))

@@ -6,6 +6,7 @@ The two import lines name the family the checkpoint came from. The configuration
 
     projections   [path, input space, [output spaces]] of each linear module of a layer
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias
+    attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
 A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost.
 """
@@ -39,9 +40,10 @@ class Constant(nn.Module):
 class EmptyAttention(nn.Module):
     """Attention without heads. It still counts the tokens in the cache, whose length is read from any layer."""
 
-    def __init__(self, output: str, constant: Constant, layer_idx: int) -> None:
+    def __init__(self, output: str, constant: Constant, layer_idx: int, is_sliding: bool) -> None:
         super().__init__()
-        self.output, self.layer_idx = output, layer_idx
+        # Transformers 4.57 asks Gemma 3's attention which of the rotary embeddings it wants.
+        self.output, self.layer_idx, self.is_sliding = output, layer_idx, is_sliding
         self.add_module(output, constant)
 
     def forward(
@@ -124,8 +126,12 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         if widths[block] == 0:
             if inputs != "hidden":
                 constant = Constant(_linear(layer, path), output_bias[block])
+                parent: Any = layer.get_submodule(parent_path)
+                is_sliding = getattr(parent, "is_sliding", False)
                 emptied = (
-                    EmptyAttention(name, constant, layer_idx) if block == "query" else EmptyFeedForward(name, constant)
+                    EmptyAttention(name, constant, layer_idx, is_sliding)
+                    if block == "query"
+                    else EmptyFeedForward(name, constant)
                 )
                 layer.set_submodule(parent_path, emptied)
             continue
@@ -151,8 +157,10 @@ class PrunedConfig(BaseConfig):  # type: ignore[misc]
     model_type = f"flap_{BaseConfig.model_type}"
 
     def __init__(self, pruned: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.pruned = pruned or {}
+        if kwargs.get("attn_implementation") is None and "attention_kernel" in self.pruned:
+            kwargs["attn_implementation"] = self.pruned["attention_kernel"]
+        super().__init__(**kwargs)
 
 
 class PrunedForCausalLM(BaseForCausalLM):  # type: ignore[misc]

@@ -12,6 +12,10 @@ _STATED_BESIDE = ("rope_theta", "partial_rotary_factor")
 def both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
     """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form."""
     parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
+        return {**config, **_beside_by_layer_type(parameters, config)}
+    if "rope_local_base_freq" in config:
+        return {**config, "rope_parameters": _by_layer_type(config)}
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         beside = {name: parameters[name] for name in _STATED_BESIDE if name in parameters}
         return {**config, **beside, "rope_scaling": _scaling(parameters, config)}
@@ -20,6 +24,26 @@ def both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
         beside = {name: config[name] for name in _STATED_BESIDE if name in config}
         return {**config, "rope_parameters": {**scaling, **beside}}
     return dict(config)
+
+
+def _by_layer_type(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Gemma 3's rotary parameters of transformers 5: sliding layers have a base of their own and no scaling."""
+    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    theta = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    return {
+        "full_attention": {**scaling, **theta},
+        "sliding_attention": {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]},
+    }
+
+
+def _beside_by_layer_type(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as Gemma 3 of transformers 4.x states it."""
+    full, sliding = parameters["full_attention"], parameters.get("sliding_attention") or {}
+    stated = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": sliding.get("rope_theta")}
+    return {
+        **{name: value for name, value in stated.items() if value is not None},
+        "rope_scaling": _scaling(full, config),
+    }
 
 
 def _scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -45,11 +69,11 @@ def table_positions(config: Any) -> int | None:
         config: a transformers configuration.
     """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if parameters.get("rope_type", parameters.get("type")) != "longrope":
-        return None
-    inside, beside = (
-        parameters.get("original_max_position_embeddings"),
-        getattr(config, "original_max_position_embeddings", None),
-    )
-    stated = beside or inside or config.max_position_embeddings
-    return int(stated)
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    beside = getattr(config, "original_max_position_embeddings", None)
+    held = [
+        int(beside or kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for kind in kinds
+        if kind.get("rope_type", kind.get("type")) == "longrope"
+    ]
+    return min(held, default=None)

@@ -8,9 +8,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import ALL_FAMILIES, VOCABULARY, save_tokens, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
+from tiny import (
+    ALL_FAMILIES,
+    VOCABULARY,
+    plain_model,
+    save_tokens,
+    tiny_checkpoint,
+    tiny_pruned,
+    tiny_statistics,
+    tokens_of,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from flap_export.calibration import calibrate, compute_dtype
 from flap_export.errors import InputError, ModelError, TextError
@@ -22,7 +30,7 @@ from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 @torch.no_grad()
 def site_inputs(path: Path, family: str, tokens: Tensor) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """Inputs [tokens, C] and weights of all restoring projections, from one pass through the whole model."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = plain_model(path)
     found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(model.model.layers):
         for space in CUT_SPACES:

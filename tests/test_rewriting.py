@@ -11,6 +11,7 @@ from tiny import (
     ALL_FAMILIES,
     keep_all_plan,
     layer_plan,
+    plain_model,
     plan_of,
     save_pruned,
     tiny_checkpoint,
@@ -19,7 +20,6 @@ from tiny import (
     uneven_plan,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from flap_export.compensation import bias_compensation
 from flap_export.errors import ModelError, PlanError
@@ -51,7 +51,7 @@ def masked_dense_logits(
 ) -> Tensor:
     """Logits of the dense model, by transformers alone, whose removed channels stay at their mean (or at zero)."""
     checkpoint = open_checkpoint(dense)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    model = plain_model(dense)
     for index, kept_units in enumerate(plan.layers):
         layer = model.get_submodule(f"{checkpoint.family.layers}.{index}")
         for space in CUT_SPACES:
@@ -167,7 +167,7 @@ def test_a_plan_that_keeps_everything_changes_no_bit(family: str, dtype: torch.d
     same = save_pruned(dense, keep_all_plan(checkpoint), tmp_path / "same", statistics)
     tokens = tokens_of(2, 9)
     assert open_checkpoint(same).shape == checkpoint.shape
-    expected = logits_of(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype), tokens)
+    expected = logits_of(plain_model(dense, dtype), tokens)
     assert torch.equal(logits_of(load_model(same, dtype=dtype), tokens), expected)
 
 

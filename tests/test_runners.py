@@ -10,7 +10,7 @@ import numpy as np
 import parity_models
 import pytest
 import torch
-from tiny import tiny_checkpoint, tokens_of
+from tiny import ALL_FAMILIES, tiny_checkpoint, tiny_pruned, tokens_of
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
@@ -355,9 +355,12 @@ def test_description_of_another_graph(damaged: Path) -> None:
         open_runner(damaged)
 
 
-def test_cache_of_another_length_fails_in_our_words(damaged: Path) -> None:
+def test_cache_of_another_length_fails_in_our_words(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = Artifact.load(damaged / ARTIFACT_NAME)
     artifact.model_copy(update={"max_length": MAX_LENGTH + 1}).save(damaged / ARTIFACT_NAME)
+    with pytest.raises(ArtifactError, match=rf"cache of {MAX_LENGTH} rows, .* says {MAX_LENGTH + 1}; export it again"):
+        open_runner(damaged)
+    monkeypatch.setattr("flap_export.runners.onnxruntime_runner._relaxed", lambda *_: None)
     with open_runner(damaged) as runner, pytest.raises(ArtifactError, match="ONNX Runtime failed"):
         runner.prefill([[1, 2]])
 
@@ -388,3 +391,17 @@ def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
         fixed = logits_of(static)
     for one, two in zip(grown, fixed, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family_agrees_on_both_backends(family: str, tmp_path: Path) -> None:
+    """Ragged prompts, one longer than a window; the artifact's cache has room for more rows than are used."""
+    pruned = tiny_pruned(family, tmp_path, max_position_embeddings=200)
+    export(pruned, tmp_path / "onnx", max_length=130)
+    prompts, steps = (*RAGGED, tuple(range(40, 52))), np.arange(10).reshape(2, 5)
+    found: dict[str, Any] = {}
+    for name in ("dense", "onnx"):
+        path, options = (pruned, {"dtype": "float64"}) if name == "dense" else (tmp_path / "onnx", {})
+        with open_runner(path, threads=1, max_length=130, **options) as runner:
+            found[name] = np.stack([runner.prefill(prompts), *(runner.decode(tokens) for tokens in steps)])
+    np.testing.assert_allclose(found["onnx"], found["dense"], rtol=1e-4, atol=1e-4)

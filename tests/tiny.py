@@ -43,6 +43,23 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Qwen3's head size is stated and need not divide the hidden size; multi-query attention in Qwen2.
     "qwen3": {"head_dim": 12},
     "qwen2": {"num_key_value_heads": 1},
+    # Caps that bite, windows in every other layer, scores scaled by something else than the head size.
+    "gemma2": {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "query_pre_attn_scalar": 5,
+    },
+    # Windows in every other layer, whose heads turn faster.
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 5,
+        "rope_theta": 700.0,
+        "rope_local_base_freq": 15.0,
+    },
     "mistral": {"sliding_window": 6},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
@@ -102,6 +119,12 @@ def tiny_checkpoint(
     randomise(model, seed)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
+
+
+def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers loads it, with an attention that leaves nothing out (4.57's sdpa has no softcap)."""
+    kernel = open_checkpoint(path).family.attention_kernel
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=kernel)
 
 
 def tokens_of(sequences: int, length: int, *, seed: int = 0) -> Tensor:

@@ -77,7 +77,7 @@ def progress_bars() -> Iterator[Any]:
 
 def table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
     for position, column in enumerate(columns):
         drawn.add_column(column, justify="left" if position == 0 else "right", header_style="dim")
     return drawn

@@ -77,13 +77,15 @@ def _number(value: float | None) -> str:
 
 def of_latency(latency: LatencyReport) -> Iterator[RenderableType]:
     """Dense beside pruned per phase and shape."""
-    drawn = table("latency", "phase", "dense ms", "pruned ms", "speedup", "95 % interval", "ideal", "efficiency")
+    drawn = table("latency", "phase", "batch", "tokens", "dense", "pruned", "speedup", "95 %", "ideal", "efficiency")
     for found in latency.phases:
         low, high = found.speedup_interval
         drawn.add_row(
-            found.described,
-            f"{found.dense.median_ms:.2f}",
-            f"{found.pruned.median_ms:.2f}",
+            found.phase,
+            str(found.batch_size),
+            str(max(found.new_tokens, found.context_length)),
+            f"{found.dense.median_ms:.1f} ms",
+            f"{found.pruned.median_ms:.1f} ms",
             f"{found.speedup:.2f}x",
             f"{low:.2f}-{high:.2f}",
             f"{found.ideal_speedup:.2f}x",

@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from flap_export.loading import Checkpoint
 
 NAME = "flap_export_onnx"
-TABLE_NAMES = ("cosine", "sine")
 
 
 def _symbolic(operator: str, inputs: tuple[Tensor | None, ...], like: Tensor, since: int, **attributes: Any) -> Tensor:
@@ -48,7 +47,7 @@ class Decoding:
     """[B, n]"""
     valid_keys: Tensor = field(init=False)
     """[B]: rows of the cache that hold keys. The operator aligns the last new query with the last valid key."""
-    _window_masks: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.position_ids = self.write_indices.unsqueeze(1) + torch.arange(self.new_tokens).unsqueeze(0)
@@ -64,20 +63,20 @@ class Decoding:
         self.present[layer] = scattered(past_key, key), scattered(past_value, value)
         return self.present[layer]
 
-    def window_mask(self, window: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p.
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p, or all up to p.
 
         A float mask that holds causality too, because TensorRT refuses a mask beside `is_causal`. Made once per
         window size and shared by all layers.
         """
-        if window not in self._window_masks:
+        if window not in self._masks:
             query = self.position_ids.unsqueeze(1).unsqueeze(-1)
             key = torch.arange(self.max_length).view(1, 1, 1, -1)
-            visible = (key <= query) & (key > query - window)
-            self._window_masks[window] = torch.where(
+            visible = key <= query if window is None else (key <= query) & (key > query - window)
+            self._masks[window] = torch.where(
                 visible, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype)
             )
-        return self._window_masks[window]
+        return self._masks[window]
 
 
 def _attention(
@@ -90,11 +89,15 @@ def _attention(
     scaling: float,
     decoding: Decoding,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
-    if sliding_window is not None and sliding_window < decoding.max_length:
-        inputs = (query, key, value, decoding.window_mask(sliding_window, query.dtype))
+    window = sliding_window if sliding_window is not None and sliding_window < decoding.max_length else None
+    if softcap is not None:
+        output = _softcapped_attention(query * scaling, key, value, decoding.mask(window, query.dtype), softcap)
+    elif window is not None:
+        inputs = (query, key, value, decoding.mask(window, query.dtype))
         output = _symbolic("Attention", inputs, query, 24, scale=float(scaling))
     else:
         padded = (query, key, value, None, None, None, decoding.valid_keys)
@@ -102,37 +105,79 @@ def _attention(
     return output.transpose(1, 2), None
 
 
+def _softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:
+    """Attention whose scores s become softcap tanh(s / softcap), in plain operators: TensorRT refuses the one.
+
+    The query heads of a KV head stand one below the other, g n rows, so that caches are neither repeated nor read
+    more than once.
+
+    Args:
+        query: scaled, [B, Q, n, D].
+        key: [B, K, L, D]
+        value: [B, K, L, D]
+        mask: additive, [B, 1, n, L].
+        softcap: bound of the scores.
+    """
+    (batch, heads, tokens, size), (_, kv_heads, length, _) = query.shape, key.shape
+    group = heads // kv_heads
+    rows = (batch, kv_heads, group * tokens)
+    scores = query.reshape(*rows, size) @ key.transpose(-1, -2)
+    capped = torch.tanh(scores / softcap) * softcap
+    masked = capped.reshape(batch, kv_heads, group, tokens, length) + mask.unsqueeze(1)
+    probabilities = masked.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return (probabilities.reshape(*rows, length) @ value).reshape(query.shape)
+
+
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Transformers' mask interface: causality is the attention operator's own business."""
 
 
-def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+def _rms_norm(module: Any, epsilon: float, hidden_states: Tensor) -> Tensor:
+    """The weight stands for the whole scale; a family's offset is added when weights are bound."""
     inputs = (hidden_states, module.weight)
-    return _symbolic("RMSNormalization", inputs, hidden_states, 23, axis=-1, epsilon=float(module.variance_epsilon))
+    return _symbolic("RMSNormalization", inputs, hidden_states, 23, axis=-1, epsilon=epsilon)
 
 
-def rotary_tables(checkpoint: Checkpoint, max_length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines float32 [L, R / 2] of every position, from the model's own rotary embedding.
+def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
+    """Cosines and sines float32 [L, R / 2] of every position, by name, from the model's own rotary embeddings.
 
-    R channels of a head are rotated, all D in most families.
+    R channels of a head are rotated, all D in most families. A family that rotates its kinds of layers differently
+    has a pair of tables for each.
+
     Taking the values rather than the formula carries every kind of scaling (linear, llama3, yarn) along.
     """
     from flap_export.loading import meta_model
 
-    rotary = meta_model(checkpoint, torch.float32).get_submodule(checkpoint.family.rotary)
-    cosine, sine = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(max_length).unsqueeze(0))
-    half = cosine.shape[-1] // 2
-    return cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
+    tables: dict[str, Tensor] = {}
+    position_ids, like = torch.arange(max_length).unsqueeze(0), torch.zeros(1, dtype=torch.float32)
+    for path, rotary in rotary_modules(meta_model(checkpoint, torch.float32)):
+        for kind in getattr(rotary, "layer_types", None) or [None]:
+            values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
+            for name, value in zip(_table_names(kind), values, strict=True):
+                tables[f"{path}.{name}"] = value[0, :, : value.shape[-1] // 2].contiguous()
+    return tables
+
+
+def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every rotary embedding."""
+    for path, module in model.named_modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            yield path, module
+
+
+def _table_names(kind: str | None) -> tuple[str, str]:
+    prefix = "" if kind is None else f"{kind}_"
+    return f"{prefix}cosine", f"{prefix}sine"
 
 
 @contextmanager
-def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: tuple[Tensor, Tensor]) -> Iterator[None]:
+def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str, Tensor]) -> Iterator[None]:
     """Make `model`, built for this trace only, speak the dialect; global functions are put back at the end.
 
     Args:
         model: a causal LM with fake weights.
         checkpoint: what it was built from.
-        tables: cosine and sine tables as the trace sees them, [L, R / 2].
+        tables: `rotary_tables` as the trace sees them.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -142,11 +187,12 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: tuple[Tensor
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(_rms_norm, module)
-    rotary = model.get_submodule(checkpoint.family.rotary)
-    for name, table in zip(TABLE_NAMES, tables, strict=True):
-        rotary.register_buffer(name, table)
-    rotary.forward = MethodType(_rotary_tables, rotary)
+            module.forward = partial(_rms_norm, module, float(getattr(module, checkpoint.family.norm.epsilon)))
+    for path, table in tables.items():
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner).register_buffer(name, table)
+    for _, rotary in rotary_modules(model):
+        rotary.forward = partial(_rotary_tables, rotary)
     modeling = importlib.import_module(type(model).__module__)
     original = modeling.apply_rotary_pos_emb
     modeling.apply_rotary_pos_emb = _apply_rotary  # type: ignore[attr-defined]
@@ -162,8 +208,11 @@ class _Table:
     position_ids: Tensor
 
 
-def _rotary_tables(module: Any, hidden_states: Tensor, position_ids: Tensor) -> tuple[_Table, _Table]:
-    return _Table(module.cosine, position_ids), _Table(module.sine, position_ids)
+def _rotary_tables(
+    module: nn.Module, hidden_states: Tensor, position_ids: Tensor, layer_type: str | None = None
+) -> tuple[_Table, _Table]:
+    cosine, sine = (module.get_buffer(name) for name in _table_names(layer_type))
+    return _Table(cosine, position_ids), _Table(sine, position_ids)
 
 
 def _apply_rotary(

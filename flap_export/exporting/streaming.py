@@ -21,7 +21,7 @@ EXTERNAL_FROM_BYTES = 1024
 def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Let every initializer that is named in the checkpoint stream from there, cast to `dtype`.
 
-    A tied head is the embedding.
+    A tied head is the embedding. Where a family's norms add to their weights, the sum is stored, as `<norm>.scale`.
     """
     graph, family = ir_model.graph, checkpoint.family
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
@@ -35,14 +35,17 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
         traced = graph.initializers.pop(name)
         assert traced.shape is not None
         assert traced.dtype is not None
-        bound = lazy_initializer(
-            graph, name, traced.dtype, traced.shape.numpy(), partial(_read, checkpoint, name, dtype)
-        )
+        is_scale = any(use.node.op_type == "RMSNormalization" for use in traced.uses())
+        offset = family.norm.offset if is_scale else 0.0
+        stored = f"{name.removesuffix('.weight')}.scale" if offset else name
+        read = partial(_read, checkpoint, name, dtype, offset)
+        bound = lazy_initializer(graph, stored, traced.dtype, traced.shape.numpy(), read)
         ir.convenience.replace_all_uses_with(traced, bound)
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> NDArray[np.generic]:
-    tensor = checkpoint.weights.finite(name).to(dtype)
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) -> NDArray[np.generic]:
+    tensor = checkpoint.weights.finite(name)
+    tensor = (tensor.to(torch.float32) + offset if offset else tensor).to(dtype)
     if dtype != torch.bfloat16:
         return tensor.numpy()
     import ml_dtypes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import Cache
 
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
-from flap_export.exporting.dialect import TABLE_NAMES, Decoding, rotary_tables, speaking_onnx
-from flap_export.loading import Checkpoint, build_model
+from flap_export.exporting.dialect import Decoding, rotary_tables, speaking_onnx
+from flap_export.loading import Checkpoint, build_model, meta_model
 from flap_export.shapes import DecoderShape
 
 OPSET = 24
@@ -71,13 +71,13 @@ class DecoderStep(nn.Module):
 
 def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: LogitsKind) -> ir.Model:
     """The graph as torch emits it, unoptimized; initializers are named as in the checkpoint and hold fake values."""
-    real_tables = rotary_tables(checkpoint, max_length)
+    tables = rotary_tables(checkpoint, max_length)
     shape = checkpoint.shape
     cache_layers = [index for index, layer in enumerate(shape.layers) if layer.kv_heads]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         model = build_model(checkpoint, dtype)
-        tables = tuple(mode.from_tensor(table.to(dtype)) for table in real_tables)
-        with speaking_onnx(model, checkpoint, (tables[0], tables[1])):
+        fake_tables = {name: mode.from_tensor(table.to(dtype)) for name, table in tables.items()}
+        with speaking_onnx(model, checkpoint, fake_tables):
             step = DecoderStep(model, cache_layers, max_length, logits).eval()
             arguments, axes = _example(shape, cache_layers, max_length, dtype)
             with _quiet_exporter():
@@ -93,7 +93,8 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: L
     assert program is not None
     ir_model: ir.Model = program.model
     _name_interface(ir_model, checkpoint)
-    _bind_tables(ir_model, checkpoint.family.rotary, real_tables, dtype)
+    _bind(ir_model, {name: table.to(dtype) for name, table in tables.items()})
+    _bind(ir_model, dict(meta_model(checkpoint, dtype).named_buffers()))
     return ir_model
 
 
@@ -142,8 +143,7 @@ def _name_interface(ir_model: ir.Model, checkpoint: Checkpoint) -> None:
         graph.initializers[name].name = name.removeprefix("model.")
 
 
-def _bind_tables(ir_model: ir.Model, rotary: str, tables: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    for table_name, table in zip(TABLE_NAMES, tables, strict=True):
-        name = f"{rotary}.{table_name}"
-        if name in ir_model.graph.initializers:
-            ir_model.graph.initializers[name].const_value = ir.tensor(table.to(dtype), name=name)
+def _bind(ir_model: ir.Model, values: Mapping[str, Tensor]) -> None:
+    """Give initializers that no checkpoint stores their values."""
+    for name in values.keys() & ir_model.graph.initializers.keys():
+        ir_model.graph.initializers[name].const_value = ir.tensor(values[name], name=name)

@@ -1,8 +1,8 @@
 """A cache that grows on the CPU, where attention takes time for every row of the cache, valid or not.
 
 The artifact's cache has a fixed length L, as TensorRT wants it. Nothing in the graph but the shapes of its cache inputs
-and outputs depends on L, sliding-window masks excepted: with L made symbolic in memory, the same nodes run over a cache
-that is only as long as the tokens need, and give the same numbers.
+and outputs depends on L, masks and capped scores excepted: with L made symbolic in memory, the same nodes run over a
+cache that is only as long as the tokens need, and give the same numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flap_export.artifact import Artifact, past_names, present_names
+from flap_export.errors import ArtifactError
 
 LENGTH_AXIS: Final = 2
 LENGTH_NAME: Final = "cache_length"
@@ -25,26 +26,34 @@ _ATTENTION_MASK_INPUT: Final = 3
 
 
 def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
-    """The graph with a symbolic cache length, weights left in their file; None where a mask has the length built in."""
+    """The graph with a symbolic cache length, weights left in their file; None where a mask has the length built in.
+
+    Raises:
+        ArtifactError: the graph and the artifact disagree about the cache's length.
+    """
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
-    if any(_is_masked(node) for node in model.graph.node):
+    attentions = [node for node in model.graph.node if node.op_type == "Attention"]
+    # Capped scores are computed in plain operators, whose shapes and mask have the length built in.
+    if len(attentions) < len(artifact.cache_layers) or any(_is_masked(node) for node in attentions):
         return None
     caches = {n for layer in artifact.cache_layers for n in (*past_names(layer), *present_names(layer))}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.name in caches:
-            value.type.tensor_type.shape.dim[LENGTH_AXIS].dim_param = LENGTH_NAME
+            length = value.type.tensor_type.shape.dim[LENGTH_AXIS]
+            if length.dim_value != artifact.max_length:
+                raise ArtifactError(
+                    f"'{graph}' has a cache of {length.dim_value} rows, its artifact.json says {artifact.max_length}; "
+                    "export it again"
+                )
+            length.dim_param = LENGTH_NAME
     serialized: bytes = model.SerializeToString()
     return serialized
 
 
 def _is_masked(node: Any) -> bool:
-    return (
-        node.op_type == "Attention"
-        and len(node.input) > _ATTENTION_MASK_INPUT
-        and bool(node.input[_ATTENTION_MASK_INPUT])
-    )
+    return len(node.input) > _ATTENTION_MASK_INPUT and bool(node.input[_ATTENTION_MASK_INPUT])
 
 
 @final

@@ -157,6 +157,8 @@ def _import_onnxruntime() -> Any:
 def _relaxed(graph: Path, artifact: Artifact) -> bytes | None:
     try:
         return relaxed_graph(graph, artifact)
+    except ArtifactError:
+        raise
     # protobuf's exception has moved between its versions.
     except Exception as error:
         raise ArtifactError(

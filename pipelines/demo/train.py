@@ -144,14 +144,15 @@ def perplexity(model: nn.Module, tokens: np.ndarray, length: int, device: str) -
     losses = []
     for chunk in rows.split(16):
         logits = model(input_ids=chunk, use_cache=False).logits.float()
-        losses.append(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum"))
+        predicted, expected = logits[:, :-1].flatten(0, 1), chunk[:, 1:].flatten()
+        losses.append(nn.functional.cross_entropy(predicted, expected, reduction="sum"))
     return math.exp(float(torch.stack(losses).sum()) / (windows * (length - 1)))
 
 
 def save_state(path: Path, state: dict[str, object]) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def fit(model: LlamaForCausalLM, tokens: np.ndarray, arguments: argparse.Namespace) -> list[tuple[int, float]]:

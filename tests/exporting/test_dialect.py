@@ -1,0 +1,102 @@
+"""What the trace replaces, against what transformers would have computed."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import ALL_FAMILIES, ROPES, plain_model, tiny_checkpoint
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+from flap_export.exporting.dialect import Decoding, _softcapped_attention, rotary_tables, speaking_onnx
+from flap_export.loading import build_model, open_checkpoint
+
+LENGTH = 40
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rotary_tables_hold_what_the_model_computes(family: str, rope: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint(family, tmp_path / "dense", rope_parameters=ROPES[rope])
+    tables = rotary_tables(open_checkpoint(path), LENGTH)
+    assert list(tables) == ["model.rotary_emb.cosine", "model.rotary_emb.sine"]
+    model = plain_model(path)
+    expected = model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])
+    half = open_checkpoint(path).shape.head_dim // 2
+    for table, whole in zip(tables.values(), expected, strict=True):
+        assert table.shape == (LENGTH, half)
+        assert torch.equal(table, whole[0, :, :half])
+        assert torch.equal(table, whole[0, :, half:])
+
+
+def test_kinds_of_layers_have_tables_of_their_own(tmp_path: Path) -> None:
+    """Gemma 3, against the formula: slow and stretched angles in full layers, fast ones in sliding layers."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 15.0},
+    }
+    tables = rotary_tables(
+        open_checkpoint(tiny_checkpoint("gemma3_text", tmp_path / "dense", rope_parameters=rope)), LENGTH
+    )
+    assert len(tables) == 4
+    exponents, positions = torch.arange(0, 12, 2).float() / 12, torch.arange(LENGTH).float()[:, None]
+    for name, table in tables.items():
+        is_sliding = "sliding" in name or "local" in name
+        angles = positions / 15.0**exponents if is_sliding else positions / 8 / 700.0**exponents
+        expected = angles.cos() if name.endswith("cosine") else angles.sin()
+        torch.testing.assert_close(table, expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6])
+def test_softcapped_attention_is_transformers_own(heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, 5, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 7, 8, generator=generator)
+    mask = torch.where(torch.rand(3, 1, 5, 7, generator=generator) < 0.3, torch.finfo(torch.float32).min, 0.0)
+    module = SimpleNamespace(num_key_value_groups=heads // 2, training=False)
+    expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.7, softcap=1.5)
+    found = _softcapped_attention(query * 0.7, key, value, mask, 1.5)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_window_mask_shows_the_last_keys_only(window: int, dtype: torch.dtype) -> None:
+    """Two sequences at different rows of the cache: query p sees keys p - window < j <= p."""
+    decoding = Decoding({}, torch.tensor([0, 4]), 3, 8)
+    mask = decoding.mask(window, dtype)
+    assert mask.shape == (2, 1, 3, 8)
+    assert mask.dtype == dtype
+    for sequence, start in enumerate((0, 4)):
+        for query in range(3):
+            position = start + query
+            visible = {key for key in range(8) if mask[sequence, 0, query, key] == 0}
+            assert visible == {key for key in range(8) if position - window < key <= position}
+    assert set(mask.unique().tolist()) == {torch.finfo(dtype).min, 0.0}
+    assert decoding.mask(window, dtype) is mask
+
+
+def test_positions_and_valid_keys_follow_from_the_write_indices() -> None:
+    decoding = Decoding({}, torch.tensor([0, 4]), 3, 8)
+    assert decoding.position_ids.tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert decoding.valid_keys.tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_transformers_is_put_back_even_after_an_error(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(family, tmp_path / "dense"))
+    model = build_model(checkpoint, torch.float32)
+    modeling = importlib.import_module(type(model).__module__)
+    before = modeling.apply_rotary_pos_emb
+
+    def fail() -> None:
+        with speaking_onnx(model, checkpoint, rotary_tables(checkpoint, 8)):
+            assert modeling.apply_rotary_pos_emb is not before
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail()
+    assert modeling.apply_rotary_pos_emb is before

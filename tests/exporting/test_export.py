@@ -1,0 +1,395 @@
+"""The exported artifact on ONNX Runtime against PyTorch, and what the graph and its files are made of."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny import (
+    ALL_FAMILIES,
+    LONGROPE,
+    ROPES,
+    layer_plan,
+    plan_of,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_pruned,
+    tiny_statistics,
+    tokens_of,
+)
+from torch import Tensor
+
+from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact, past_names, present_names
+from flap_export.errors import InputError, ModelError, OutputError
+from flap_export.exporting import export
+from flap_export.exporting.dialect import rotary_tables
+from flap_export.loading import load_model, open_checkpoint
+from flap_export.weights import Weights
+
+MAX_LENGTH = 20
+PROMPT = 9
+STEPS = 3
+NODES = {
+    "gemma2": (36, 25),
+    "gemma3_text": (25, 19),
+    "llama": (22, 11),
+    "mistral": (22, 17),
+    "phi3": (28, 17),
+    "qwen2": (23, 11),
+    "qwen3": (24, 11),
+}
+"""Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
+
+Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
+"""
+ALIGNMENT_BYTES = 1 << 16
+DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+def session_of(directory: Path, graph: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(directory / graph, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(directory: Path, tokens: Tensor, prompt: int, graph: str = "model.onnx") -> list[NDArray[Any]]:
+    """Logits of the prompt and of every further token; `present` is fed back as `past` by hand."""
+    artifact, session = load_artifact(directory), session_of(directory, graph)
+    batch = len(tokens)
+    caches = {
+        name: np.full(artifact.cache_shape(layer, batch), 7, DTYPES[artifact.dtype])
+        for layer in artifact.cache_layers
+        for name in past_names(layer)
+    }
+    logits, position = [], 0
+    for new in (prompt, *[1] * (tokens.shape[1] - prompt)):
+        ids = tokens[:, position : position + new].numpy()
+        feeds = {"input_ids": ids, "write_indices": np.full(batch, position, np.int64), **caches}
+        accepted = {value.name for value in session.get_inputs()}
+        outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
+        assert accepted == set(feeds)
+        logits.append(outputs["logits"])
+        for layer in artifact.cache_layers:
+            caches.update(zip(past_names(layer), [outputs[n] for n in present_names(layer)], strict=True))
+        position += new
+    return logits
+
+
+@torch.no_grad()
+def torch_logits(checkpoint: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
+    return load_model(checkpoint, dtype=dtype)(input_ids=tokens, use_cache=False).logits.float().numpy()
+
+
+def check_parity(directory: Path, checkpoint: Path, tolerance: float = 1e-4, prompt: int = PROMPT) -> None:
+    """Prefill and decode: caches start full of rubbish, so that reading beyond the valid keys shows."""
+    tokens = tokens_of(2, prompt + STEPS)
+    expected = torch_logits(checkpoint, tokens)
+    assert expected.std() > 0.5
+    found = run_onnx(directory, tokens, prompt)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=tolerance, rtol=tolerance)
+    last = run_onnx(directory, tokens, prompt, "model-last.onnx")
+    assert last[0].shape[1] == 1
+    np.testing.assert_allclose(last[0][:, 0], expected[:, prompt - 1], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(last[-1][:, 0], expected[:, -1], atol=tolerance, rtol=tolerance)
+
+
+def check_graphs(directory: Path, artifact: Artifact) -> None:
+    for graph in artifact.graphs.values():
+        onnx.checker.check_model(str(directory / graph), full_check=True)
+        proto = onnx.load(directory / graph, load_external_data=False)
+        assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 24)]
+        assert {node.domain for node in proto.graph.node} == {""}
+        assert not proto.functions
+        assert all(not attribute.HasField("g") for node in proto.graph.node for attribute in node.attribute)
+        check_node_count(proto, artifact)
+        check_interface(proto, artifact, graph)
+        read = {name for node in proto.graph.node for name in node.input}
+        assert [value.name for value in proto.graph.initializer if value.name not in read] == []
+        assert data_files(proto) == {"model.onnx.data"}
+    assert external_entries(directory, artifact.graphs["all"]) == external_entries(directory, artifact.graphs["last"])
+
+
+def check_node_count(proto: onnx.ModelProto, artifact: Artifact) -> None:
+    of_a_layer, around = NODES[artifact.family]
+    allowed = len(artifact.shape.layers) * of_a_layer + around
+    assert len(proto.graph.node) <= allowed, Counter(node.op_type for node in proto.graph.node)
+
+
+def check_interface(proto: onnx.ModelProto, artifact: Artifact, graph: str) -> None:
+    layers, shape = artifact.cache_layers, artifact.shape
+    inputs = ["input_ids", "write_indices", *[name for layer in layers for name in past_names(layer)]]
+    outputs = ["logits", *[name for layer in layers for name in present_names(layer)]]
+    assert [value.name for value in proto.graph.input] == inputs
+    assert [value.name for value in proto.graph.output] == outputs
+    dims = {value.name: dims_of(value) for value in [*proto.graph.input, *proto.graph.output]}
+    assert dims["input_ids"] == ["batch", "new_tokens"]
+    assert dims["write_indices"] == ["batch"]
+    tokens = 1 if graph == artifact.graphs["last"] else "new_tokens"
+    assert dims["logits"] == ["batch", tokens, shape.vocabulary_size]
+    for layer in layers:
+        for name in (*past_names(layer), *present_names(layer)):
+            assert dims[name] == ["batch", *artifact.cache_shape(layer, 1)[1:]], name
+    element = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}[artifact.dtype]
+    floats = {value.type.tensor_type.elem_type for value in [*proto.graph.input[2:], *proto.graph.output]}
+    assert floats == {element}
+
+
+def dims_of(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def external_entries(directory: Path, graph: str) -> dict[str, dict[str, str]]:
+    proto = onnx.load(directory / graph, load_external_data=False)
+    return {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in proto.graph.initializer
+        if tensor.external_data
+    }
+
+
+def data_files(proto: onnx.ModelProto) -> set[str]:
+    return {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
+
+
+def float_bytes(directory: Path) -> int:
+    """Bytes of all float tensors but scalars; in the data file they lie without gaps beyond their alignment."""
+    proto = onnx.load(directory / "model.onnx", load_external_data=False)
+    external = {
+        name: (int(entry["offset"]), int(entry["length"]))
+        for name, entry in external_entries(directory, "model.onnx").items()
+    }
+    end = 0
+    for offset, length in sorted(external.values()):
+        assert end <= offset < end + ALIGNMENT_BYTES
+        end = offset + length
+    assert end == (directory / "model.onnx.data").stat().st_size
+    floats = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and t.dims]
+    inside = [t for t in floats if t.name not in external]
+    return sum(length for _, length in external.values()) + sum(4 * int(np.prod(t.dims)) for t in inside)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_dense(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense")
+    artifact = export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
+    assert load_artifact(tmp_path / "onnx") == artifact
+    assert artifact.shape == open_checkpoint(dense).shape
+    check_graphs(tmp_path / "onnx", artifact)
+    check_parity(tmp_path / "onnx", dense)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
+    """Layers without heads, without channels and without either; the embedding is stored once."""
+    pruned = tiny_pruned(family, tmp_path, tie_word_embeddings=True)
+    artifact = export(pruned, tmp_path / "onnx", max_length=MAX_LENGTH)
+    assert artifact.cache_layers == (1, 2)
+    check_graphs(tmp_path / "onnx", artifact)
+    check_parity(tmp_path / "onnx", pruned)
+    weights = Weights(pruned)
+    assert "lm_head.weight" not in weights
+    tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
+    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs.
+    unread = 4 * artifact.shape.hidden_size * 4
+    assert float_bytes(tmp_path / "onnx") == sum(weights[name].nbytes for name in weights) - unread + tables
+    assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
+
+
+def test_every_initializer_is_the_checkpoints_weight(tmp_path: Path) -> None:
+    """Bit for bit, transposed or joined as its name says; nothing is stored twice or left out."""
+    dense = tiny_checkpoint("qwen2", tmp_path / "dense", dtype=torch.bfloat16)
+    export(dense, tmp_path / "onnx", dtype="bfloat16", max_length=MAX_LENGTH)
+    weights, seen = Weights(dense), set()
+    proto = onnx.load(tmp_path / "onnx" / "model.onnx")
+    for tensor in proto.graph.initializer:
+        names = tensor.name.split("+")
+        if names[0] not in weights:
+            continue
+        parts = [weights[name] for name in names]
+        is_read_by_matmul = parts[0].ndim == 2 and "embed_tokens" not in tensor.name
+        expected = torch.cat([part.T if is_read_by_matmul else part for part in parts], dim=-1)
+        found = onnx.numpy_helper.to_array(tensor)
+        assert found.dtype == ml_dtypes.bfloat16
+        assert np.array_equal(found.view(np.uint16), expected.contiguous().view(torch.uint16).numpy()), tensor.name
+        assert seen.isdisjoint(names)
+        seen.update(names)
+    assert seen == set(weights)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_what_norms_add_to_their_weights_is_stored_with_them(family: str, tmp_path: Path) -> None:
+    """1 + weight, added in float32 and rounded once."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", dtype=torch.bfloat16)
+    export(dense, tmp_path / "onnx", dtype="float16", max_length=MAX_LENGTH)
+    weights = Weights(dense)
+    norms = {name: 1 + weights[name].double() for name in weights if name.endswith("norm.weight")}
+    proto = onnx.load(tmp_path / "onnx" / "model.onnx")
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    assert norms.keys().isdisjoint(found)
+    for name, expected in norms.items():
+        stored = found[f"{name.removesuffix('.weight')}.scale"]
+        assert np.array_equal(stored, expected.to(torch.float16).numpy()), name
+
+
+def test_float16(tmp_path: Path) -> None:
+    """Mistral, whose window mask holds the lowest number of the dtype."""
+    dense = tiny_checkpoint("mistral", tmp_path / "dense", dtype=torch.float16)
+    artifact = export(dense, tmp_path / "onnx", dtype="float16", max_length=MAX_LENGTH)
+    check_graphs(tmp_path / "onnx", artifact)
+    check_parity(tmp_path / "onnx", dense, tolerance=0.05)
+
+
+def test_a_window_as_long_as_the_cache_needs_no_mask(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("mistral", tmp_path / "dense", sliding_window=MAX_LENGTH)
+    export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
+    check_parity(tmp_path / "onnx", dense, prompt=MAX_LENGTH - STEPS)
+    proto = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    assert "Where" not in {node.op_type for node in proto.graph.node}
+
+
+def test_windows_in_some_layers_only(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("qwen2", tmp_path / "dense", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    artifact = export(dense, tmp_path / "onnx")
+    assert artifact.max_length == 64, "all of the model's positions, where they are few"
+    check_parity(tmp_path / "onnx", dense)
+    proto = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    masked = [len(node.input) == 4 for node in proto.graph.node if node.op_type == "Attention"]
+    assert masked == [False, True]
+
+
+def test_scaled_rotary_embedding(tmp_path: Path) -> None:
+    """One kind all the way; the tables of the others are checked in test_dialect.py."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense", rope_parameters=ROPES["llama3"])
+    plain = tiny_checkpoint("llama", tmp_path / "plain")
+    tokens = tokens_of(2, 12)
+    assert np.abs(torch_logits(dense, tokens) - torch_logits(plain, tokens)).max() > 0.05
+    export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
+    check_parity(tmp_path / "onnx", dense)
+
+
+def test_longrope_up_to_its_original_length(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("phi3", tmp_path / "dense", **LONGROPE)
+    with pytest.raises(InputError, match=r"max_length 17 is beyond the 16 positions.*longrope.*lower it to 16"):
+        export(dense, tmp_path / "onnx", max_length=17)
+    assert export(dense, tmp_path / "onnx").max_length == 16
+    check_parity(tmp_path / "onnx", dense, prompt=16 - STEPS)
+
+
+def test_nothing_left_of_attention_at_all(tmp_path: Path) -> None:
+    """No cache is left; the interface still asks for `write_indices`."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    checkpoint = open_checkpoint(dense)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, 0, [], range(5)), layer_plan(checkpoint, 1, [], [])])
+    pruned = save_pruned(dense, plan, tmp_path / "pruned", tiny_statistics(dense, tmp_path))
+    artifact = export(pruned, tmp_path / "onnx", max_length=MAX_LENGTH)
+    check_graphs(tmp_path / "onnx", artifact)
+    check_parity(tmp_path / "onnx", pruned)
+
+
+@pytest.fixture(scope="module")
+def dense_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama") / "dense")
+
+
+def test_the_working_directory_and_globals_are_left_alone(dense_llama: Path, tmp_path: Path) -> None:
+    """A second export gives the same bytes, and transformers computes as before in the same process."""
+    from transformers.models.llama import modeling_llama
+
+    before, rotary = torch_logits(dense_llama, tokens_of(1, 5)), modeling_llama.apply_rotary_pos_emb
+    first = export(dense_llama, tmp_path / "a", max_length=MAX_LENGTH)
+    second = export(dense_llama, tmp_path / "b", max_length=MAX_LENGTH)
+    assert first == second
+    for name in ("model.onnx", "model-last.onnx", "model.onnx.data", ARTIFACT_NAME):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    assert np.array_equal(torch_logits(dense_llama, tokens_of(1, 5)), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 65}, "max_length 65 is beyond the model's 64 positions"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+    ],
+)
+def test_wrong_requests(dense_llama: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export(dense_llama, tmp_path / "onnx", **{"max_length": MAX_LENGTH, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_directory_with_other_files_is_not_touched(dense_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    with pytest.raises(OutputError, match=r"photos.*holds something else.*no artifact\.json"):
+        export(dense_llama, tmp_path / "photos", max_length=MAX_LENGTH)
+    with pytest.raises(OutputError, match=r"is a file; name a directory"):
+        export(dense_llama, tmp_path / "photos" / "cat.jpg", max_length=MAX_LENGTH)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "photos").iterdir()] == [("cat.jpg", "meow")]
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The second tensor finds the disk full; NumPy's `tofile` then raises an error without a number."""
+    import onnx_ir
+
+    write, calls = onnx_ir.Tensor.tofile, []
+
+    def refuse(self: Any, file: Any) -> None:
+        calls.append(self)
+        if len(calls) > 1:
+            raise OSError("1024 requested and 0 written")
+        write(self, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_ir.Tensor, "tofile", refuse)
+        yield
+    assert len(calls) > 1
+
+
+def test_a_full_disk_leaves_nothing_new_behind(dense_llama: Path, tmp_path: Path, full_disk: None) -> None:
+    with pytest.raises(OutputError, match=r"the disk is full.*nothing was left behind.*--output"):
+        export(dense_llama, tmp_path / "onnx", max_length=MAX_LENGTH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_artifact(
+    dense_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "onnx"
+    old.mkdir()
+    (old / ARTIFACT_NAME).write_text("the old one")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flap_export.exporting.streaming.ir.save", refuse)
+    with pytest.raises(OutputError, match="the disk is full"):
+        export(dense_llama, old, max_length=MAX_LENGTH)
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    assert (old / ARTIFACT_NAME).read_text() == "the old one"
+
+
+def test_a_damaged_weight_stops_the_export(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, dense / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight.*1 values that are NaN or infinite"):
+        export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

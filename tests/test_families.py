@@ -1,0 +1,106 @@
+"""The table against transformers: every row's paths exist, and nothing in a layer is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import ALL_FAMILIES, tiny_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from flap_export.errors import ModelError
+from flap_export.families import FAMILIES, check_config, family_of, shape_from_config
+from flap_export.shapes import LayerShape
+
+
+def dense_model(family: str, **overrides: Any) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    return model
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
+    row, model = FAMILIES[family], dense_model(family)
+    layers = model.get_submodule(row.layers)
+    assert isinstance(layers, nn.ModuleList)
+    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
+    assert {projection.path for projection in row.projections} == linears
+    for path in (row.decoder, row.embedding, row.head):
+        model.get_submodule(path)
+    assert type(model).__name__ == f"{row.class_stem}ForCausalLM"
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
+    row, model = FAMILIES[family], dense_model(family)
+    shape = shape_from_config(model.config, row)
+    layer = shape.layers[0]
+    widths = {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
+    for projection in row.projections:
+        linear = model.get_submodule(f"{row.layers}.0.{projection.path}")
+        assert linear.weight.shape == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+    assert shape.vocabulary_size == model.get_submodule(row.embedding).weight.shape[0]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> None:
+    row = FAMILIES[family]
+    model = dense_model(family, **dict.fromkeys(row.bias_flags.values(), biased))
+    layer = shape_from_config(model.config, row).layers[0]
+    for space, stated in (("query", layer.attention_bias), ("ffn", layer.ffn_bias)):
+        bias = model.get_submodule(f"{row.layers}.0.{row.restoring(space).path}").bias
+        assert (bias is not None) == stated == (biased and space in row.bias_flags)
+
+
+def test_an_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"'mamba' is not in the family table; supported are .*llama, .*families\.py"):
+        family_of("mamba")
+
+
+def test_a_multimodal_model_is_told_where_its_text_model_is() -> None:
+    with pytest.raises(ModelError, match=r"'gemma3' models see images too; only their text models, gemma3_text"):
+        family_of("gemma3")
+
+
+def test_head_counts_that_do_not_divide() -> None:
+    config = tiny_config("llama")
+    for kv_heads in (3, 0, 8):
+        config.num_key_value_heads = kv_heads
+        with pytest.raises(ModelError, match=f"got 4 and {kv_heads}"):
+            shape_from_config(config, FAMILIES["llama"])
+
+
+def test_older_configurations_without_kv_heads_and_head_size() -> None:
+    config = tiny_config("llama")
+    config.num_key_value_heads = config.head_dim = None
+    shape = shape_from_config(config, FAMILIES["llama"])
+    assert shape.head_dim == 8
+    assert shape.layers == (LayerShape(query_heads=4, kv_heads=4, ffn_channels=40),) * 2
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_plain_configurations_are_accepted(family: str) -> None:
+    check_config(tiny_config(family), FAMILIES[family])
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("llama", {"quantization_config": {"quant_method": "awq"}}, r"quantised.*full-precision"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"\['chunked_attention'\]; supported are"),
+        ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
+    ],
+)
+def test_configurations_that_ask_for_something_else(family: str, fields: dict[str, Any], message: str) -> None:
+    config = tiny_config(family)
+    for name, value in fields.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(ModelError, match=message):
+        check_config(config, FAMILIES[family])

@@ -1,0 +1,156 @@
+"""The modelling file that travels with a checkpoint, where flap_export is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ALL_FAMILIES, keep_all_plan, save_pruned, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
+
+from flap_export.families import FAMILIES
+from flap_export.loading import load_model, open_checkpoint, pruned_section
+from flap_export.modeling_pruned import PrunedConfig, PrunedForCausalLM
+
+FOREIGN_MACHINE = """
+import importlib.abc, json, sys, warnings
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "flap_export":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import flap_export
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("flap_export can be imported")
+
+import torch
+from transformers import AutoModelForCausalLM
+
+warnings.simplefilter("error")
+results = {}
+for name, directory in json.load(sys.stdin).items():
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    tokens = torch.load(sys.argv[1])
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+        # In two pieces, by the cache alone: positions and mask follow from the length it tells.
+        start = model(input_ids=tokens[:, :4], use_cache=True)
+        rest = model(input_ids=tokens[:, 4:], past_key_values=start.past_key_values)
+        pieces = torch.cat([start.logits, rest.logits], dim=1)
+    generated = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    torch.save((logits, generated.sequences, torch.stack(generated.logits, dim=1), pieces), f"{directory}/found.pt")
+    results[name] = {
+        "flap_export": "flap_export" in sys.modules,
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+    }
+json.dump(results, sys.stdout)
+"""
+
+
+def test_it_needs_transformers_only(tmp_path: Path) -> None:
+    """Same logits, and the same tokens with a cache as without; layer 0 has no attention in every one of them."""
+    variants = {
+        **{family: {} for family in ALL_FAMILIES},
+        **{f"{family}-tied": {"tie_word_embeddings": True} for family in ("llama", "qwen3")},
+    }
+    directories = {
+        name: tiny_pruned(name.removesuffix("-tied"), tmp_path / name, **overrides)
+        for name, overrides in variants.items()
+    }
+    tokens = tokens_of(2, 9)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    answer = subprocess.run(
+        [sys.executable, "-c", FOREIGN_MACHINE, tmp_path / "tokens.pt"],
+        input=json.dumps({name: str(directory) for name, directory in directories.items()}),
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    clean = {"flap_export": False, "missing": [], "unexpected": []}
+    assert json.loads(answer.stdout) == dict.fromkeys(directories, clean)
+    for name, directory in directories.items():
+        model = load_model(directory, dtype=torch.float32)
+        logits, generated, step_logits, pieces = torch.load(directory / "found.pt")
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5, msg=name)
+            torch.testing.assert_close(pieces, logits, atol=1e-4, rtol=1e-4, msg=name)
+            # Every step with the cache against all tokens so far without one.
+            whole = model(input_ids=generated[:, :-1], use_cache=False).logits[:, tokens.shape[1] - 1 :]
+        assert whole.std() > 0.5
+        torch.testing.assert_close(step_logits, whole, atol=1e-4, rtol=1e-4, msg=name)
+        assert torch.equal(generated[:, tokens.shape[1] :], whole.argmax(-1)), name
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> None:
+    pruned = tiny_pruned(family, tmp_path)
+    checkpoint, model = open_checkpoint(pruned), load_model(pruned, dtype=torch.float32)
+    size, row = checkpoint.shape.head_dim, checkpoint.family
+    for index, shape in enumerate(checkpoint.shape.layers):
+        layer = model.get_submodule(f"{row.layers}.{index}")
+        query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
+        widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
+        found = {name: tuple(p.shape) for name, p in layer.named_parameters() if name.endswith("proj.weight")}
+        assert found == {
+            f"{p.path}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
+            for p in row.projections
+            if widths["query" if p.path.startswith(row.attention) else "ffn"]
+        }
+        if shape.query_heads:
+            assert layer.self_attn.num_key_value_groups == shape.query_heads // shape.kv_heads
+            assert getattr(layer.self_attn, "num_key_value_heads", shape.kv_heads) == shape.kv_heads
+        else:
+            assert [name for name, _ in layer.self_attn.named_parameters()] == ["o_proj.bias"]
+        if shape.ffn_channels:
+            assert getattr(layer.mlp, "intermediate_size", shape.ffn_channels) == shape.ffn_channels
+        else:
+            assert [name for name, _ in layer.mlp.named_parameters()] == ["down_proj.bias"]
+
+
+def test_it_saves_and_loads_through_transformers(tmp_path: Path) -> None:
+    """`save_pretrained` of the class gives what it was loaded from."""
+    pruned = tiny_pruned("llama", tmp_path)
+    checkpoint, model = open_checkpoint(pruned), load_model(pruned, dtype=torch.float32)
+    raw = checkpoint.config.to_dict()
+    config = PrunedConfig(pruned=pruned_section(checkpoint.family, checkpoint.shape), **raw)
+    copy = PrunedForCausalLM(config).eval()
+    copy.load_state_dict(model.state_dict(), strict=True)
+    copy.save_pretrained(tmp_path / "copy")
+    again = PrunedForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    tokens = tokens_of(2, 9)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense")
+    checkpoint = open_checkpoint(dense)
+    same = save_pruned(dense, keep_all_plan(checkpoint), tmp_path / "same", tiny_statistics(dense, tmp_path))
+    source = (same / "modeling_pruned.py").read_text()
+    stem, config_stem = FAMILIES[family].class_stem, type(checkpoint.config).__name__.removesuffix("Config")
+    assert f"from transformers import {config_stem}Config as BaseConfig" in source
+    assert f"from transformers import {stem}ForCausalLM as BaseForCausalLM" in source
+    assert "flap_export" not in source

@@ -1,0 +1,110 @@
+"""The stage as users call it: from a model directory to a checkpoint, and what stops it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ALL_FAMILIES, save_tokens, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
+
+from flap_export.errors import BudgetError, InputError, ModelError, OutputError
+from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
+from flap_export.manifest import verify
+from flap_export.plan import PruningPlan
+from flap_export.pruning import prune, prune_with
+from flap_export.statistics import CalibrationStatistics
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_from_model_to_checkpoint(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(4, 9))
+    plan = prune(dense, tmp_path / "pruned", ratio=0.3, calibration=source)
+    pruned = open_checkpoint(tmp_path / "pruned")
+    check_weights(meta_model(pruned, torch.float32), pruned)
+    before = open_checkpoint(dense).shape.decoder_parameters
+    assert 1 - pruned.shape.decoder_parameters / before == pytest.approx(plan.ratio.achieved)
+    assert plan.ratio.achieved == pytest.approx(0.3, abs=0.01)
+    assert PruningPlan.load(tmp_path / "pruned" / "plan.json") == plan
+    assert plan.method["calibration"] == source
+    assert set(plan.digests) == {"weights", "calibration"}
+    assert pruned.weights["model.norm.weight"].dtype == torch.bfloat16
+    statistics = CalibrationStatistics.load(tmp_path / "pruned" / "statistics.safetensors")
+    assert statistics.digests == plan.digests
+    verify(tmp_path / "pruned")
+    with torch.no_grad():
+        assert load_model(tmp_path / "pruned", dtype=torch.float32)(tokens_of(1, 4)).logits.isfinite().all()
+
+
+def test_saved_statistics_give_the_same_checkpoint(tmp_path: Path) -> None:
+    """Weights and plan do not depend on when, where and how often one prunes."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(4, 9))
+    prune(dense, tmp_path / "a", ratio=0.3, calibration=source)
+    statistics = CalibrationStatistics.load(tmp_path / "a" / "statistics.safetensors")
+    prune_with(dense, tmp_path / "b", statistics, ratio=0.3)
+    for name in ("model.safetensors", "plan.json", "config.json", "modeling_pruned.py"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_an_older_checkpoint_is_replaced(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    statistics = tiny_statistics(dense, tmp_path)
+    for ratio in (0.5, 0.2):
+        prune_with(dense, tmp_path / "out", statistics, ratio=ratio)
+    assert PruningPlan.load(tmp_path / "out" / "plan.json").ratio.requested == 0.2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.npy", "dense", "out"]
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.2, 20, math.nan])
+def test_ratios_are_checked_before_anything_is_read(ratio: float, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"strictly between 0 and 1, got .*; 0\.2 removes 20 %"):
+        prune(tmp_path / "no model", tmp_path / "out", ratio=ratio, calibration="no text")
+
+
+def test_the_output_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(OutputError, match="holds something else"):
+        prune(tmp_path / "no model", tmp_path / "photos", ratio=0.2, calibration="no text")
+
+
+def test_the_dense_model_is_never_the_output(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    before = (dense / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="holds something else"):
+        prune_with(dense, dense, tiny_statistics(dense, tmp_path), ratio=0.2)
+    assert (dense / "model.safetensors").read_bytes() == before
+
+
+def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=r"statistics are of other weights than .*other.*calibrate again"):
+        prune_with(other, tmp_path / "out", tiny_statistics(dense, tmp_path), ratio=0.2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pruned_model_is_not_pruned_again(tmp_path: Path) -> None:
+    pruned = tiny_pruned("llama", tmp_path)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(2, 4))
+    with pytest.raises(ModelError, match="pruned already"):
+        prune(pruned, tmp_path / "out", ratio=0.2, calibration=source)
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    statistics = tiny_statistics(dense, tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        from safetensors import SafetensorError
+
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("flap_export.checkpoint.save_file", refuse)
+    with pytest.raises(OutputError, match="the disk is full"):
+        prune_with(dense, tmp_path / "out", statistics, ratio=0.2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.npy", "dense"]

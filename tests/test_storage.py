@@ -1,0 +1,190 @@
+"""Files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from safetensors import SafetensorError
+
+from flap_export.errors import OutputError
+from flap_export.storage import (
+    Record,
+    check_output,
+    digest_of_file,
+    digest_of_json,
+    new_directory,
+    new_file,
+    write_text,
+    writing_errors,
+)
+
+MARKER = "mark.json"
+
+
+class Sample(Record):
+    kind: ClassVar[str] = "sample"
+
+    value: float
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def old_directory(path: Path) -> Path:
+    path.mkdir()
+    (path / MARKER).write_text("old")
+    return path
+
+
+def test_text_is_replaced_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "deep" / "note.txt", "one")
+    write_text(tmp_path / "deep" / "note.txt", "zwölf")
+    assert (tmp_path / "deep" / "note.txt").read_text(encoding="utf-8") == "zwölf"
+    assert names(tmp_path / "deep") == ["note.txt"]
+
+
+def test_a_file_that_fails_midway_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text("old")
+
+    def fill_the_disk() -> None:
+        with new_file(path) as partial:
+            partial.write_text("half of the n")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"the disk is full while writing.*note\.txt.*nothing was left behind"):
+        fill_the_disk()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+        # What NumPy's tofile and safetensors really raise on a full disk.
+        (OSError("1000000 requested and 131072 written"), "the disk is full"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written: Permission denied; choose another"),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written: Read-only file system"),
+    ],
+)
+def test_refusals_of_the_system_become_output_errors(error: Exception, message: str) -> None:
+    with pytest.raises(OutputError, match=message) as caught, writing_errors(Path("out")):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError("odd"), FileNotFoundError(2, "gone"), SafetensorError("odd"), KeyError("k")])
+def test_other_errors_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, writing_errors(Path("out")):
+        raise error
+    assert caught.value is error
+
+
+def test_a_directory_appears_whole(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "a" / "out", MARKER) as directory:
+        (directory / MARKER).write_text("new")
+        assert not (tmp_path / "a" / "out").exists()
+    assert (tmp_path / "a" / "out" / MARKER).read_text() == "new"
+    assert names(tmp_path / "a") == ["out"]
+
+
+def test_a_directory_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    old = old_directory(tmp_path / "out")
+    (old / "stale").write_text("")
+    with new_directory(old, MARKER) as directory:
+        (directory / MARKER).write_text("new")
+        assert (old / MARKER).read_text() == "old"
+    assert names(old) == [MARKER]
+    assert (old / MARKER).read_text() == "new"
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(OutputError, match="already there"), new_directory(old, MARKER, overwrite=False):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), RuntimeError("bug")])
+def test_a_failure_midway_leaves_the_old_directory(tmp_path: Path, error: BaseException) -> None:
+    old = old_directory(tmp_path / "out")
+
+    def fail() -> None:
+        with new_directory(old, MARKER) as directory:
+            (directory / MARKER).write_text("new")
+            raise error
+
+    with pytest.raises((OutputError, KeyboardInterrupt, RuntimeError)):
+        fail()
+    assert (old / MARKER).read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = old_directory(tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Any) -> Path:
+        if ".partial-" in self.name:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="cannot be written"), new_directory(old, MARKER):
+        pass
+    assert (old / MARKER).read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_is_no_output_directory_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match="is a file; name a directory"):
+        check_output(tmp_path / "file", MARKER)
+    with pytest.raises(OutputError, match=r"holds something else \(no mark\.json in it\), and nothing was touched"):
+        check_output(tmp_path / "photos", MARKER)
+    with pytest.raises(OutputError, match="cannot be written"), new_directory(tmp_path / "file" / "below", MARKER):
+        pass
+    check_output(tmp_path / "empty", MARKER)
+    check_output(tmp_path / "new", MARKER)
+    monkeypatch.chdir(tmp_path / "empty")
+    for here in (Path(), Path("../empty"), tmp_path):
+        with pytest.raises(OutputError):
+            check_output(here, MARKER)
+    with pytest.raises(OutputError, match="is where you work"):
+        check_output(Path(), MARKER)
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path: Path) -> None:
+    old_directory(tmp_path / "elsewhere")
+    (tmp_path / "out").symlink_to("elsewhere")
+    with new_directory(tmp_path / "out", MARKER) as directory:
+        (directory / MARKER).write_text("new")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "elsewhere" / MARKER).read_text() == "new"
+    assert names(tmp_path) == ["elsewhere", "out"]
+
+
+@pytest.mark.parametrize("value", [1.5, float("inf"), float("nan")])
+def test_records_keep_every_number(tmp_path: Path, value: float) -> None:
+    Sample(value=value).save(tmp_path / "sample.json")
+    assert repr(Sample.load(tmp_path / "sample.json").value) == repr(value)
+
+
+def test_digests(tmp_path: Path) -> None:
+    data = os.urandom((1 << 22) + 5)
+    (tmp_path / "data").write_bytes(data)
+    assert digest_of_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+    assert digest_of_json({"a": 1, "b": [2]}) == digest_of_json({"b": [2], "a": 1}) != digest_of_json({"a": 1})
