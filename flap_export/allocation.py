@@ -13,7 +13,7 @@ from typing import Final, Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
-from flap_export.errors import BudgetError
+from flap_export.errors import BudgetError, check_choice
 from flap_export.plan import LayerPlan, Ratio
 from flap_export.reference import removed_units
 from flap_export.scoring import LayerScores
@@ -62,6 +62,7 @@ def allocate(
     """
     if not 0 < ratio < 1:
         raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
+    check_choice("structure", structure, STRUCTURES)
     if selection == "reference":
         removal = Removal(*removed_units(scores, shape, ratio, structure, remove_heads))
     else:

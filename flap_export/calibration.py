@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from flap_export.errors import ModelError
+from flap_export.errors import ModelError, check_choice
 from flap_export.layerwise import Progress, no_progress, run_layers
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.moments import RunningMoments
@@ -65,6 +65,8 @@ def calibrate(
         ModelError: the model is unusable, or its activations overflow.
         TextError: the source is unusable or shorter than asked.
     """
+    check_choice("statistics", statistics, ACCUMULATORS)
+    check_choice("dtype", dtype or "float32", DTYPES)
     checkpoint = open_checkpoint(model)
     if checkpoint.is_pruned:
         raise ModelError(f"'{model}' is pruned already; prune the dense model at a higher ratio instead")

@@ -17,6 +17,8 @@ A message says what must hold, what was found, where, and how to mend it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FlapExportError(Exception):
     """Base of all errors below; `exit_code` is what the command line returns."""
@@ -74,3 +76,14 @@ class GateBreachedError(FlapExportError):
     def __init__(self, gate: str, message: str) -> None:
         super().__init__(f"{gate}: {message}")
         self.gate = gate
+
+
+def check_choice(what: str, value: str, known: Iterable[str]) -> None:
+    """Whether `value` is one of the names a table knows.
+
+    Raises:
+        InputError: it is not.
+    """
+    names = list(known)
+    if value not in names:
+        raise InputError(f"{what} must be one of {', '.join(names)}, got '{value}'")

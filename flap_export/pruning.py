@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flap_export.allocation import Selection, StructureName, allocate
+from flap_export.allocation import STRUCTURES, Selection, StructureName, allocate
 from flap_export.calibration import calibrate
 from flap_export.checkpoint import write_checkpoint
 from flap_export.compensation import COMPENSATIONS, CompensationName
-from flap_export.errors import BudgetError, InputError
+from flap_export.errors import BudgetError, InputError, check_choice
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.rewriting import rewrite
-from flap_export.scoring import MetricName, score
+from flap_export.scoring import METRICS, MetricName, score
 from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics, StatisticsName
 from flap_export.storage import check_output, new_directory
 
@@ -60,6 +60,12 @@ def prune(
         InputError: one of its kinds, for an unusable model, text, budget or output directory.
     """
     check_ratio(ratio)
+    for what, value, known in (
+        ("metric", metric, METRICS),
+        ("structure", structure, STRUCTURES),
+        ("compensation", compensation, COMPENSATIONS),
+    ):
+        check_choice(what, value, known)
     check_output(Path(output), PLAN_NAME)
     gathered = calibrate(
         model,
@@ -109,6 +115,7 @@ def prune_with(
         compensation=compensation,
         remove_heads=remove_heads,
     )
+    check_choice("compensation", compensation, COMPENSATIONS)
     restore = COMPENSATIONS[compensation]
     shape = plan.pruned_shape(dense.shape, compensated=restore is not None)
     with new_directory(Path(output), PLAN_NAME) as directory:

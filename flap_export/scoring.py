@@ -13,7 +13,7 @@ from typing import Final, Literal, final
 import torch
 from torch import Tensor
 
-from flap_export.errors import PlanError
+from flap_export.errors import PlanError, check_choice
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.statistics import CalibrationStatistics, SiteStatistics
 
@@ -68,8 +68,10 @@ def score(
             does and the paper does not.
 
     Raises:
+        InputError: an unknown metric.
         PlanError: the statistics are of a model of another shape.
     """
+    check_choice("metric", metric, METRICS)
     power = 2 if square_attention else 1
     return tuple(_layer_scores(statistics, shape, METRICS[metric], power, i) for i in range(len(shape.layers)))
 

@@ -11,6 +11,7 @@ import torch
 from tiny import ALL_FAMILIES, save_tokens, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
 
 from flap_export.errors import BudgetError, InputError, ModelError, OutputError
+from flap_export.exporting import export
 from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
 from flap_export.manifest import verify
 from flap_export.plan import PruningPlan
@@ -108,3 +109,19 @@ def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OutputError, match="the disk is full"):
         prune_with(dense, tmp_path / "out", statistics, ratio=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.npy", "dense"]
+
+
+@pytest.mark.parametrize("option", ["metric", "structure", "compensation", "statistics", "dtype"])
+def test_unknown_names_are_refused_with_the_known_ones(option: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(4, 9))
+    names: dict[str, Any] = {option: "imaginary"}
+    with pytest.raises(InputError, match=rf"{option} must be one of .*, got 'imaginary'"):
+        prune(path, tmp_path / "out", ratio=0.3, calibration=source, **names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exporting_in_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path / "dense")
+    with pytest.raises(InputError, match="dtype must be one of float32, float16, bfloat16, got 'int8'"):
+        export(path, tmp_path / "out", dtype="int8")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import typer
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Threads, Verbose
-from flap_export.errors import FlapExportError, InputError
+from flap_export.errors import FlapExportError, check_choice
 
 app = typer.Typer(
     name="flap-export",
@@ -133,8 +133,7 @@ def prune(
 
 
 def _one_of(option: str, value: str, known: Any) -> Any:
-    if value not in known:
-        raise InputError(f"--{option} must be one of {', '.join(known)}, got '{value}'")
+    check_choice(f"--{option}", value, known)
     return value
 
 

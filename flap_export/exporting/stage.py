@@ -12,7 +12,7 @@ import torch
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName, LogitsKind
 from flap_export.checkpoint import copy_companions
-from flap_export.errors import InputError
+from flap_export.errors import InputError, check_choice
 from flap_export.exporting.passes import keep_all_logits, optimize
 from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
 from flap_export.exporting.trace import OPSET, trace
@@ -54,6 +54,7 @@ def export(
         OutputError: `output` holds something else, or the disk is full.
     """
     opened = open_checkpoint(checkpoint)
+    check_choice("dtype", dtype, DTYPES)
     max_length = _checked_length(opened, max_length)
     check_weights(meta_model(opened, torch.float32), opened)
     with new_directory(Path(output), ARTIFACT_NAME) as directory:

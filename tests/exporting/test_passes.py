@@ -19,6 +19,7 @@ from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
+from flap_export.exporting.passes.splits import SplitSlicesPass
 from flap_export.exporting.passes.transposes import TransposeWeightsPass
 from flap_export.exporting.passes.values import constant_integers, is_weight, lazy_initializer
 
@@ -401,3 +402,47 @@ class TestValues:
             assert weight.const_value is not None
             assert weight.const_value.tobytes() == random(2, 3).tobytes()
             assert graph.reads == {"w": count}
+
+
+class TestSplitSlices:
+    @staticmethod
+    def sliced(*bounds: tuple[int, int], steps: int = 1, axis: int = 1, is_read: bool = False) -> ir.Model:
+        """Relu(x) of [n, 7], cut from a to b for each of `bounds`."""
+        graph = Graph(x=["n", 7])
+        whole = graph.node("Relu", graph.inputs[0], shape=["n", 7], name="whole")
+        parts = [
+            graph.node(
+                "Slice",
+                whole,
+                *map(graph.constant, (start, end, axis, steps)),
+                shape=["n", min(end, 7) - start] if steps == 1 else ["n", "some"],
+                name=f"part_{position}",
+            )
+            for position, (start, end) in enumerate(bounds)
+        ]
+        negated = [
+            graph.node("Neg", part, shape=part.shape or [], name=f"y_{position}") for position, part in enumerate(parts)
+        ]
+        return graph.model(*negated, *([graph.node("Neg", whole, shape=["n", 7], name="all")] if is_read else []))
+
+    @pytest.mark.parametrize("axis", [1, -1])
+    @pytest.mark.parametrize("bounds", [((0, 2), (2, 5), (5, END)), ((3, 7), (0, 3)), ((0, 1), (1, 2), (2, 7))])
+    def test_slices_that_cover_an_axis_are_one_split(self, bounds: Any, axis: int) -> None:
+        model = check_same_results(lambda: self.sliced(*bounds, axis=axis), SplitSlicesPass(), x=random(4, 7))
+        assert Counter(ops(model)) == {"Relu": 1, "Split": 1, "Neg": len(bounds)}
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"bounds": [(0, 2), (2, 6)]},
+            {"bounds": [(0, 2), (3, 7)]},
+            {"bounds": [(0, 4), (3, 7)]},
+            {"bounds": [(0, 7)]},
+            {"bounds": [(0, 2), (2, 7)], "steps": 2},
+            {"bounds": [(0, 2), (2, 7)], "is_read": True},
+        ],
+        ids=["short", "gap", "overlap", "alone", "steps", "read-whole"],
+    )
+    def test_others_stay(self, options: dict[str, Any]) -> None:
+        bounds = options.pop("bounds")
+        assert not SplitSlicesPass()(self.sliced(*bounds, **options)).modified

@@ -14,6 +14,7 @@ from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
+from flap_export.exporting.passes.splits import SplitSlicesPass
 from flap_export.exporting.passes.transposes import TransposeWeightsPass
 
 __all__ = ["keep_all_logits", "optimize"]
@@ -26,6 +27,7 @@ def optimize(ir_model: ir.Model) -> ir.Model:
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
         RemoveFullSlicesPass(),
+        SplitSlicesPass(),
         StaticReshapesPass(),
         common.RemoveUnusedNodesPass(),
         TransposeWeightsPass(),
