@@ -81,17 +81,17 @@ def calibrate(
         default_samples=DEFAULT_SAMPLES,
     )
     sites: dict[tuple[int, CutSpace], SiteStatistics] = {}
+    sequences, length = windows.tokens.shape
     run_layers(
         checkpoint,
         torch.from_numpy(windows.tokens),
-        partial(_observed, checkpoint, statistics, sites),
+        partial(_observed, checkpoint, statistics, length, sites),
         dtype=compute_dtype(checkpoint, dtype, device),
         device=device,
         chunk_sequences=chunk_sequences,
         progress=progress,
     )
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
-    sequences, length = windows.tokens.shape
     return CalibrationStatistics(checkpoint.name, source, sequences, length, statistics, sites, digests)
 
 
@@ -106,6 +106,7 @@ def compute_dtype(checkpoint: Checkpoint, dtype: str | None, device: str) -> tor
 def _observed(
     checkpoint: Checkpoint,
     kind: StatisticsName,
+    length: int,
     sites: dict[tuple[int, CutSpace], SiteStatistics],
     index: int,
     layer: nn.Module,
@@ -117,7 +118,8 @@ def _observed(
     }
 
     def observe(space: CutSpace, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        running[space].update(inputs[0])
+        # OPT's FFN sees all tokens of a chunk in one row.
+        running[space].update(inputs[0].reshape(-1, length, inputs[0].shape[-1]))
 
     hooks = [module.register_forward_pre_hook(partial(observe, space)) for space, module in restoring.items()]
     try:

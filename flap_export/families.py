@@ -54,12 +54,15 @@ class Family:
     config_stem: str | None = None
     """Stem of the configuration's class where it is another one."""
     attention: str = "self_attn"
-    ffn: str = "mlp"
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     ffn_matrices: int = 3
+    ffn_width: str = "intermediate_size"
+    """Configuration field that holds F."""
+    plain_heads: bool = False
+    """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
     norm: Norm = Norm()
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
@@ -95,6 +98,14 @@ _FUSED_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_OPT_PROJECTIONS = (
+    Projection("self_attn.q_proj", "hidden", ("query",)),
+    Projection("self_attn.k_proj", "hidden", ("kv",)),
+    Projection("self_attn.v_proj", "hidden", ("kv",)),
+    Projection("self_attn.out_proj", "query", ("hidden",)),
+    Projection("fc1", "hidden", ("ffn",)),
+    Projection("fc2", "ffn", ("hidden",)),
+)
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
@@ -122,6 +133,19 @@ FAMILIES: dict[str, Family] = {
             requires=_ONE_DIRECTION,
         ),
         Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
+        Family(
+            "opt",
+            "OPT",
+            _OPT_PROJECTIONS,
+            decoder="model.decoder",
+            layers="model.decoder.layers",
+            embedding="model.decoder.embed_tokens",
+            ffn_matrices=2,
+            ffn_width="ffn_dim",
+            plain_heads=True,
+            bias_flags={"query": "enable_bias", "ffn": "enable_bias"},
+            requires={"word_embed_proj_dim": "hidden_size"},
+        ),
         Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
         Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
@@ -172,20 +196,23 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     Raises:
         ModelError: the query heads are not a multiple of the KV heads.
     """
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    heads = config.num_attention_heads
+    kv_heads, head_dim = (
+        None if family.plain_heads else getattr(config, name, None) for name in ("num_key_value_heads", "head_dim")
+    )
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     layer = LayerShape(
         query_heads=heads,
         kv_heads=kv_heads,
-        ffn_channels=config.intermediate_size,
+        ffn_channels=getattr(config, family.ffn_width),
         attention_bias=_has_bias(config, family, "query"),
         ffn_bias=_has_bias(config, family, "ffn"),
     )
     return DecoderShape(
         hidden_size=config.hidden_size,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim or config.hidden_size // heads,
         vocabulary_size=config.vocab_size,
         ffn_matrices=family.ffn_matrices,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),

@@ -110,6 +110,11 @@ def _resized(linear: nn.Linear, in_features: int, out_features: int, bias: bool)
     return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
 
 
+def _empty_projection(linear: nn.Linear, restores: bool, bias: bool) -> nn.Module:
+    """What stands for a projection of an FFN without channels whose projections lie in the layer itself."""
+    return Constant(linear, bias) if restores else nn.Identity()
+
+
 def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
     """Give `layer` the head counts and the FFN width that `pruned["layers"][layer_idx]` states."""
     counts = pruned["layers"][layer_idx]
@@ -124,7 +129,11 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         parent_path, _, name = path.rpartition(".")
         block = inputs if inputs != "hidden" else ("ffn" if "ffn" in outputs else "query")
         if widths[block] == 0:
-            if inputs != "hidden":
+            if not parent_path:
+                layer.set_submodule(
+                    path, _empty_projection(_linear(layer, path), inputs != "hidden", output_bias[block])
+                )
+            elif inputs != "hidden":
                 constant = Constant(_linear(layer, path), output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
                 is_sliding = getattr(parent, "is_sliding", False)

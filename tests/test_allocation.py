@@ -248,10 +248,10 @@ def test_costs_equal_the_sizes_of_transformers_modules(
     matrices = {name: weight.numel() for name, weight in layer.named_parameters() if weight.ndim == 2}
     attention = sum(size for name, size in matrices.items() if name.startswith("self_attn."))
     ffn = sum(matrices.values()) - attention
-    assert (
-        kv_heads * group_parameters(shape, shape.layers[0]) == attention == shape.attention_parameters(shape.layers[0])
-    )
-    assert shape.layers[0].ffn_channels * shape.ffn_channel_parameters == ffn == shape.ffn_parameters(shape.layers[0])
+    sizes = shape.layers[0]
+    assert sizes.kv_heads == (query_heads if family == "opt" else kv_heads)
+    assert sizes.kv_heads * group_parameters(shape, sizes) == attention == shape.attention_parameters(sizes)
+    assert sizes.ffn_channels * shape.ffn_channel_parameters == ffn == shape.ffn_parameters(sizes)
     assert shape.head_parameters == model.lm_head.weight.numel()
     assert shape.decoder_parameters == 2 * (attention + ffn)
 

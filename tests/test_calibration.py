@@ -32,11 +32,11 @@ def site_inputs(path: Path, family: str, tokens: Tensor) -> dict[tuple[int, str]
     """Inputs [tokens, C] and weights of all restoring projections, from one pass through the whole model."""
     model = plain_model(path)
     found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.get_submodule(FAMILIES[family].layers)):
         for space in CUT_SPACES:
 
             def note(module: Any, inputs: tuple[Tensor, ...], key: tuple[int, str] = (index, space)) -> None:
-                found[key] = (inputs[0].flatten(0, 1).double(), module.weight.double())
+                found[key] = (inputs[0].flatten(0, -2).double(), module.weight.double())
 
             layer.get_submodule(FAMILIES[family].restoring(space).path).register_forward_pre_hook(note)
     model(input_ids=tokens, use_cache=False)

@@ -95,6 +95,7 @@ def test_plain_configurations_are_accepted(family: str) -> None:
     [
         ("llama", {"quantization_config": {"quant_method": "awq"}}, r"quantised.*full-precision"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"\['chunked_attention'\]; supported are"),
+        ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
         ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
     ],
 )

@@ -47,7 +47,7 @@ def streamed_outputs(
 def plain_outputs(path: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     model = plain_model(path, dtype)
     outputs: list[Tensor] = []
-    for layer in model.model.layers:
+    for layer in model.get_submodule(open_checkpoint(path).family.layers):
         layer.register_forward_hook(
             lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )

@@ -32,7 +32,7 @@ def test_a_dense_model_is_the_one_transformers_loads(family: str, tied: bool, tm
     assert not found.training
     assert not any(parameter.requires_grad for parameter in found.parameters())
     assert torch.equal(logits_of(found, tokens_of(2, 12)), logits_of(expected, tokens_of(2, 12)))
-    assert (found.lm_head.weight is found.model.embed_tokens.weight) is tied
+    assert (found.lm_head.weight is found.get_input_embeddings().weight) is tied
 
 
 @pytest.mark.parametrize("rope", ROPES)

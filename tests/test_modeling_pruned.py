@@ -112,21 +112,32 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         layer = model.get_submodule(f"{row.layers}.{index}")
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
         widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
-        found = {name: tuple(p.shape) for name, p in layer.named_parameters() if name.endswith("proj.weight")}
+        found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
         assert found == {
             f"{p.path}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
             for p in row.projections
             if widths["query" if p.path.startswith(row.attention) else "ffn"]
         }
+        norms = {name for name, _ in layer.named_parameters() if "norm" in name and "self_attn." not in name}
+        left = {name for name, _ in layer.named_parameters()} - norms
         if shape.query_heads:
-            assert layer.self_attn.num_key_value_groups == shape.query_heads // shape.kv_heads
-            assert getattr(layer.self_attn, "num_key_value_heads", shape.kv_heads) == shape.kv_heads
+            groups = shape.query_heads // shape.kv_heads
+            counts = {
+                "num_heads": shape.query_heads,
+                "num_key_value_heads": shape.kv_heads,
+                "num_key_value_groups": groups,
+            }
+            stated = {name: getattr(layer.self_attn, name) for name in counts if hasattr(layer.self_attn, name)}
+            assert stated
+            assert stated == {name: counts[name] for name in stated}
         else:
-            assert [name for name, _ in layer.self_attn.named_parameters()] == ["o_proj.bias"]
-        if shape.ffn_channels:
+            bias = f"{row.restoring('query').path}.bias"
+            assert {name for name in left if name.startswith(f"{row.attention}.")} == {bias}
+        if not shape.ffn_channels:
+            bias = f"{row.restoring('ffn').path}.bias"
+            assert {name for name in left if not name.startswith(f"{row.attention}.")} == {bias}
+        elif hasattr(layer, "mlp"):
             assert getattr(layer.mlp, "intermediate_size", shape.ffn_channels) == shape.ffn_channels
-        else:
-            assert [name for name, _ in layer.mlp.named_parameters()] == ["down_proj.bias"]
 
 
 def test_it_saves_and_loads_through_transformers(tmp_path: Path) -> None:

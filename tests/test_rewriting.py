@@ -37,6 +37,8 @@ VARIANTS = [
     pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
     pytest.param("llama", {"num_key_value_heads": 1, "mlp_bias": True}, id="llama-mqa"),
     pytest.param("qwen3", {"attention_bias": True}, id="qwen3-biases"),
+    pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biases"),
+    pytest.param("opt", {"enable_bias": False, "do_layer_norm_before": False}, id="opt-no-biases-norms-after"),
 ]
 
 
@@ -116,19 +118,20 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
     expected = {name: tensor for name, tensor in dense.items() if ".layers." not in name}
     size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
     queries, keys = layer.query_heads * size, layer.kv_heads * size
+    is_opt = checkpoint.family.model_type == "opt"
 
     def heads(indices: tuple[int, ...]) -> list[int]:
         return [head * size + i for head in indices for i in range(size)]
 
     for index, kept in enumerate(plan.layers):
-        prefix = f"model.layers.{index}."
+        prefix = f"{checkpoint.family.layers}.{index}."
         rows = {"q": heads(kept.query_heads), "k": heads(kept.kv_heads), "v": heads(kept.kv_heads)}
         rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
         channels = list(kept.ffn_channels)
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            if path.endswith("layernorm.weight"):
+            if path.endswith(("layernorm.weight", "layer_norm.weight", "layer_norm.bias")):
                 expected[name] = tensor
             elif path in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
                 if kept.query_heads:
@@ -138,11 +141,11 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
                     expected[name] = tensor[rows[path[10:].partition("_")[0]]]
             elif path.startswith("mlp.gate_up_proj") and channels:
                 expected[name] = tensor[gate_and_up]
-            elif path.startswith(("mlp.gate_proj", "mlp.up_proj")) and channels:
+            elif path.startswith(("mlp.gate_proj", "mlp.up_proj", "fc1")) and channels:
                 expected[name] = tensor[channels]
         for path, space, columns in (
-            ("self_attn.o_proj", "query", rows["q"]),
-            ("mlp.down_proj", "ffn", channels),
+            ("self_attn.out_proj" if is_opt else "self_attn.o_proj", "query", rows["q"]),
+            ("fc2" if is_opt else "mlp.down_proj", "ffn", channels),
         ):
             weight = dense[f"{prefix}{path}.weight"]
             if columns:

@@ -39,6 +39,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# What differs; `...` leaves a field out.
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Qwen3's head size is stated and need not divide the hidden size; multi-query attention in Qwen2.
     "qwen3": {"head_dim": 12},
@@ -61,6 +62,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 15.0,
     },
     "mistral": {"sliding_window": 6},
+    "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
 }
@@ -95,7 +97,8 @@ LONGROPE: dict[str, Any] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    return AutoConfig.for_model(family, **both_rope_forms({**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}))
+    sizes = {**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}
+    return AutoConfig.for_model(family, **both_rope_forms({k: v for k, v in sizes.items() if v is not ...}))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

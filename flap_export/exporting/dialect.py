@@ -194,12 +194,16 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     for _, rotary in rotary_modules(model):
         rotary.forward = partial(_rotary_tables, rotary)
     modeling = importlib.import_module(type(model).__module__)
-    original = modeling.apply_rotary_pos_emb
+    # Families with learned positions have no such function.
+    original = getattr(modeling, "apply_rotary_pos_emb", None)
     modeling.apply_rotary_pos_emb = _apply_rotary  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+        if original is None:
+            del modeling.apply_rotary_pos_emb
+        else:
+            modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

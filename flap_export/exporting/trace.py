@@ -47,10 +47,9 @@ class ScatterCache(Cache):  # type: ignore[misc]
 class DecoderStep(nn.Module):
     """One call of the exported graph: `(input_ids, write_indices, caches) -> (logits, caches)`."""
 
-    def __init__(self, model: nn.Module, cache_layers: Sequence[int], max_length: int, logits: LogitsKind) -> None:
+    def __init__(self, model: nn.Module, cache_layers: Sequence[int], max_length: int) -> None:
         super().__init__()
-        self.model, self.cache_layers = model, tuple(cache_layers)
-        self.max_length, self.logits_to_keep = max_length, 1 if logits == "last" else 0
+        self.model, self.cache_layers, self.max_length = model, tuple(cache_layers), max_length
 
     def forward(
         self, input_ids: Tensor, write_indices: Tensor, past: Sequence[tuple[Tensor, Tensor]] = ()
@@ -63,7 +62,6 @@ class DecoderStep(nn.Module):
             position_ids=decoding.position_ids,
             past_key_values=ScatterCache(decoding),
             use_cache=True,
-            logits_to_keep=self.logits_to_keep,
             decoding=decoding,
         )
         return output.logits, [decoding.present[layer] for layer in self.cache_layers]
@@ -78,7 +76,9 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: L
         model = build_model(checkpoint, dtype)
         fake_tables = {name: mode.from_tensor(table.to(dtype)) for name, table in tables.items()}
         with speaking_onnx(model, checkpoint, fake_tables):
-            step = DecoderStep(model, cache_layers, max_length, logits).eval()
+            if logits == "last":
+                model.get_submodule(checkpoint.family.head).register_forward_pre_hook(_last_token)
+            step = DecoderStep(model, cache_layers, max_length).eval()
             arguments, axes = _example(shape, cache_layers, max_length, dtype)
             with _quiet_exporter():
                 program = torch.onnx.export(
@@ -96,6 +96,11 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: L
     _bind(ir_model, {name: table.to(dtype) for name, table in tables.items()})
     _bind(ir_model, dict(meta_model(checkpoint, dtype).named_buffers()))
     return ir_model
+
+
+def _last_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """What the head gets; not every family of every version of transformers knows `logits_to_keep`."""
+    return (inputs[0][:, -1:],)
 
 
 def _example(

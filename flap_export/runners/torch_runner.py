@@ -77,6 +77,8 @@ class TorchRunner(Runner):
                 use_cache=True,
                 logits_to_keep=1 if self.logits == "last" else 0,
             ).logits
+            # OPT of transformers 4.57 gives all of them whatever it is asked.
+            logits = logits[:, -1:] if self.logits == "last" else logits
             widened = logits if logits.dtype == torch.float64 else logits.float()
         array: Logits = widened.cpu().numpy()
         return array

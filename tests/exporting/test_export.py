@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
 from numpy.typing import NDArray
 from tiny import (
     ALL_FAMILIES,
@@ -44,6 +45,7 @@ NODES = {
     "gemma3_text": (25, 19),
     "llama": (22, 11),
     "mistral": (22, 17),
+    "opt": (21, 20),
     "phi3": (22, 17),
     "qwen2": (23, 11),
     "qwen3": (24, 11),
@@ -54,6 +56,7 @@ Around the layers are positions, embedding, last norm, head, the last token's Sl
 """
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
+NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
 
 
 def session_of(directory: Path, graph: str) -> onnxruntime.InferenceSession:
@@ -200,8 +203,8 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     weights = Weights(pruned)
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
-    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs.
-    unread = 4 * artifact.shape.hidden_size * 4
+    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs; OPT's have biases.
+    unread = 4 * artifact.shape.hidden_size * 4 * (2 if family == "opt" else 1)
     assert float_bytes(tmp_path / "onnx") == sum(weights[name].nbytes for name in weights) - unread + tables
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
@@ -276,6 +279,24 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     assert np.abs(torch_logits(dense, tokens) - torch_logits(plain, tokens)).max() > 0.05
     export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
     check_parity(tmp_path / "onnx", dense)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
+        pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
+        ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
+        ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
+        ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
+        ("phi3", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
+    ],
+    ids=["opt-norms-after", "opt-plain-norms", "gemma2-biases", "gemma2-uncapped", "gemma3-capped", "phi3-mha"],
+)
+def test_what_a_configuration_switches(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    pruned = tiny_pruned(family, tmp_path, **options)
+    export(pruned, tmp_path / "onnx", max_length=MAX_LENGTH)
+    check_parity(tmp_path / "onnx", pruned)
 
 
 def test_longrope_up_to_its_original_length(tmp_path: Path) -> None:

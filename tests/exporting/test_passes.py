@@ -18,6 +18,7 @@ from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
+from flap_export.exporting.passes.scales import FoldQueryScalesPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
 from flap_export.exporting.passes.splits import SplitSlicesPass
 from flap_export.exporting.passes.transposes import TransposeWeightsPass
@@ -446,3 +447,36 @@ class TestSplitSlices:
     def test_others_stay(self, options: dict[str, Any]) -> None:
         bounds = options.pop("bounds")
         assert not SplitSlicesPass()(self.sliced(*bounds, **options)).modified
+
+
+class TestFoldQueryScales:
+    @staticmethod
+    def attention(*, factor: float | None = 0.5, scale: float | None = 2.0, is_read: bool = False) -> ir.Model:
+        """x [2, 3, 8] times a number, as 2 heads of 4, attending to themselves."""
+        graph = Graph(x=[2, 3, 8], other=[1])
+        number = graph.inputs[1]
+        if factor is not None:
+            tensor = ir.tensor(np.float32(factor), name="factor")
+            number = ir.Value(name="factor", shape=ir.Shape(()), type=ir.TensorType(FLOAT), const_value=tensor)
+            graph.graph.register_initializer(number)
+        product = graph.node("Mul", graph.inputs[0], number, shape=[2, 3, 8], name="product")
+        heads = graph.node("Reshape", product, graph.constant(2, 3, 2, 4), shape=[2, 3, 2, 4], name="heads")
+        query = graph.node("Transpose", heads, shape=[2, 2, 3, 4], name="query", perm=[0, 2, 1, 3])
+        key = graph.node("Reshape", graph.inputs[0], graph.constant(2, 2, 3, 4), shape=[2, 2, 3, 4], name="key")
+        attributes = {} if scale is None else {"scale": scale}
+        result = graph.node("Attention", query, key, key, shape=[2, 2, 3, 4], name="y", **attributes)
+        outputs = [result, graph.node("Neg", product, shape=[2, 3, 8], name="z")] if is_read else [result]
+        return graph.model(*outputs)
+
+    def test_the_factor_becomes_the_operators(self) -> None:
+        feeds = {"x": random(2, 3, 8), "other": random(1)}
+        model = check_same_results(self.attention, FoldQueryScalesPass(), **feeds)
+        assert "Mul" not in ops(model)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"factor": None}, {"scale": None}, {"is_read": True}],
+        ids=["no-constant", "default-scale", "read-elsewhere"],
+    )
+    def test_others_stay(self, options: dict[str, Any]) -> None:
+        assert not FoldQueryScalesPass()(self.attention(**options)).modified

@@ -13,6 +13,7 @@ from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
+from flap_export.exporting.passes.scales import FoldQueryScalesPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
 from flap_export.exporting.passes.splits import SplitSlicesPass
 from flap_export.exporting.passes.transposes import TransposeWeightsPass
@@ -28,6 +29,7 @@ def optimize(ir_model: ir.Model) -> ir.Model:
         common.CommonSubexpressionEliminationPass(),
         RemoveFullSlicesPass(),
         SplitSlicesPass(),
+        FoldQueryScalesPass(),
         StaticReshapesPass(),
         common.RemoveUnusedNodesPass(),
         TransposeWeightsPass(),

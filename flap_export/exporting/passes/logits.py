@@ -1,6 +1,6 @@
 """From the graph of the last token's logits to the graph of all logits.
 
-Precondition: traced with `logits_to_keep=1`, so that one Slice from -1 along the token axis leads to the head.
+Precondition: traced for the last token's logits, so that one Slice from -1 along the token axis leads to the head.
 Postcondition: that Slice is gone and the logits are [B, n, V].
 """
 

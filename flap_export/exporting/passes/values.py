@@ -17,6 +17,12 @@ def constant_integers(value: ir.Value | None) -> list[int] | None:
     return [int(number) for number in np.atleast_1d(tensor.numpy()).ravel()]
 
 
+def constant_number(value: ir.Value | None) -> float | None:
+    """The one number a constant holds, or None if `value` is not such a one."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None and not is_weight(value) else None
+    return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
+
+
 def is_weight(value: ir.Value | None) -> bool:
     """Whether `value` is an initializer that streams from disk."""
     return value is not None and value.is_initializer() and isinstance(value.const_value, ir.LazyTensor)
