@@ -67,11 +67,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     is_pruned = model_type.startswith(PRUNED_PREFIX)
     family = family_of(model_type.removeprefix(PRUNED_PREFIX))
     config = _dense_config(raw, family, directory)
-    try:
-        check_config(config, family)
-    except ModelError as error:
-        raise ModelError(f"'{directory / 'config.json'}': {error}") from error
-    shape = shape_from_config(config, family)
+    shape = _dense_shape(config, family, directory)
     if is_pruned:
         shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
     return Checkpoint(str(model), directory, family, config, shape, is_pruned)
@@ -123,6 +119,18 @@ def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> An
         raise ModelError(
             f"'{directory / 'config.json'}' is not a valid {family.model_type} configuration: {error}"
         ) from error
+
+
+def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
+    path = directory / "config.json"
+    try:
+        check_config(config, family)
+        return shape_from_config(config, family)
+    except ModelError as error:
+        raise ModelError(f"'{path}': {error}") from error
+    # Transformers 4.57 takes fields of any type.
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"'{path}' is not a valid {family.model_type} configuration: {error}") from error
 
 
 def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:
