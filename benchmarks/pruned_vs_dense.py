@@ -36,8 +36,9 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--multiples", type=int, nargs="+", default=[1], help="FFN channels in multiples of these")
     made.add_argument("--prompt-length", type=int, default=128)
     made.add_argument("--max-length", type=int, default=512)
-    made.add_argument("--repeats", type=int, default=40)
+    made.add_argument("--repeats", type=int, default=60)
     made.add_argument("--budget", type=float, default=60.0, help="seconds per artifact pair")
+    made.add_argument("--sample-ms", type=float, default=100.0, help="length of one sample")
     made.add_argument("--threads", type=int)
     made.add_argument("--seed", type=int, default=0)
     arguments = made.parse_args(command_line)
@@ -65,6 +66,7 @@ def measured(arguments: argparse.Namespace, work: Path) -> dict[str, LatencyRepo
                 prompt_lengths=(arguments.prompt_length,),
                 repeats=arguments.repeats,
                 budget_s=arguments.budget,
+                sample_ms=arguments.sample_ms,
                 threads=arguments.threads,
                 seed=arguments.seed,
             )

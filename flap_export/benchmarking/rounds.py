@@ -12,7 +12,7 @@ from flap_export.benchmarking.worker import Sample
 from flap_export.benchmarking.workload import Workload
 
 SAMPLE_MS: Final = 25.0
-"""Short calls are repeated within a sample until it is about this long."""
+"""Default length of one sample."""
 MINIMUM_ROUNDS: Final = 3
 
 
@@ -27,7 +27,13 @@ class Measured(Protocol):
 
 
 def take_rounds(
-    candidates: Sequence[Measured], workload: Workload, *, repeats: int, budget_s: float, draw: random.Random
+    candidates: Sequence[Measured],
+    workload: Workload,
+    *,
+    repeats: int,
+    budget_s: float,
+    draw: random.Random,
+    sample_ms: float = SAMPLE_MS,
 ) -> tuple[tuple[Sample, ...], ...]:
     """Warm all candidates up, then sample each once a round.
 
@@ -37,11 +43,12 @@ def take_rounds(
         repeats: rounds.
         budget_s: seconds after which no further round begins, once there are three.
         draw: chooses the order within each round.
+        sample_ms: short calls are repeated within a sample until it is about this long.
 
     Returns:
         The samples of each candidate; sample i of all was taken in round i.
     """
-    calls = [_calls_per_sample(candidate.prepare(workload)) for candidate in candidates]
+    calls = [_calls_per_sample(candidate.prepare(workload), sample_ms) for candidate in candidates]
     samples: list[list[Sample]] = [[] for _ in candidates]
     deadline = time.monotonic() + budget_s
     for done, order in enumerate(round_orders(len(candidates), repeats, draw)):
@@ -63,5 +70,5 @@ def round_orders(candidates: int, rounds: int, draw: random.Random) -> Iterator[
         yield list(order)
 
 
-def _calls_per_sample(warm: Sample) -> int:
-    return max(1, math.ceil(SAMPLE_MS / max(warm.call_ms, 1e-3)))
+def _calls_per_sample(warm: Sample, sample_ms: float) -> int:
+    return max(1, math.ceil(sample_ms / max(warm.call_ms, 1e-3)))

@@ -31,6 +31,7 @@ def bench(
     context_length: int | None = None,
     repeats: int = 30,
     budget_s: float = 120.0,
+    sample_ms: float = SAMPLE_MS,
     threads: int | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -53,6 +54,8 @@ def bench(
         repeats: rounds per phase and shape.
         budget_s: seconds for all rounds together. A phase and shape that has used up its share of them ends early,
             but not before three rounds; opening and warming up come on top.
+        sample_ms: short calls are repeated within one sample until it is about this long; long samples suit large
+            models, whose first calls after a turn find cold caches.
         threads: cores one operator may use; the backend's own choice by default.
         device: `cpu`, `cuda` or `cuda:N`.
         seed: of the tokens, the order of the rounds and the bootstrap.
@@ -81,7 +84,7 @@ def bench(
             if progress is not None:
                 progress(workload.described, done, len(workloads))
             share_s = budget_s / len(workloads)
-            samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw)
+            samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw, sample_ms=sample_ms)
             ideal = _ideal(dense, pruned, workload, roofline)
             measured.append(phase_latency(workload, *samples, ideal=ideal, seed=seed))
     return LatencyReport(
@@ -94,7 +97,7 @@ def bench(
         phases=tuple(measured),
         machine=machine,
         versions=installed_versions(),
-        settings={"repeats": repeats, "budget_s": budget_s, "sample_ms": SAMPLE_MS, "threads": threads, "seed": seed},
+        settings={"repeats": repeats, "budget_s": budget_s, "sample_ms": sample_ms, "threads": threads, "seed": seed},
         digests={**_digests("dense", paths[0], dense), **_digests("pruned", paths[1], pruned)},
     )
 
