@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 from flap_export import __version__
+from flap_export.allocation import check_ratio
 from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
 from flap_export.calibration import calibrate
 from flap_export.errors import FlapExportError, GateBreachedError, OutputError
@@ -29,7 +30,7 @@ from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
 from flap_export.manifest import FileEntry, listed_files, write_manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
-from flap_export.pruning import check_ratio, prune_with
+from flap_export.pruning import prune_with
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics

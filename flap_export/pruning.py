@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flap_export.allocation import STRUCTURES, Selection, StructureName, allocate
+from flap_export.allocation import STRUCTURES, Selection, StructureName, allocate, check_ratio
 from flap_export.calibration import calibrate
 from flap_export.checkpoint import write_checkpoint
 from flap_export.compensation import COMPENSATIONS, CompensationName
-from flap_export.errors import BudgetError, InputError, check_choice
+from flap_export.errors import InputError, check_choice
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.manifest import write_manifest
@@ -158,16 +158,6 @@ def make_plan(
         layers=layers,
         digests=dict(statistics.digests),
     )
-
-
-def check_ratio(ratio: float) -> None:
-    """Whether `ratio` lies in (0, 1).
-
-    Raises:
-        BudgetError: it does not.
-    """
-    if not 0 < ratio < 1:
-        raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
 
 
 def _check_statistics(statistics: CalibrationStatistics, dense: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Stage `score`: an importance per KV group and FFN channel. Pure arithmetic on calibration statistics.
+"""Stage `score`: an importance per query head and FFN channel. Pure arithmetic on calibration statistics.
 
 X_j is input channel j of a restoring projection over all calibration tokens, W its weight (FLAP, equations 4 to 6).
 A new metric is one function and one row of `METRICS`.
@@ -45,8 +45,8 @@ METRICS: Final[Mapping[MetricName, Callable[[SiteStatistics], Tensor]]] = {"wifv
 class LayerScores:
     """Standardised importance of one layer's units; higher is kept longer."""
 
-    kv_groups: Tensor
-    """float64 [K]: a KV head with its g query heads."""
+    query_heads: Tensor
+    """float64 [Q]"""
     ffn_channels: Tensor
     """float64 [F]"""
 
@@ -92,7 +92,7 @@ def _layer_scores(
             f"{layer.query_heads * shape.head_dim} and {layer.ffn_channels}; calibrate this model"
         )
     attention, ffn = (metric(site) for site in sites if site is not None)
-    return LayerScores(group_means(standardised(attention**attention_power), layer), standardised(ffn))
+    return LayerScores(head_means(standardised(attention**attention_power), layer), standardised(ffn))
 
 
 def standardised(scores: Tensor) -> Tensor:
@@ -106,6 +106,6 @@ def standardised(scores: Tensor) -> Tensor:
     return centred / scores.std(unbiased=True)
 
 
-def group_means(channel_scores: Tensor, layer: LayerShape) -> Tensor:
-    """Mean over the g D channels of every KV group: [Q D] -> [K]."""
-    return channel_scores.view(layer.kv_heads, -1).mean(dim=1)
+def head_means(channel_scores: Tensor, layer: LayerShape) -> Tensor:
+    """Mean over the D channels of every query head: [Q D] -> [Q]."""
+    return channel_scores.view(layer.query_heads, -1).mean(dim=1)

@@ -37,6 +37,7 @@ STAGES = (
     "reference",
     "layerwise",
     "calibration",
+    "ladders",
     "allocation",
     "compensation",
     "rewriting",
