@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError, check_choice
-from flap_export.layerwise import Progress, no_progress, run_layers
+from flap_export.layerwise import Progress, no_progress, streamed
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.moments import RunningMoments
 from flap_export.reference import ReferenceMoments
@@ -82,15 +82,17 @@ def calibrate(
     )
     sites: dict[tuple[int, CutSpace], SiteStatistics] = {}
     sequences, length = windows.tokens.shape
-    run_layers(
+    with streamed(
         checkpoint,
         torch.from_numpy(windows.tokens),
-        partial(_observed, checkpoint, statistics, length, sites),
         dtype=compute_dtype(checkpoint, dtype, device),
         device=device,
         chunk_sequences=chunk_sequences,
         progress=progress,
-    )
+    ) as stream:
+        for visited in stream:
+            with _observed(checkpoint, statistics, length, sites, visited.index, visited.layer):
+                visited.propagate()
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
     return CalibrationStatistics(checkpoint.name, source, sequences, length, statistics, sites, digests)
 

@@ -6,7 +6,7 @@ Our own pruned checkpoints are read through their configuration, never by runnin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -230,25 +230,31 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
 
 
-def materialize(
-    module: nn.Module, prefix: str, weights: Weights, *, dtype: torch.dtype, device: str | torch.device
-) -> None:
-    """Read the parameters of `module` (named `prefix` in the checkpoint) from disk into memory.
+def read_parameters(module: nn.Module, prefix: str, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `module` (named `prefix` in the checkpoint) as they lie on disk, with their names within it.
 
     Raises:
-        ModelError: a tensor holds NaN or infinity.
+        ModelError: a tensor is missing, or holds NaN or infinity.
     """
-    for name, parameter in list(module.named_parameters()):
-        full_name = f"{prefix}.{name}" if prefix else name
-        tensor = weights.finite(full_name).to(device=device, dtype=dtype)
+    for name in [name for name, _ in module.named_parameters()]:
+        yield name, weights.finite(f"{prefix}.{name}" if prefix else name)
+
+
+def materialize(
+    module: nn.Module, parameters: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Give the parameters of `module` the values that `read_parameters` found."""
+    for name, tensor in parameters:
         owner_path, _, leaf = name.rpartition(".")
-        module.get_submodule(owner_path).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        del parameter
+        value = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        module.get_submodule(owner_path).register_parameter(leaf, value)
 
 
 def release(module: nn.Module) -> None:
-    """Send the parameters of `module` back to the meta device."""
-    module.to_empty(device="meta")
+    """Send the parameters of `module` back to the meta device; buffers stay, for no checkpoint holds them."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            owner.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
@@ -263,7 +269,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
     family = checkpoint.family
     if checkpoint.shape.tied_embeddings:
         model.get_submodule(family.head).register_parameter("weight", None)
-    materialize(model, "", checkpoint.weights, dtype=dtype, device=device)
+    materialize(model, read_parameters(model, "", checkpoint.weights), dtype=dtype, device=device)
     if checkpoint.shape.tied_embeddings:
         embedding = model.get_submodule(family.embedding)
         model.get_submodule(family.head).register_parameter("weight", embedding.get_parameter("weight"))
