@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flap_export.artifact import Artifact
     from flap_export.benchmarking import LatencyReport, bench
     from flap_export.calibration import calibrate
+    from flap_export.comparison import compare
     from flap_export.errors import FlapExportError
     from flap_export.evaluation import QualityReport, evaluate
     from flap_export.exporting import export
@@ -43,6 +44,7 @@ _MODULES = {
     "Recipe": "recipe",
     "bench": "benchmarking",
     "calibrate": "calibration",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "export": "exporting",
     "generate": "generation",
@@ -68,6 +70,7 @@ __all__ = [
     "__version__",
     "bench",
     "calibrate",
+    "compare",
     "evaluate",
     "export",
     "generate",

@@ -22,6 +22,7 @@ from flap_export.shapes import DecoderShape
 
 StructureName = Literal["al-am", "al-mm", "ul-mm", "ul-um"]
 Selection = Literal["exact", "reference"]
+_BISECTIONS: Final = 200
 Steps = Sequence[tuple[int, int]]
 """Per layer, how many steps its attention and its FFN go down their ladders."""
 
@@ -79,6 +80,31 @@ def allocate(
         layers = plan_layers(ladders, shape, STRUCTURES[structure](_Task(ladders, shape, ratio, remove_heads)))
     reason = _reason(structure, selection, len(layers), align_channels)
     return layers, achieved_ratio(shape, layers, ratio, reason)
+
+
+def allocate_by_loss(
+    ladders: Sequence[LayerLadders], shape: DecoderShape, ratio: float, *, align_channels: int = 1
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    """Spend the budget where the sum of the modules' losses stays smallest.
+
+    For a price per weight, every module goes down its ladder to where loss minus price times weights removed is least;
+    the price is the highest that keeps within the budget, which makes the choice optimal for what it removes. The rest
+    of the budget is filled with the cheapest single steps.
+
+    Args:
+        ladders: whose scores are what each step adds to a loss that adds up over modules.
+        shape: the dense decoder.
+        ratio: share of the decoder's attention and FFN weights that goes, in (0, 1).
+        align_channels: as the ladders were made.
+
+    Raises:
+        BudgetError: the ratio is outside (0, 1), or removes nothing or everything.
+    """
+    check_ratio(ratio)
+    modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
+    taken = _least_loss([(ladder.scores, ladder.costs) for ladder in modules], ratio * shape.decoder_parameters)
+    layers = plan_layers(ladders, shape, list(zip(taken[0::2], taken[1::2], strict=True)))
+    return layers, achieved_ratio(shape, layers, ratio, _reason("al-am", "exact", len(layers), align_channels))
 
 
 def check_ratio(ratio: float) -> None:
@@ -207,6 +233,52 @@ def _cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int6
         elif cost == smallest:
             break
     return taken
+
+
+def _least_loss(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
+    """Steps of each ladder that cost at most `budget`, to half of the smallest step, at the least added score.
+
+    Args:
+        ladders: what each step adds, and costs of the steps; [S] both.
+        budget: in the same units as the costs.
+    """
+    losses = [np.concatenate([[0.0], np.cumsum(added)]) for added, _ in ladders]
+    weights = [np.concatenate([[0], np.cumsum(costs)]) for _, costs in ladders]
+    limit = budget + min(int(costs.min()) for _, costs in ladders) / 2
+
+    def at(price: float) -> list[int]:
+        return [int(np.argmin(loss - price * weight)) for loss, weight in zip(losses, weights, strict=True)]
+
+    def cost(taken: Sequence[int]) -> int:
+        return sum(int(weight[steps]) for weight, steps in zip(weights, taken, strict=True))
+
+    low, high = 0.0, max(float(added.sum() / costs.sum()) for added, costs in ladders) + 1.0
+    while cost(at(high)) <= limit and high < np.finfo(np.float64).max / 4:
+        low, high = high, 2 * high
+        if cost(at(low)) == sum(int(weight[-1]) for weight in weights):
+            break
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(at(middle)) <= limit else (low, middle)
+    return _filled(at(low), losses, weights, limit)
+
+
+def _filled(
+    taken: list[int], losses: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.int64]], limit: float
+) -> list[int]:
+    """Go on with the single steps that add least per weight while they fit."""
+    removed = sum(int(weight[steps]) for weight, steps in zip(weights, taken, strict=True))
+    while True:
+        fitting = [
+            (float(loss[steps + 1] - loss[steps]) / int(weight[steps + 1] - weight[steps]), index)
+            for index, (loss, weight, steps) in enumerate(zip(losses, weights, taken, strict=True))
+            if steps + 1 < len(weight) and removed + int(weight[steps + 1] - weight[steps]) <= limit
+        ]
+        if not fitting:
+            return taken
+        index = min(fitting)[1]
+        removed += int(weights[index][taken[index] + 1] - weights[index][taken[index]])
+        taken[index] += 1
 
 
 def _check_rest(task: _Task, rest: float) -> None:

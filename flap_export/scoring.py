@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flap_export.errors import PlanError, check_choice
 from flap_export.shapes import DecoderShape, LayerShape
-from flap_export.statistics import CalibrationStatistics, SiteStatistics
+from flap_export.statistics import CalibrationStatistics, CutSpace, SiteStatistics
 
 MetricName = Literal["wifv", "ifv", "wifn"]
 ALIKE_WITHIN: Final = 1e-12
@@ -73,18 +73,19 @@ def score(
     """
     check_choice("metric", metric, METRICS)
     power = 2 if square_attention else 1
-    return tuple(_layer_scores(statistics, shape, METRICS[metric], power, i) for i in range(len(shape.layers)))
+    return tuple(layer_scores(statistics.sites, shape, METRICS[metric], i, power) for i in range(len(shape.layers)))
 
 
-def _layer_scores(
-    statistics: CalibrationStatistics,
+def layer_scores(
+    statistics: Mapping[tuple[int, CutSpace], SiteStatistics],
     shape: DecoderShape,
     metric: Callable[[SiteStatistics], Tensor],
-    attention_power: int,
     index: int,
+    attention_power: int = 1,
 ) -> LayerScores:
+    """Standardised scores of one layer's units; see `score`."""
     layer = shape.layers[index]
-    sites = [statistics.sites.get((index, "query")), statistics.sites.get((index, "ffn"))]
+    sites = [statistics.get((index, "query")), statistics.get((index, "ffn"))]
     widths = [site.mean.numel() if site else None for site in sites]
     if widths != [layer.query_heads * shape.head_dim, layer.ffn_channels]:
         raise PlanError(
