@@ -69,13 +69,24 @@ def least_squares(weight: Tensor, kept: Tensor, moments: RunningComoments, ridge
         restored = weight[:, kept]
     else:
         scale = _deviations(moments)
-        correlation = _correlation(moments, scale, kept, kept)
-        correlation.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(correlation)
-        del correlation
+        factor = _factor(_correlation(moments, scale, kept, kept), ridge)
         absorbed = torch.cholesky_solve(_correlation(moments, scale, kept, removed), factor)
         restored = weight[:, kept] + (weight[:, removed] * scale[removed]) @ absorbed.T / scale[kept]
     return Restored(restored, weight @ moments.mean - restored @ moments.mean[kept])
+
+
+def _factor(correlation: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of a correlation matrix [K, K] with a ridge, which it grows until the working precision holds it.
+
+    Of fewer tokens than channels the matrix itself is singular.
+    """
+    diagonal, grown = correlation.diagonal(), 0.0
+    while True:
+        diagonal.add_(ridge - grown)
+        factor, failed = torch.linalg.cholesky_ex(correlation)
+        if not int(failed):
+            return factor
+        ridge, grown = max(ridge * 10, torch.finfo(correlation.dtype).eps), ridge
 
 
 def complement(kept: Tensor, channels: int) -> Tensor:
