@@ -1,7 +1,7 @@
 """Memory and time of pruning a model that is larger than the memory it is given.
 
-A checkpoint of the LLaMA-7B shape with random float16 weights (13 GB) is made, pruned by 20 % under a memory limit, with
-the bias and with least squares (whose covariances count), and deleted. The limit is a control group's where the machine
+A checkpoint of the LLaMA-7B shape with random float16 weights (13 GB) is made, pruned under a memory limit, with
+the bias and with least squares, whose covariances count, and deleted. The limit is a control group's where the machine
 lets one be made (page cache included), and one on anonymous memory (RLIMIT_DATA) otherwise.
 """
 

@@ -83,6 +83,7 @@ def _factor(correlation: Tensor, ridge: float) -> Tensor:
     diagonal, grown = correlation.diagonal(), 0.0
     while True:
         diagonal.add_(ridge - grown)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(correlation)
         if not int(failed):
             return factor
