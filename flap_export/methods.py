@@ -69,6 +69,9 @@ class PruneOptions(Value):
     method: MethodName = "flap"
     metric: MetricName | None = None
     structure: StructureName | None = None
+    square_attention: bool | None = None
+    """Square attention scores before they are standardised; None does as the statistics do: only the official code
+    squares them."""
     compensation: CompensationName | None = None
     sequential: bool = False
     """Fit least squares to the inputs that the already pruned layers give."""
@@ -121,6 +124,8 @@ def resolved(options: PruneOptions) -> PruneOptions:
             f"{options.method} decides about a layer before it has seen the later ones, so its structure is ul-um; "
             f"got {filled.structure}"
         )
+    if filled.square_attention is not None and method.metric is None:
+        raise InputError(f"the method {options.method} has no metric whose attention scores could be squared")
     if filled.sequential and filled.compensation != "least-squares":
         raise InputError("--sequential is about --compensation least-squares, which was not chosen")
     return filled

@@ -40,6 +40,7 @@ def prune(
     method: MethodName = "flap",
     metric: MetricName | None = None,
     structure: StructureName | None = None,
+    square_attention: bool | None = None,
     compensation: CompensationName | None = None,
     sequential: bool = False,
     remove_heads: int = 0,
@@ -63,6 +64,8 @@ def prune(
         method: a row of `flap_export.methods`; what follows is None for what the method itself does.
         metric: importance of a channel, see `flap_export.scoring`.
         structure: how the budget is spread, see `flap_export.allocation`.
+        square_attention: square attention scores before they are standardised; None does so with the statistics
+            `reference`, whose code does.
         compensation: see `flap_export.compensation`.
         sequential: fit least squares to the inputs that the already pruned layers give.
         remove_heads: query heads that go, for the structures `al-mm` and `ul-mm`.
@@ -86,6 +89,7 @@ def prune(
             "method": method,
             "metric": metric,
             "structure": structure,
+            "square_attention": square_attention,
             "compensation": compensation,
             "sequential": sequential,
             "remove_heads": remove_heads,
@@ -162,7 +166,8 @@ def _by_scores(shape: DecoderShape, evidence: Evidence, options: PruneOptions) -
     if scores is None:
         assert evidence.statistics is not None
         assert options.metric is not None
-        scores = score(evidence.statistics, shape, options.metric, square_attention=follows_code)
+        squares = follows_code if options.square_attention is None else options.square_attention
+        scores = score(evidence.statistics, shape, options.metric, square_attention=squares)
     if options.row.spares_ends:
         return _between_ends(shape, scores, options)
     assert options.structure is not None
@@ -222,6 +227,7 @@ def _described(options: PruneOptions, evidence: Evidence) -> dict[str, str | int
         "method": options.method,
         "metric": options.metric,
         "structure": options.structure,
+        "square_attention": options.square_attention,
         "compensation": options.compensation,
         "sequential": options.sequential,
         "remove_heads": options.remove_heads if (options.structure or "").endswith("-mm") else None,

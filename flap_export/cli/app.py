@@ -94,6 +94,10 @@ def prune(
     method: Annotated[str, typer.Option(help="flap, obs, wanda-sp, llm-pruner, magnitude or random.")] = "flap",
     metric: Annotated[str | None, typer.Option(help="wifv, ifv or wifn; the method's own by default.")] = None,
     structure: Annotated[str | None, typer.Option(help="al-am, al-mm, ul-mm or ul-um; the method's own.")] = None,
+    square_attention: Annotated[
+        bool | None,
+        typer.Option(help="Square attention scores; by default with the statistics `reference`, whose code does."),
+    ] = None,
     compensation: Annotated[str | None, typer.Option(help="none, bias or least-squares; the method's own.")] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit least squares to what the already pruned layers give.")
@@ -130,6 +134,7 @@ def prune(
             method=_one_of("method", method, METHODS),
             metric=_one_of("metric", metric, METRICS),
             structure=_one_of("structure", structure, STRUCTURES),
+            square_attention=square_attention,
             compensation=_one_of("compensation", compensation, COMPENSATIONS),
             sequential=sequential,
             remove_heads=remove_heads,
