@@ -36,6 +36,8 @@ class _Task:
     shape: DecoderShape
     ratio: float
     remove_heads: int
+    allowed_heads: Sequence[int] | None
+    """Numbers of query heads a layer may keep; None allows any."""
 
     @property
     def budget(self) -> float:
@@ -53,6 +55,7 @@ def allocate(
     selection: Selection = "exact",
     head_units: HeadUnits = "groups",
     align_channels: int = 1,
+    allowed_heads: Sequence[int] | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Ratio]:
     """Decide what every layer keeps.
 
@@ -66,6 +69,7 @@ def allocate(
         selection: by rank at exact costs, or by the official code's thresholds (`flap_export.reference`).
         head_units: whole KV groups, or one query head of every group; see `flap_export.ladders`.
         align_channels: FFN widths that are left are multiples of this, or the dense width.
+        allowed_heads: numbers of query heads a layer may keep, for `ul-um`; None allows any.
 
     Raises:
         BudgetError: the ratio is outside (0, 1), removes nothing or everything, or `remove_heads` cannot be met.
@@ -73,13 +77,35 @@ def allocate(
     check_ratio(ratio)
     check_choice("structure", structure, STRUCTURES)
     check_choice("head units", head_units, HEAD_UNITS)
-    ladders = ladders_from_scores(scores, shape, head_units=head_units, align_channels=align_channels)
     if selection == "reference":
         layers = _reference_layers(scores, shape, ratio, structure, remove_heads)
-    else:
-        layers = plan_layers(ladders, shape, STRUCTURES[structure](_Task(ladders, shape, ratio, remove_heads)))
-    reason = _reason(structure, selection, len(layers), align_channels)
-    return layers, achieved_ratio(shape, layers, ratio, reason)
+        return layers, achieved_ratio(shape, layers, ratio, _reason(structure, selection, len(layers), align_channels))
+    ladders = ladders_from_scores(scores, shape, head_units=head_units, align_channels=align_channels)
+    return allocate_ladders(
+        ladders,
+        shape,
+        ratio,
+        structure,
+        remove_heads=remove_heads,
+        align_channels=align_channels,
+        allowed_heads=allowed_heads,
+    )
+
+
+def allocate_ladders(
+    ladders: Sequence[LayerLadders],
+    shape: DecoderShape,
+    ratio: float,
+    structure: StructureName,
+    *,
+    remove_heads: int = 0,
+    align_channels: int = 1,
+    allowed_heads: Sequence[int] | None = None,
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    """Decide how far every ladder is gone down; see `allocate`."""
+    task = _Task(ladders, shape, ratio, remove_heads, allowed_heads)
+    layers = plan_layers(ladders, shape, STRUCTURES[structure](task))
+    return layers, achieved_ratio(shape, layers, ratio, _reason(structure, "exact", len(layers), align_channels))
 
 
 def allocate_by_loss(
@@ -172,7 +198,7 @@ def _ul_mm(task: _Task) -> Steps:
 def _ul_um(task: _Task) -> Steps:
     """FLAP's UL-UM: the same share of every module; FFN channels make up for what whole groups cannot express."""
     shares = [
-        _nearest(layer.attention, task.ratio * task.shape.attention_parameters(shape))
+        _nearest(layer.attention, task.ratio * task.shape.attention_parameters(shape), task.allowed_heads)
         for layer, shape in zip(task.ladders, task.shape.layers, strict=True)
     ]
     return _uniform(task, shares)
@@ -204,10 +230,19 @@ def _heads_gone(ladder: Ladder, steps: int) -> int:
     return len(ladder.removed(steps))
 
 
-def _nearest(ladder: Ladder, budget: float) -> int:
-    """The number of steps whose cost is nearest to `budget`; fewer where two are."""
-    costs = np.concatenate([[0], np.cumsum(ladder.costs)])
-    return int(np.argmin(np.abs(costs - budget)))
+def _nearest(ladder: Ladder, budget: float, allowed: Sequence[int] | None = None) -> int:
+    """The number of steps whose cost is nearest to `budget`; fewer where two are.
+
+    Args:
+        ladder: of one module.
+        budget: weights that shall go.
+        allowed: numbers of elements that may be left; None allows any.
+    """
+    misses = np.abs(np.concatenate([[0], np.cumsum(ladder.costs)]) - budget)
+    if allowed is not None:
+        left = len(ladder.order) - np.concatenate([[0], ladder.gone])
+        misses = np.where(np.isin(left, allowed), misses, np.inf)
+    return int(np.argmin(misses))
 
 
 def _cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:

@@ -66,7 +66,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
     is_pruned = model_type.startswith(PRUNED_PREFIX)
     family = family_of(model_type.removeprefix(PRUNED_PREFIX))
-    config = _dense_config(raw, family, directory)
+    config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
     if is_pruned:
         shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
@@ -107,7 +107,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
+def config_from(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
+    """The family's transformers configuration with the values of a `config.json`.
+
+    Raises:
+        ModelError: transformers takes them for no valid configuration; the message names `directory`.
+    """
     from transformers import AutoConfig
 
     own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}

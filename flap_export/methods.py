@@ -22,8 +22,10 @@ from flap_export.compensation import COMPENSATIONS, CompensationName
 from flap_export.errors import InputError, check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, check_alignment
 from flap_export.scoring import METRICS, MetricName
+from flap_export.stock import LAYOUTS, Layout
 from flap_export.storage import Value
 
+UNIFORM: Final = "ul-um"
 MethodName = Literal["flap", "obs", "wanda-sp", "llm-pruner", "magnitude", "random"]
 Basis = Literal["statistics", "sensitivity", "gradients", "weights", "chance"]
 
@@ -81,6 +83,8 @@ class PruneOptions(Value):
     """Whole KV groups, or one query head of every group at a time."""
     align_channels: int = 1
     """FFN widths that are left are multiples of this."""
+    layout: Layout = "uneven"
+    """Counts of its own for every layer, or the same in all, loadable by the family's own classes."""
     seed: int = 0
     """Of the method random."""
 
@@ -102,6 +106,7 @@ def resolved(options: PruneOptions) -> PruneOptions:
     check_alignment(options.align_channels)
     check_choice("method", options.method, METHODS)
     check_choice("head units", options.head_units, HEAD_UNITS)
+    check_choice("layout", options.layout, LAYOUTS)
     method = options.row
     for name, given, own, known in (
         ("metric", options.metric, method.metric, METRICS),
@@ -110,16 +115,21 @@ def resolved(options: PruneOptions) -> PruneOptions:
     ):
         if given is not None:
             check_choice(name, given, known)
-            if own is None:
+            if own is None and not (name == "structure" and options.layout == "stock" and given == UNIFORM):
                 raise InputError(f"the method {options.method} has no {name} of its own to replace; leave out --{name}")
     filled = options.model_copy(
         update={
             "metric": options.metric or method.metric,
-            "structure": options.structure or method.structure,
+            "structure": options.structure or (UNIFORM if options.layout == "stock" else method.structure),
             "compensation": options.compensation or method.compensation,
         }
     )
-    if method.propagates_pruned and filled.structure != "ul-um":
+    if options.layout == "stock" and (method.spares_ends or not (filled.structure or "").startswith("ul")):
+        raise InputError(
+            f"--layout stock needs the same counts in every layer, so a structure ul-um or ul-mm and a method that "
+            f"spares no layers; got {options.method} with {filled.structure}"
+        )
+    if method.propagates_pruned and filled.structure != UNIFORM:
         raise InputError(
             f"{options.method} decides about a layer before it has seen the later ones, so its structure is ul-um; "
             f"got {filled.structure}"

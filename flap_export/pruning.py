@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flap_export.allocation import Selection, StructureName, allocate, allocate_by_loss
+from flap_export.allocation import Selection, StructureName, allocate, allocate_by_loss, allocate_ladders
 from flap_export.calibration import compute_dtype
 from flap_export.checkpoint import write_checkpoint
 from flap_export.compensation import CompensationName
@@ -25,8 +25,10 @@ from flap_export.plan import PLAN_NAME, LayerPlan, PruningPlan, Ratio
 from flap_export.restoring import cut_only, fitted_restorer, mean_restorer, restore
 from flap_export.rewriting import Restore, rewrite
 from flap_export.scoring import LayerScores, MetricName, score
+from flap_export.sensitivity import Sensitivity
 from flap_export.shapes import DecoderShape
 from flap_export.statistics import CalibrationStatistics, StatisticsName
+from flap_export.stock import Layout, allowed_heads, stock_config, write_stock_checkpoint
 from flap_export.storage import check_output, new_directory, validated
 from flap_export.text import read_windows
 
@@ -46,6 +48,7 @@ def prune(
     remove_heads: int = 0,
     head_units: HeadUnits = "groups",
     align_channels: int = 1,
+    layout: Layout = "uneven",
     statistics: StatisticsName = "welford",
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -71,6 +74,7 @@ def prune(
         remove_heads: query heads that go, for the structures `al-mm` and `ul-mm`.
         head_units: whole KV groups, or one query head of every group at a time; see `flap_export.ladders`.
         align_channels: FFN widths that are left are multiples of this.
+        layout: `uneven`, or `stock` for the same counts in every layer, loadable by the family's own classes.
         statistics: `welford` is exact; `reference` reproduces the official code, its choice of units included.
         samples: calibration sequences.
         sequence_length: tokens of one sequence.
@@ -95,6 +99,7 @@ def prune(
             "remove_heads": remove_heads,
             "head_units": head_units,
             "align_channels": align_channels,
+            "layout": layout,
             "seed": seed,
         },
     )
@@ -123,9 +128,13 @@ def prune_with(
     _check_evidence(evidence, dense)
     plan = make_plan(dense, evidence, options)
     shape = plan.pruned_shape(dense.shape, compensated=options.compensation != "none")
+    write = write_checkpoint
+    if options.layout == "stock":
+        stock_config(dense, shape)
+        write = write_stock_checkpoint
     with new_directory(Path(output), PLAN_NAME) as directory:
         with _restorer(dense, plan, evidence, options, device, dtype, progress) as restorer:
-            write_checkpoint(directory, dense, plan, shape, rewrite(dense, plan, restorer))
+            write(directory, dense, plan, shape, rewrite(dense, plan, restorer))
         evidence.save(directory)
         write_manifest(directory, digests=plan.digests)
     return plan
@@ -145,10 +154,9 @@ def make_plan(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> P
                 f"the losses were measured for the head units {evidence.sensitivity.head_units}, asked are "
                 f"{options.head_units}; measure again"
             )
-        ladders = evidence.sensitivity.ladders(dense.shape, options.align_channels)
-        layers, achieved = allocate_by_loss(ladders, dense.shape, options.ratio, align_channels=options.align_channels)
+        layers, achieved = _by_losses(dense, evidence.sensitivity, options)
     else:
-        layers, achieved = _by_scores(dense.shape, evidence, options)
+        layers, achieved = _by_scores(dense, evidence, options)
     return PruningPlan(
         model=dense.name,
         family=dense.family.model_type,
@@ -159,7 +167,28 @@ def make_plan(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> P
     )
 
 
-def _by_scores(shape: DecoderShape, evidence: Evidence, options: PruneOptions) -> tuple[tuple[LayerPlan, ...], Ratio]:
+def _by_losses(
+    dense: Checkpoint, sensitivity: Sensitivity, options: PruneOptions
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    ladders, align = sensitivity.ladders(dense.shape, options.align_channels), options.align_channels
+    if options.structure is None:
+        return allocate_by_loss(ladders, dense.shape, options.ratio, align_channels=align)
+    return allocate_ladders(
+        ladders,
+        dense.shape,
+        options.ratio,
+        options.structure,
+        align_channels=align,
+        allowed_heads=_allowed_heads(dense, options),
+    )
+
+
+def _allowed_heads(dense: Checkpoint, options: PruneOptions) -> tuple[int, ...] | None:
+    return allowed_heads(dense) if options.layout == "stock" else None
+
+
+def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    shape = dense.shape
     follows_code = evidence.statistics is not None and evidence.statistics.kind == "reference"
     selection: Selection = "reference" if follows_code else "exact"
     scores = evidence.scores
@@ -180,6 +209,7 @@ def _by_scores(shape: DecoderShape, evidence: Evidence, options: PruneOptions) -
         selection=selection,
         head_units=options.head_units,
         align_channels=options.align_channels,
+        allowed_heads=_allowed_heads(dense, options),
     )
 
 
@@ -233,6 +263,7 @@ def _described(options: PruneOptions, evidence: Evidence) -> dict[str, str | int
         "remove_heads": options.remove_heads if (options.structure or "").endswith("-mm") else None,
         "head_units": options.head_units,
         "align_channels": options.align_channels,
+        "layout": options.layout,
         "seed": options.seed if options.method == "random" else None,
         "statistics": evidence.statistics.kind if evidence.statistics is not None else None,
         "calibration": text.source if text is not None else None,

@@ -105,6 +105,9 @@ def prune(
     remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm.")] = 0,
     head_units: Annotated[str, typer.Option(help="groups (whole KV groups) or queries (one head of each).")] = "groups",
     align_channels: Annotated[int, typer.Option(min=1, help="FFN widths are multiples of this.")] = 1,
+    layout: Annotated[
+        str, typer.Option(help="uneven, or stock: the same in every layer, loadable by the family's own classes.")
+    ] = "uneven",
     statistics: Annotated[str, typer.Option(help="welford (exact) or reference (the official code's).")] = "welford",
     samples: Samples = None,
     sequence_length: SequenceLength = None,
@@ -124,6 +127,7 @@ def prune(
     from flap_export.methods import METHODS
     from flap_export.pruning import prune as prune_model
     from flap_export.scoring import METRICS
+    from flap_export.stock import LAYOUTS
 
     with console.progress_bars() as progress:
         plan = prune_model(
@@ -140,6 +144,7 @@ def prune(
             remove_heads=remove_heads,
             head_units=_one_of("head-units", head_units, HEAD_UNITS),
             align_channels=align_channels,
+            layout=_one_of("layout", layout, LAYOUTS),
             statistics=_one_of("statistics", statistics, ACCUMULATORS),
             samples=samples,
             sequence_length=sequence_length,
