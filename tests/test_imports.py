@@ -43,6 +43,7 @@ STAGES = (
     "checkpoint",
     "pruning",
     "exporting",
+    "building",
     "errormetrics",
     "runners",
     "generation",

@@ -157,6 +157,49 @@ def export(
 
 
 @app.command()
+def build(
+    artifact: Annotated[Path, typer.Argument(help="Exported artifact.")],
+    output: Output,
+    backend: Annotated[str, typer.Option(help="tensorrt-rtx or tensorrt.")] = "tensorrt-rtx",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Compute capability, such as sm80; may repeat; the GPU at hand by default.")
+    ] = None,
+    logits: Annotated[str, typer.Option(help="last (generating), all (every position) or both.")] = "last",
+    batch_size: Annotated[int, typer.Option(min=1, help="The usual batch.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 4,
+    prompt_length: Annotated[int | None, typer.Option(min=1, help="Usual tokens of a prefill (128).")] = None,
+    max_prompt: Annotated[int | None, typer.Option(min=1, help="Most tokens of one prefill (the cache).")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="Of the builder, 0 to 5.")] = None,
+    weight_stripped: Annotated[bool, typer.Option(help="Leave the weights in the artifact; needs a GPU.")] = False,
+    limit_keys: Annotated[bool, typer.Option(help="Let kernels leave out unused rows of the cache.")] = False,
+    tf32: Annotated[bool, typer.Option(help="TF32 matrix products in float32 engines.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="File to read and extend (tensorrt).")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build TensorRT engines from an artifact, for the GPU at hand or for named ones."""
+    console.configure_logging(verbose)
+    from flap_export.building import BuildOptions
+    from flap_export.building import build as build_engines
+    from flap_export.building.flavours import MODULES
+    from flap_export.cli import summaries
+
+    record = build_engines(
+        artifact,
+        output,
+        backend=_one_of("backend", backend, MODULES),
+        targets=target or (),
+        logits=_one_of("logits", logits, ("last", "all", "both")),
+        batch_size=batch_size,
+        max_batch=max_batch,
+        prompt=prompt_length,
+        max_prompt=max_prompt,
+        options=BuildOptions(optimization_level, weight_stripped, limit_keys, tf32, timing_cache),
+    )
+    _show(record, [*summaries.of_engine(record), f"engines: {output}"], json)
+
+
+@app.command()
 def validate(
     artifact: Annotated[Path, typer.Argument(help="Exported artifact.")],
     reference: Annotated[str, typer.Option(help="The checkpoint it was exported from.")],
