@@ -50,6 +50,7 @@ STAGES = (
     "evaluation",
     "validation",
     "ideal",
+    "prediction",
     "benchmarking",
     "recipe",
     "reporting",
@@ -126,7 +127,7 @@ def test_the_carried_modelling_file_imports_nothing_of_ours() -> None:
 
 def test_the_pure_part_imports_no_input_or_output() -> None:
     """Moments, scores, allocation, compensation and budget arithmetic: no files, no logging, no models."""
-    pure = ("moments", "scoring", "allocation", "compensation", "shapes", "errormetrics", "ideal")
+    pure = ("moments", "scoring", "allocation", "compensation", "shapes", "errormetrics", "ideal", "prediction")
     for name in pure:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         modules = {

@@ -12,6 +12,8 @@ from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Threads, Verbose
 from flap_export.errors import FlapExportError, check_choice
 
+Share = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the datasheet's rate, assumed.")]
+
 app = typer.Typer(
     name="flap-export",
     help="Prune a causal language model, export it, prove that the artifact computes the same, measure the speedup.",
@@ -384,3 +386,38 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a ru
 
     path = write_report(run_directory)
     _show({"report": str(path)}, [f"report: {path}"], json)
+
+
+@app.command()
+def predict(
+    plan: Annotated[str, typer.Argument(help="plan.json, or a directory that holds one.")],
+    gpu: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200, l4 or l40s.")],
+    model: Annotated[str | None, typer.Option(help="The dense model; the plan's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="May repeat (1, 8, 32).")] = None,
+    prompt_length: Annotated[list[int] | None, typer.Option(min=1, help="May repeat (128, 2048).")] = None,
+    context_length: Annotated[int, typer.Option(min=1, help="Cached tokens before a decode step.")] = 1024,
+    bandwidth_efficiency: Annotated[float, Share] = 0.85,
+    matrix_efficiency: Share = 0.65,
+    kernel_gap_us: Annotated[float, typer.Option(min=0.0, help="Assumed microseconds between kernels.")] = 2.0,
+    json: Json = False,
+) -> None:
+    """Expected latency and speedup of a plan on a GPU, from its datasheet."""
+    console.configure_logging(False)
+    from flap_export.cli.predicting import of_prediction, predicted
+    from flap_export.prediction import Assumptions
+
+    assumptions = Assumptions(
+        bandwidth_efficiency=bandwidth_efficiency, matrix_efficiency=matrix_efficiency, kernel_gap_us=kernel_gap_us
+    )
+    prediction = predicted(
+        plan,
+        model,
+        gpu=gpu,
+        dtype=dtype,
+        batch_sizes=batch_size or (1, 8, 32),
+        prompt_lengths=prompt_length or (128, 2048),
+        context_length=context_length,
+        assumptions=assumptions,
+    )
+    _show(prediction, of_prediction(prediction), json)
