@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact
+from flap_export.artifact import Artifact
 from flap_export.benchmarking.machine import installed_versions, this_machine
 from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_latency
 from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
+from flap_export.building.record import load_runnable, record_file
 from flap_export.errors import ArtifactError, InputError
 from flap_export.ideal import Phase, Roofline, ideal_speedup
 from flap_export.storage import digest_of_file
@@ -70,7 +71,7 @@ def bench(
     """
     machine = this_machine()
     paths = (Path(baseline), Path(artifact))
-    dense, pruned = load_artifact(paths[0]), load_artifact(paths[1])
+    dense, pruned = load_runnable(paths[0]), load_runnable(paths[1])
     _check_comparable(dense, pruned, paths)
     context = _context_length(context_length, prompt_lengths, dense.max_length)
     workloads = _workloads(phases, batch_sizes, prompt_lengths, context)
@@ -158,5 +159,5 @@ def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roof
 
 
 def _digests(side: str, path: Path, artifact: Artifact) -> dict[str, str]:
-    own = {"artifact": digest_of_file(path / ARTIFACT_NAME), **artifact.digests}
+    own = {"artifact": digest_of_file(record_file(path)), **artifact.digests}
     return {f"{side}.{name}": digest for name, digest in own.items()}

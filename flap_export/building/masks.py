@@ -31,6 +31,16 @@ _LARGEST: Final[dict[DtypeName, float]] = {
 }
 
 
+def masked_graph(graph: Path, artifact: Artifact) -> bytes:
+    """`graph` with explicit masks, its weights left in their file."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    mask_explicitly(model, artifact)
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized
+
+
 def write_masked_graph(graph: Path, artifact: Artifact, folder: Path) -> Path:
     """Write `graph` with explicit masks into `folder`, where its weights are linked to; returns the new file.
 

@@ -54,6 +54,16 @@ def input_shapes(profile: Profile, artifact: Artifact) -> Shapes:
     return shapes
 
 
+def provider_options(profile: Profile, artifact: Artifact, prefix: str) -> dict[str, str]:
+    """The profile as ONNX Runtime's TensorRT providers take it; `prefix` is `trt` or `nv`."""
+    shapes = input_shapes(profile, artifact)
+
+    def listed(place: int) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, three[place]))}" for name, three in shapes.items())
+
+    return {f"{prefix}_profile_{bound}_shapes": listed(place) for place, bound in enumerate(("min", "opt", "max"))}
+
+
 def polygraphy_profile(profile: Profile, artifact: Artifact, polygraphy: Any) -> Any:
     """The profile as Polygraphy takes it."""
     made = polygraphy.Profile()

@@ -13,7 +13,7 @@ from typing import ClassVar, Final, Literal
 
 from pydantic import Field
 
-from flap_export.artifact import Artifact, DtypeName, LogitsKind
+from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName, LogitsKind, is_artifact, load_artifact
 from flap_export.building.flavours import Flavour
 from flap_export.errors import ArtifactError
 from flap_export.shapes import DecoderShape
@@ -154,3 +154,22 @@ def load_engine(path: Path) -> EngineRecord:
     if missing:
         raise ArtifactError(f"engine directory '{path}' lacks {', '.join(missing)}; build it again")
     return record
+
+
+def is_runnable(path: Path) -> bool:
+    """Whether `path` is the directory of an exported artifact or of built engines."""
+    return is_artifact(path) or is_engine(path)
+
+
+def load_runnable(path: Path) -> Artifact:
+    """What an exported artifact or built engines compute.
+
+    Raises:
+        ArtifactError: the directory holds neither, or something of it is missing.
+    """
+    return load_engine(path).artifact if is_engine(path) else load_artifact(path)
+
+
+def record_file(path: Path) -> Path:
+    """The file that describes an exported artifact or built engines."""
+    return path / (ENGINE_NAME if is_engine(path) else ARTIFACT_NAME)

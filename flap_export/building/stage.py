@@ -35,7 +35,6 @@ from flap_export.building.network import (
 )
 from flap_export.building.profiles import polygraphy_profile, profiles_of
 from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profile
-from flap_export.checkpoint import copy_companions
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError, check_choice
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
@@ -97,6 +96,8 @@ def build(
         MissingRequirementError: the flavour's package or a GPU is not there.
         OutputError: `output` holds something else, or the disk is full.
     """
+    from flap_export.checkpoint import copy_companions
+
     source, opened, chosen = Path(artifact), load_artifact(Path(artifact)), options or BuildOptions()
     kinds = _kinds(logits, opened, source)
     profiles = profiles_of(opened, batch_size=batch_size, max_batch=max_batch, prompt=prompt, max_prompt=max_prompt)

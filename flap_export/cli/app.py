@@ -205,6 +205,7 @@ def build(
 def validate(
     artifact: Annotated[Path, typer.Argument(help="Exported artifact.")],
     reference: Annotated[str, typer.Option(help="The checkpoint it was exported from.")],
+    engine: Annotated[Path | None, typer.Option(help="Engines built from the artifact, to check as well.")] = None,
     prompt_length: Annotated[int | None, typer.Option(min=2, help="Tokens of the longest random prompt.")] = None,
     decode_steps: Annotated[int, typer.Option(min=1, help="Greedy steps after each prefill.")] = 32,
     batch_size: Annotated[int, typer.Option(min=2, help="Sequences of the ragged batch.")] = 4,
@@ -224,6 +225,7 @@ def validate(
     parity = validate_artifact(
         artifact,
         reference=open_checkpoint(reference).directory,
+        engine=engine,
         prompt_length=prompt_length,
         decode_steps=decode_steps,
         batch_size=batch_size,
