@@ -19,7 +19,7 @@ from flap_export.loading import load_model
 from flap_export.runners import Logits, Runner, open_runner
 
 MAX_LENGTH, VOCABULARY = parity_models.MAX_LENGTH, parity_models.VOCABULARY
-LOCAL = ("torch", "onnxruntime")
+LOCAL = ("torch", "torch-static", "onnxruntime")
 """Backends that run without a GPU."""
 RAGGED = ((5, 6, 7), (11,), (21, 22, 23, 24, 25, 26, 27), (31, 32, 33))
 
@@ -273,7 +273,7 @@ def test_auto_goes_by_what_the_path_is(dense: Path, artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tvm"}, "backend must be auto or one of torch, onnxruntime, .*, got 'tvm'"),
+        ({"backend": "tvm"}, "backend must be auto or one of torch, .*, got 'tvm'"),
         ({"device": "tpu"}, "device must be cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "cuda:x"}, "device must be cpu, cuda or cuda:N"),
         ({"dtype": "float16"}, "computes in float32; export it again for float16"),
@@ -456,3 +456,33 @@ def test_tensorrt_providers_get_explicit_masks_and_profiles(
 def test_a_missing_tensorrt_provider(backend: Any, artifact: Path) -> None:
     with pytest.raises(MissingRequirementError, match=r"the installed onnxruntime has no (Tensorrt|NvTensorRTRTX)"):
         open_runner(artifact, backend=backend)
+
+
+# --- PyTorch with caches of a fixed length
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_static_torch_agrees_with_torch(family: str, pruned: bool, tmp_path: Path) -> None:
+    """Every family, uneven too: windows, caps, partial rotary embeddings, layers without heads."""
+    checkpoint = (tiny_pruned if pruned else tiny_checkpoint)(family, tmp_path / "checkpoint")
+    prompts = [tokens_of(1, length, seed=length)[0].tolist() for length in (9, 3, 12)]
+    steps = [np.arange(3) + step for step in range(4)]
+    found = {}
+    for backend in ("torch", "torch-static"):
+        with open_runner(checkpoint, backend=backend, dtype="float64", threads=1, max_length=32) as runner:
+            found[backend] = np.stack([runner.prefill(prompts), *(runner.decode(step) for step in steps)])
+    # Capped attention takes its softmax in float32.
+    allowed = 1e-6 if family == "gemma2" else 1e-9
+    np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=allowed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
+def test_static_torch_replays_a_graph(dense: Path) -> None:
+    steps = [np.array([step, step + 1]) for step in range(5)]
+    found = {}
+    for backend in ("torch", "torch-static"):
+        with open_runner(dense, backend=backend, device="cuda", max_length=MAX_LENGTH) as runner:  # type: ignore[arg-type]
+            found[backend] = np.stack([runner.prefill(RAGGED[:2]), *(runner.decode(step) for step in steps)])
+    np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=1e-3)

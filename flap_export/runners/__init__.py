@@ -27,10 +27,21 @@ __all__ = [
     "padded",
 ]
 
-Backend = Literal["auto", "torch", "onnxruntime", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt"]
+Backend = Literal[
+    "auto", "torch", "torch-static", "onnxruntime", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt"
+]
+
+
+def _static_torch(path: Path, options: RunnerOptions) -> Runner:
+    """Imported when asked for: it stands on transformers' classes."""
+    from flap_export.runners.static_torch_runner import StaticTorchRunner
+
+    return StaticTorchRunner(path, options)
+
 
 BACKENDS: Final[dict[str, Callable[[Path, RunnerOptions], Runner]]] = {
     "torch": TorchRunner,
+    "torch-static": _static_torch,
     "onnxruntime": OnnxRuntimeRunner,
     # TensorRT inside ONNX Runtime, as an execution provider.
     "onnxruntime-tensorrt": partial(OnnxRuntimeRunner, provider="tensorrt"),
