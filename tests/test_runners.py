@@ -473,7 +473,7 @@ def test_static_torch_agrees_with_torch(family: str, pruned: bool, tmp_path: Pat
         with open_runner(checkpoint, backend=backend, dtype="float64", threads=1, max_length=32) as runner:
             found[backend] = np.stack([runner.prefill(prompts), *(runner.decode(step) for step in steps)])
     # Capped attention takes its softmax in float32.
-    allowed = 1e-6 if family == "gemma2" else 1e-9
+    allowed = 1e-5 if family == "gemma2" else 1e-9
     np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=allowed)
 
 
