@@ -208,6 +208,15 @@ def estimate(
     return Estimate(ms=total * 1e3, bound=bound, gap_share=seconds["kernel gaps"] / total)
 
 
+def expected_ms(
+    shape: DecoderShape, phase: Phase, batch_size: int, length: int, *, gpu: str, dtype: DtypeName
+) -> float:
+    """Expected time of one call on a row of `GPUS`, under the default assumptions."""
+    assumed = Assumptions()
+    machine = sustained(GPUS[gpu], dtype, assumed)
+    return estimate(shape, phase, batch_size, length, machine=machine, dtype=dtype, assumptions=assumed).ms
+
+
 def _phase(
     dense: DecoderShape,
     pruned: DecoderShape,

@@ -67,6 +67,7 @@ HEAVY = (
     "onnxruntime",
     "tensorrt",
     "tensorrt_rtx",
+    "polygraphy",
     "datasets",
 )
 
@@ -168,6 +169,7 @@ assert "{expected}" in out.getvalue(), out.getvalue()
         pytest.param("import flap_export; flap_export.__version__; dir(flap_export)", id="import"),
         pytest.param(HELP.format(arguments='"--help"', expected="prune"), id="help"),
         pytest.param(HELP.format(arguments='"--version"', expected=flap_export.__version__), id="version"),
+        pytest.param("import flap_export.building, flap_export.runners", id="engines and runners"),
         pytest.param(
             "import flap_export.errors, flap_export.storage, flap_export.plan, flap_export.text", id="records"
         ),

@@ -14,8 +14,9 @@ from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_roun
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.building.record import load_runnable, record_file
-from flap_export.errors import ArtifactError, InputError
+from flap_export.errors import ArtifactError, InputError, check_choice
 from flap_export.ideal import Phase, Roofline, ideal_speedup
+from flap_export.prediction import GPUS, expected_ms
 from flap_export.storage import digest_of_file
 
 BYTES_PER_WEIGHT: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -37,6 +38,7 @@ def bench(
     device: str = "cpu",
     seed: int = 0,
     roofline: Roofline | None = None,
+    gpu: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LatencyReport:
     """Measure a pruned artifact against its dense baseline on the same backend, precision and shapes.
@@ -61,6 +63,7 @@ def bench(
         device: `cpu`, `cuda` or `cuda:N`.
         seed: of the tokens, the order of the rounds and the bootstrap.
         roofline: what the machine sustains; see `flap_export.ideal.ideal_speedup`.
+        gpu: the GPU's name in `flap_export.prediction`; what that expects then stands beside what was measured.
         progress: is told, before each phase and shape, which it is, how many are done and how many there are.
 
     Raises:
@@ -70,6 +73,8 @@ def bench(
         FlapExportError: a worker process died.
     """
     machine = this_machine()
+    if gpu is not None:
+        check_choice("gpu", gpu, GPUS)
     paths = (Path(baseline), Path(artifact))
     dense, pruned = load_runnable(paths[0]), load_runnable(paths[1])
     _check_comparable(dense, pruned, paths)
@@ -87,7 +92,9 @@ def bench(
             share_s = budget_s / len(workloads)
             samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw, sample_ms=sample_ms)
             ideal = _ideal(dense, pruned, workload, roofline)
-            measured.append(phase_latency(workload, *samples, ideal=ideal, seed=seed))
+            found = phase_latency(workload, *samples, ideal=ideal, seed=seed)
+            predicted = None if gpu is None else _predicted_ms((dense, pruned), workload, gpu)
+            measured.append(found.model_copy(update={"predicted_ms": predicted}))
     return LatencyReport(
         artifact=str(artifact),
         baseline=str(baseline),
@@ -156,6 +163,13 @@ def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roof
         bytes_per_weight=BYTES_PER_WEIGHT[dense.dtype],
         roofline=roofline,
     )
+
+
+def _predicted_ms(models: tuple[Artifact, Artifact], workload: Workload, gpu: str) -> tuple[float, float]:
+    call = workload.phase, workload.batch_size, workload.length
+    dtype = models[0].dtype
+    dense, pruned = (expected_ms(model.shape, *call, gpu=gpu, dtype=dtype) for model in models)
+    return dense, pruned
 
 
 def _digests(side: str, path: Path, artifact: Artifact) -> dict[str, str]:

@@ -258,6 +258,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=3, help="Rounds per phase and shape.")] = 30,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all rounds together.")] = 120.0,
     minimum_speedup: Annotated[float | None, typer.Option(help="Exit 1 where a speedup is below this.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Set what `predict` expects of this GPU beside it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -281,6 +282,7 @@ def bench(
         threads=threads,
         device=device,
         seed=seed,
+        gpu=gpu,
     )
     if output is not None:
         latency.save(output)

@@ -108,6 +108,10 @@ def of_latency(latency: LatencyReport) -> Iterator[RenderableType]:
             f"{found.efficiency:.0%}",
         )
     yield drawn
+    for found in latency.phases:
+        if found.predicted_ms is not None:
+            dense, pruned = found.predicted_ms
+            yield f"{found.described}: predicted {dense:.2f} ms and {pruned:.2f} ms, {dense / pruned:.2f}x"
 
 
 def of_run(result: RunResult) -> Iterator[RenderableType]:
