@@ -304,6 +304,14 @@ def test_missing_onnxruntime_names_the_extra(artifact: Path, monkeypatch: pytest
         open_runner(artifact)
 
 
+def test_an_onnxruntime_that_computes_wrongly_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.27.2")
+    with pytest.raises(MissingRequirementError, match=r"onnxruntime 1\.28 or newer, found 1\.27\.2.*--upgrade"):
+        open_runner(artifact)
+
+
 def test_missing_cuda_names_the_extra(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

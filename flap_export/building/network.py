@@ -11,7 +11,7 @@ from typing import Any, Final
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, Artifact, DtypeName, past_names, present_names
 from flap_export.building.flavours import quiet_polygraphy
 from flap_export.building.record import NetworkSummary
-from flap_export.errors import ArtifactError
+from flap_export.errors import ArtifactError, InputError
 
 TYPE_NAMES: Final[dict[DtypeName, str]] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 _PLACE: Final = re.compile(r"ModelImporter\.cpp|\[!\]|In node ")
@@ -84,6 +84,9 @@ def limit_keys(network: Any, trt: Any) -> None:
     """Tell every attention how many rows of the cache are valid, write_indices + n, besides what its mask says.
 
     The mask alone decides about the result. The lengths let a kernel leave out rows that no query sees.
+
+    Raises:
+        InputError: this version's attention takes none.
     """
     inputs = {tensor.name: tensor for tensor in inputs_of(network)}
     shape = network.add_shape(inputs[INPUT_IDS]).get_output(0)
@@ -91,6 +94,8 @@ def limit_keys(network: Any, trt: Any) -> None:
     lengths = network.add_elementwise(inputs[WRITE_INDICES], tokens, trt.ElementWiseOperation.SUM).get_output(0)
     narrowed = network.add_cast(lengths, trt.int32).get_output(0)
     for attention in attentions_of(network, trt):
+        if not hasattr(attention, "key_value_lengths"):
+            raise InputError(f"version {trt.__version__} takes no key lengths; leave --limit-keys out")
         attention.key_value_lengths = narrowed
 
 

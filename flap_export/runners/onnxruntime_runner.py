@@ -40,6 +40,9 @@ _PROVIDERS: Final[dict[Flavour, tuple[str, str]]] = {
     "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "nv"),
 }
 """Name of TensorRT's execution providers, and what their options begin with."""
+_OLDEST: Final = (1, 28)
+"""Older ones align causality with the cache's first row, whatever `nonpad_kv_seqlen` says: right for a whole prompt and
+for one token, wrong for the second piece of a prompt (microsoft/onnxruntime#28958; 1.25 to 1.27 tried)."""
 _SESSION_SETTINGS: Final = {
     # Workers that wait by spinning take the cores from sessions run in turns and from anything else on the machine:
     # measured beside one busy process on two cores, a session without spinning was twice as fast, in prefill and in
@@ -179,6 +182,13 @@ def _import_onnxruntime() -> Any:
         raise MissingRequirementError(
             f"running an artifact needs onnxruntime ({error})", "pip install 'flap-export[cpu]'"
         ) from error
+    found = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if found < _OLDEST:
+        raise MissingRequirementError(
+            f"running an artifact needs onnxruntime {'.'.join(map(str, _OLDEST))} or newer, found "
+            f"{onnxruntime.__version__}, which computes prompts that are fed in pieces wrongly",
+            "pip install --upgrade 'flap-export[cpu]'",
+        )
     return onnxruntime
 
 

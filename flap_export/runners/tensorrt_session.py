@@ -64,7 +64,7 @@ class TensorRTSession:
         """Free contexts before their engine, and the engine before its logger."""
         self._graph, self._step, self._caches = None, None, {}
         self._contexts.clear()
-        self._engine = None
+        self._engine, self._runtime = None, None
 
     def allocate(self, batch_size: int) -> None:
         """Zeroed caches: unwritten rows have no weight, but zero times NaN would still be NaN."""
@@ -161,7 +161,7 @@ class TensorRTSession:
             yield
 
     def _opened(self, file: Path) -> Any:
-        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime: Any = self._trt.Runtime(self._logger)
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             built_for = ", ".join(self._record.targets) or "the GPU it was built on"
