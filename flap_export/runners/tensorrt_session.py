@@ -49,6 +49,8 @@ class TensorRTSession:
         self._artifact = record.artifact
         self._dtype = getattr(self._torch, record.dtype)
         self._logger = self._trt.Logger(self._trt.Logger.WARNING)
+        self._runtime: Any = None
+        self._engine: Any = None
         with self._torch.cuda.device(self._device):
             self._stream = self._torch.cuda.Stream()
             self._engine = self._opened(path / record.engines[logits].file)
@@ -161,7 +163,7 @@ class TensorRTSession:
             yield
 
     def _opened(self, file: Path) -> Any:
-        self._runtime: Any = self._trt.Runtime(self._logger)
+        self._runtime = self._trt.Runtime(self._logger)
         engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if engine is None:
             built_for = ", ".join(self._record.targets) or "the GPU it was built on"
