@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,35 @@ def test_without_a_gpu(built: Built) -> None:
     assert {found.passed for found in report.comparisons} == {None}
     with pytest.raises(MissingRequirementError):
         report.raise_if_breached()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "ENGINE", "--prompt", "a"],
+        ["validate", "ENGINE", "--reference", "CHECKPOINT", "--decode-steps", "2"],
+        ["bench", "ENGINE", "--baseline", "ENGINE", "--prompt-length", "4"],
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_commands_exit_3_without_a_gpu(arguments: list[str], built: Built) -> None:
+    built.record.save(built.engine / ENGINE_NAME)
+    places = {"ENGINE": str(built.engine), "CHECKPOINT": str(built.checkpoint)}
+    command = [sys.executable, "-m", "flap_export", *(places.get(word, word) for word in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "NVIDIA GPU" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_inspect_describes_engines(options: list[str], built: Built) -> None:
+    built.record.save(built.engine / ENGINE_NAME)
+    command = [sys.executable, "-m", "flap_export", "inspect", str(built.engine), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "tensorrt-rtx engine" in done.stdout
+    assert "sm80" in done.stdout
 
 
 def test_without_the_package(built: Built, monkeypatch: Any) -> None:
