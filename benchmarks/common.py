@@ -19,7 +19,10 @@ from typing import Any, Final
 from flap_export.benchmarking.machine import this_machine
 
 RESULTS: Final = Path(__file__).parent / "results"
-VERSIONED: Final = ("flap-export", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+VERSIONED: Final = (
+    "flap-export", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch",
+    "transformers",
+)  # fmt: skip
 
 UNRECORDED: Final = ("benchmark", "case", "genai_python", "output", "work")
 """Options that name a place or a process rather than what is measured."""

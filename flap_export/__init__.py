@@ -1,6 +1,6 @@
 """Structured pruning of large language models, all the way to a checked and measured inference artifact.
 
-    recipe -> calibrate -> score -> allocate -> rewrite -> export -> validate -> bench -> report
+    recipe -> calibrate -> score -> allocate -> rewrite -> export -> build -> validate -> bench -> report
 
 The functions below are the stages; the command line only wraps them. Importing this package imports neither torch
 nor any backend: a stage brings in what it needs when it is called for.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flap_export.artifact import Artifact
     from flap_export.benchmarking import LatencyReport, bench
+    from flap_export.building import EngineRecord, build
     from flap_export.calibration import calibrate
     from flap_export.comparison import compare
     from flap_export.errors import FlapExportError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from flap_export.manifest import verify
     from flap_export.pipeline import run
     from flap_export.plan import PruningPlan
+    from flap_export.prediction import predict
     from flap_export.pruning import prune
     from flap_export.recipe import Recipe, load_recipe
     from flap_export.reporting import report
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Artifact": "artifact",
     "CalibrationStatistics": "statistics",
+    "EngineRecord": "building",
     "FlapExportError": "errors",
     "LatencyReport": "benchmarking",
     "ParityReport": "validation",
@@ -43,6 +46,7 @@ _MODULES = {
     "QualityReport": "evaluation",
     "Recipe": "recipe",
     "bench": "benchmarking",
+    "build": "building",
     "calibrate": "calibration",
     "compare": "comparison",
     "evaluate": "evaluation",
@@ -51,6 +55,7 @@ _MODULES = {
     "load_model": "loading",
     "load_recipe": "recipe",
     "open_runner": "runners",
+    "predict": "prediction",
     "prune": "pruning",
     "report": "reporting",
     "run": "pipeline",
@@ -61,6 +66,7 @@ _MODULES = {
 __all__ = [
     "Artifact",
     "CalibrationStatistics",
+    "EngineRecord",
     "FlapExportError",
     "LatencyReport",
     "ParityReport",
@@ -69,6 +75,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "bench",
+    "build",
     "calibrate",
     "compare",
     "evaluate",
@@ -77,6 +84,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "open_runner",
+    "predict",
     "prune",
     "report",
     "run",

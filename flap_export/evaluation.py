@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from flap_export.artifact import ARTIFACT_NAME, is_artifact
+from flap_export.building.record import is_runnable, record_file
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, ModelError, TextError
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.storage import Record, Value, digest_of_file
@@ -224,8 +224,8 @@ def evaluate_both(
 def _identify(target: str | Path) -> tuple[Path, dict[str, str]]:
     """Where the files of a checkpoint or an artifact lie (a hub name is fetched), and the digests of which it is."""
     path = Path(target)
-    if is_artifact(path):
-        return path, {"artifact": digest_of_file(path / ARTIFACT_NAME)}
+    if is_runnable(path):
+        return path, {"artifact": digest_of_file(record_file(path))}
     from flap_export.loading import open_checkpoint
 
     checkpoint = open_checkpoint(target)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flap_export.errors import ArtifactError, InputError
 from flap_export.runners import Logits, Runner
+from flap_export.runners.sampling import Sampling
 
 REPLACEMENT_CHARACTER: Final = "\ufffd"
 
@@ -53,21 +54,28 @@ def generate(
     pick = partial(pick_token, generator=generator, temperature=temperature, top_k=top_k, top_p=top_p)
     # The last token needs no cache row: nothing is computed from it.
     budget = min(max_new_tokens, runner.max_length - len(prompt_ids) + 1)
-    return _generated(runner, prompt_ids, budget, pick, frozenset(stop_ids))
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return _generated(runner, prompt_ids, budget, pick, sampling, frozenset(stop_ids))
 
 
 def _generated(
-    runner: Runner, prompt_ids: Sequence[int], budget: int, pick: Callable[[Logits], int], stop_ids: frozenset[int]
+    runner: Runner,
+    prompt_ids: Sequence[int],
+    budget: int,
+    pick: Callable[[Logits], int],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
 ) -> Iterator[int]:
     """The tokens of `generate`; apart from it so that `generate` refuses bad input when called, not when iterated."""
-    logits = runner.prefill([prompt_ids])
+    token = pick(runner.prefill([prompt_ids])[0])
     for remaining in reversed(range(budget)):
-        token = pick(logits[0])
         if token in stop_ids:
             return
         yield token
         if remaining:
-            logits = runner.decode(np.array([token], np.int64))
+            fed = np.array([token], np.int64)
+            chosen = runner.decode_sampled(fed, sampling)
+            token = pick(runner.decode(fed)[0]) if chosen is None else int(chosen[0])
 
 
 def pick_token(

@@ -13,7 +13,19 @@ from pydantic import Field
 from flap_export.errors import ArtifactError
 from flap_export.storage import MANIFEST_NAME, Record, Value, digest_of_file
 
-PACKAGES: Final = ("flap-export", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+PACKAGES: Final = (
+    "flap-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 class FileEntry(Value):

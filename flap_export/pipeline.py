@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final, final
 
 from flap_export import __version__
 from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
+from flap_export.building import BuildOptions, build
 from flap_export.errors import FlapExportError, GateBreachedError, OutputError
 from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
 from flap_export.evidence import Evidence, evidence_options, gather
@@ -33,6 +34,7 @@ from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.pruning import prune_with
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
+from flap_export.reporting.engines import ENGINES
 from flap_export.storage import Record, check_output, digest_of_json, write_text, writing_errors
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
@@ -251,6 +253,39 @@ def _export_pruned(current: Run) -> None:
     export(directory / CHECKPOINT_FOLDER, directory / PRUNED_FOLDER, dtype=section.dtype, max_length=section.max_length)
 
 
+def _build(model: str, source: str, current: Run) -> None:
+    """Engines of one model; none are left of an earlier run where the recipe names no backend."""
+    section, output = current.recipe.build, current.directory / ENGINES[model]
+    if section.backend is None:
+        shutil.rmtree(output, ignore_errors=True)
+        return
+    build(
+        current.directory / source,
+        output,
+        backend=section.backend,
+        targets=section.targets,
+        logits=section.logits,
+        batch_size=section.batch_size,
+        max_batch=section.max_batch,
+        prompt=section.prompt_length,
+        max_prompt=section.max_prompt,
+        options=BuildOptions(
+            optimization_level=section.optimization_level,
+            weight_stripped=section.weight_stripped,
+            limit_keys=section.limit_keys,
+            tf32=section.tf32,
+            timing_cache=None if section.timing_cache is None else Path(section.timing_cache),
+        ),
+    )
+
+
+def _benched(current: Run) -> tuple[Path, Path]:
+    """Dense and pruned, as they are measured: engines where there are some and a GPU to run them."""
+    has_engines = current.recipe.build.backend is not None and current.recipe.device == "cuda"
+    names = (ENGINES["dense"], ENGINES["pruned"]) if has_engines else (DENSE_FOLDER, PRUNED_FOLDER)
+    return current.directory / names[0], current.directory / names[1]
+
+
 def _evaluate(current: Run) -> None:
     section = current.recipe.evaluate
     if not section.sources:
@@ -272,6 +307,7 @@ def _validate(current: Run) -> None:
     parity = validate(
         directory / PRUNED_FOLDER,
         reference=directory / CHECKPOINT_FOLDER,
+        engine=None if current.recipe.build.backend is None else directory / ENGINES["pruned"],
         prompt_length=section.prompt_length,
         decode_steps=section.decode_steps,
         batch_size=section.batch_size,
@@ -283,9 +319,10 @@ def _validate(current: Run) -> None:
 
 def _bench(current: Run) -> None:
     section, directory = current.recipe.bench, current.directory
+    dense, pruned = _benched(current)
     latency = bench(
-        directory / PRUNED_FOLDER,
-        baseline=directory / DENSE_FOLDER,
+        pruned,
+        baseline=dense,
         batch_sizes=section.batch_sizes,
         prompt_lengths=section.prompt_lengths,
         repeats=section.repeats,
@@ -317,14 +354,24 @@ STAGES: Final = (
     Stage("export-dense", ("model",), (DENSE_FOLDER,), _dump("export"), _export_dense),
     Stage("export", ("prune",), (PRUNED_FOLDER,), _dump("export"), _export_pruned),
     Stage(
+        "build-dense", ("export-dense",), (ENGINES["dense"],), _dump("build"), partial(_build, "dense", DENSE_FOLDER)
+    ),
+    Stage("build", ("export",), (ENGINES["pruned"],), _dump("build"), partial(_build, "pruned", PRUNED_FOLDER)),
+    Stage(
         "evaluate",
         ("model", "prune", "evaluation texts"),
         (QUALITY_NAME,),
         _dump("evaluate", "device"),
         _evaluate,
     ),
-    Stage("validate", ("prune", "export"), (PARITY_NAME,), _dump("validate", "device"), _validate),
-    Stage("bench", ("export-dense", "export"), (LATENCY_NAME,), _dump("bench", "device"), _bench),
+    Stage("validate", ("prune", "export", "build"), (PARITY_NAME,), _dump("validate", "device"), _validate),
+    Stage(
+        "bench",
+        ("export-dense", "export", "build-dense", "build"),
+        (LATENCY_NAME,),
+        _dump("bench", "device"),
+        _bench,
+    ),
 )
 """In the order they run; the report is made afresh every time."""
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flap_export.artifact import DtypeName
+from flap_export.building.flavours import Flavour
 from flap_export.errors import RecipeError
 from flap_export.evidence import CalibrationText
 from flap_export.methods import PruneOptions
@@ -28,6 +29,26 @@ class ExportSection(Section):
     dtype: DtypeName = "float32"
     max_length: int | None = Field(default=None, gt=1)
     """Rows of the cache; None is 2048, or all of a shorter model's positions."""
+
+
+class BuildSection(Section):
+    """Stage `build`, done alike for the dense and the pruned model; left out without a backend."""
+
+    backend: Flavour | None = None
+    targets: tuple[str, ...] = ()
+    """Compute capabilities such as sm80; empty is the GPU at hand."""
+    logits: Literal["last", "all", "both"] = "last"
+    batch_size: int = Field(default=1, gt=0)
+    max_batch: int = Field(default=4, gt=0)
+    prompt_length: int | None = Field(default=None, gt=0)
+    """Usual tokens of a prefill; None is 128, or less where `max_prompt` is."""
+    max_prompt: int | None = Field(default=None, gt=0)
+    """Most tokens of one prefill; None is the cache's length."""
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    weight_stripped: bool = False
+    limit_keys: bool = False
+    tf32: bool = False
+    timing_cache: str | None = None
 
 
 class ValidateSection(Section):
@@ -80,6 +101,7 @@ class Recipe(Section):
     prune: PruneOptions
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
+    build: BuildSection = BuildSection()
     validate_: ValidateSection = Field(default=ValidateSection(), alias="validate")
     bench: BenchSection = BenchSection()
     gates: GatesSection = GatesSection()

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flap_export.artifact import ARTIFACT_NAME
+from flap_export.artifact import ARTIFACT_NAME, load_artifact
 from flap_export.benchmarking import LatencyReport, PhaseLatency, bench
 from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory, this_machine
 from flap_export.benchmarking.report import phase_latency
@@ -31,6 +31,7 @@ from flap_export.benchmarking.workload import Workload, prepared_call
 from flap_export.errors import ArtifactError, FlapExportError, GateBreachedError, InputError, MissingRequirementError
 from flap_export.exporting import export
 from flap_export.ideal import ideal_speedup
+from flap_export.prediction import expected_ms
 from flap_export.runners import open_runner
 
 OPTIONS = WorkerOptions(device="cpu", threads=1, seed=0)
@@ -369,3 +370,19 @@ def test_requests_out_of_range(
 ) -> None:
     with pytest.raises(error, match=message):
         bench(pruned, baseline=dense, **request_)  # type: ignore[arg-type]
+
+
+# beside what was predicted
+
+
+def test_the_prediction_for_a_named_gpu_stands_beside_the_measurement(dense: Path, pruned: Path) -> None:
+    found = bench(pruned, baseline=dense, phases=("decode",), prompt_lengths=(4,), repeats=3, budget_s=0.1, gpu="h200")
+    shapes = [load_artifact(path).shape for path in (dense, pruned)]
+    expected = tuple(expected_ms(shape, "decode", 1, 4, gpu="h200", dtype="float32") for shape in shapes)
+    assert found.phases[0].predicted_ms == pytest.approx(expected)
+    assert expected[0] > expected[1]
+
+
+def test_an_unknown_gpu_is_refused_before_anything_runs(dense: Path, pruned: Path) -> None:
+    with pytest.raises(InputError, match="gpu must be one of"):
+        bench(pruned, baseline=dense, gpu="abacus")

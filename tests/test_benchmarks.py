@@ -6,6 +6,8 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,15 @@ import torch
 
 from flap_export.loading import load_model, open_checkpoint
 
-SCRIPTS = ("export_cost", "onnxruntime_cpu", "prune_memory", "pruned_vs_dense")
+SCRIPTS = (
+    "export_cost",
+    "gpu",
+    "methods",
+    "onnxruntime_cpu",
+    "prune_memory",
+    "pruned_vs_dense",
+    "reference_differences",
+)
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -96,3 +106,51 @@ def test_without_onnxruntime_genai_the_reason_is_stated() -> None:
     assert "--genai-python" in found_genai("/no/such/python")
     if importlib.util.find_spec("onnxruntime_genai") is None:
         assert "--genai-python" in found_genai(sys.executable)
+
+
+# --- the comparison on a GPU
+
+
+def test_the_gpu_comparison_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--quick", "--output", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert {found["backend"] for found in written["comparisons"]} == {"onnxruntime", "torch-static"}
+    for found in written["comparisons"]:
+        assert [phase["phase"] for phase in found["phases"]] == ["prefill", "prefill", "decode", "decode"]
+        assert all(phase["rounds"] >= 3 and phase["dense"]["median_ms"] > 0 for phase in found["phases"])
+        assert all(dense > pruned > 0 for dense, pruned in found["predicted_ms"])
+    assert {skipped["what"] for skipped in written["skipped"]} == {"tensorrt", "tensorrt-rtx"}
+    assert "skipped tensorrt-rtx: " in done.stdout
+
+
+def test_the_gpu_comparison_exits_3_without_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--output", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 3
+    assert done.stdout.startswith("skipped everything: PyTorch sees no CUDA device")
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_what_no_longer_fits_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = script("gpu")
+    arguments = gpu.parsed_arguments(["--quick", "--time-limit", "-1"])
+    measured = gpu.Comparison(arguments)
+    measured.run_model("tiny", ["onnxruntime", "torch-static"], Path("nowhere"))
+    assert [skipped["what"] for skipped in measured.skipped] == [
+        "tiny at 50% on onnxruntime",
+        "tiny at 50% on torch-static",
+    ]
+    assert all("time limit" in skipped["why"] for skipped in measured.skipped)
+
+
+def test_pooled_checkpoints_load_dense_and_pruned(tmp_path: Path) -> None:
+    gpu = script("gpu")
+    arguments = gpu.parsed_arguments(["--quick"])
+    for ratio in (0.0, 0.5):
+        path = gpu.fast_checkpoint(tmp_path / str(ratio), "tiny", ratio, arguments)
+        model = load_model(path, dtype=torch.float32)
+        assert open_checkpoint(path).is_pruned == bool(ratio)
+        weights = torch.cat([p.flatten() for name, p in model.named_parameters() if "norm" not in name])
+        assert float(weights.std()) == pytest.approx(0.02, rel=0.1)

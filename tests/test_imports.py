@@ -52,6 +52,7 @@ STAGES = (
     "evidence",
     "pruning",
     "exporting",
+    "building",
     "errormetrics",
     "runners",
     "generation",
@@ -59,6 +60,7 @@ STAGES = (
     "comparison",
     "validation",
     "ideal",
+    "prediction",
     "benchmarking",
     "recipe",
     "reporting",
@@ -75,6 +77,7 @@ HEAVY = (
     "onnxruntime",
     "tensorrt",
     "tensorrt_rtx",
+    "polygraphy",
     "datasets",
 )
 
@@ -135,7 +138,7 @@ def test_the_carried_modelling_file_imports_nothing_of_ours() -> None:
 
 def test_the_pure_part_imports_no_input_or_output() -> None:
     """Moments, scores, allocation, compensation and budget arithmetic: no files, no logging, no models."""
-    pure = ("moments", "scoring", "allocation", "compensation", "shapes", "errormetrics", "ideal")
+    pure = ("moments", "scoring", "allocation", "compensation", "shapes", "errormetrics", "ideal", "prediction")
     for name in pure:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         modules = {
@@ -176,6 +179,7 @@ assert "{expected}" in out.getvalue(), out.getvalue()
         pytest.param("import flap_export; flap_export.__version__; dir(flap_export)", id="import"),
         pytest.param(HELP.format(arguments='"--help"', expected="prune"), id="help"),
         pytest.param(HELP.format(arguments='"--version"', expected=flap_export.__version__), id="version"),
+        pytest.param("import flap_export.building, flap_export.runners", id="engines and runners"),
         pytest.param(
             "import flap_export.errors, flap_export.storage, flap_export.plan, flap_export.text", id="records"
         ),

@@ -88,9 +88,9 @@ def test_a_run_does_every_stage_and_a_second_one_only_what_changed(
 
     assert performed_by(performed, recipe_of(), directory) == []
     assert performed_by(performed, recipe_of(bench={"repeats": 4}), directory) == ["bench"]
-    after_ratio = ["prune", "export", "evaluate", "validate", "bench"]
+    after_ratio = ["prune", "export", "build", "evaluate", "validate", "bench"]
     assert performed_by(performed, recipe_of(prune={"ratio": 0.4}), directory) == after_ratio
-    after_export = ["export-dense", "export", "validate", "bench"]
+    after_export = ["export-dense", "export", "build-dense", "build", "validate", "bench"]
     assert (
         performed_by(performed, recipe_of(prune={"ratio": 0.4}, export={"max_length": 40}), directory) == after_export
     )
@@ -218,3 +218,29 @@ def test_the_result_as_json_is_json(tmp_path: Path, recipe_of: Callable[..., Rec
     assert value["quality"] is None
     assert value["passed"] is True
     assert value["ratio"]["requested"] == 0.3
+
+
+@pytest.mark.tensorrt
+def test_engines_are_built_and_reported(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU their parity is not run, which is said and does not count as passed."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'flap-export[tensorrt-rtx]'")
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    section = {"backend": "tensorrt-rtx", "targets": ["sm80"], "max_prompt": 16}
+    result = pipeline.run(recipe_of(build=section), tmp_path / "run")
+    verdicts = {(found.candidate, found.passed) for found in result.parity.comparisons}
+    assert verdicts == {("onnxruntime", True), ("tensorrt-rtx", None)}
+    for model in ("dense", "pruned"):
+        assert {"engine.json", "model-last.engine"} <= {
+            file.name for file in (tmp_path / "run/engine" / model).iterdir()
+        }
+    page = result.report.read_text(encoding="utf-8")
+    assert "TensorRT engines" in page
+    assert "Built with tensorrt-rtx in float32 for sm80: decode of up to 1 tokens" in page
+    again = performed_by(performed, recipe_of(build={"backend": None}), tmp_path / "run")
+    assert again == ["build-dense", "build", "validate", "bench"]
+    assert not (tmp_path / "run/engine/dense").exists()
+    assert "TensorRT engines" not in result.report.read_text(encoding="utf-8")

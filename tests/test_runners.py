@@ -16,9 +16,11 @@ from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
 from flap_export.exporting import export
 from flap_export.loading import load_model
-from flap_export.runners import BACKENDS, Logits, Runner, open_runner
+from flap_export.runners import Logits, Runner, open_runner
 
 MAX_LENGTH, VOCABULARY = parity_models.MAX_LENGTH, parity_models.VOCABULARY
+LOCAL = ("torch", "torch-static", "onnxruntime")
+"""Backends that run without a GPU."""
 RAGGED = ((5, 6, 7), (11,), (21, 22, 23, 24, 25, 26, 27), (31, 32, 33))
 
 
@@ -82,7 +84,7 @@ def test_torch_chunks_equal_the_whole(dense: Path) -> None:
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOCAL)
 def test_writing_again_replaces_what_stood_there(backend: Any, dense: Path, artifact: Path) -> None:
     with open_runner(artifact if backend == "onnxruntime" else dense, backend=backend, threads=1) as runner:
         expected = runner.prefill([[1, 2, 3]])
@@ -245,7 +247,7 @@ def feed(ids: Any, write: Any) -> Callable[[Runner], Any]:
         (feed(np.ones((2, 1), np.int32), [3, 3]), ArtifactError, "must be int64, got int32"),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOCAL)
 def test_bad_feeds_are_refused_in_our_words(
     backend: Any, action: Any, error: type[FlapExportError], message: str, dense: Path, artifact: Path
 ) -> None:
@@ -254,7 +256,7 @@ def test_bad_feeds_are_refused_in_our_words(
         action(runner)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LOCAL)
 def test_a_closed_runner_is_closed(backend: Any, dense: Path, artifact: Path) -> None:
     with open_runner(artifact if backend == "onnxruntime" else dense, backend=backend) as runner:
         runner.prefill([[1]])
@@ -271,7 +273,7 @@ def test_auto_goes_by_what_the_path_is(dense: Path, artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tvm"}, "backend must be auto or one of torch, onnxruntime, got 'tvm'"),
+        ({"backend": "tvm"}, "backend must be auto or one of torch, .*, got 'tvm'"),
         ({"device": "tpu"}, "device must be cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "cuda:x"}, "device must be cpu, cuda or cuda:N"),
         ({"dtype": "float16"}, "computes in float32; export it again for float16"),
@@ -299,6 +301,14 @@ def test_artifact_is_not_a_checkpoint_nor_the_other_way_round(dense: Path, artif
 def test_missing_onnxruntime_names_the_extra(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingRequirementError, match=r"pip install 'flap-export\[cpu\]'"):
+        open_runner(artifact)
+
+
+def test_an_onnxruntime_that_computes_wrongly_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.27.2")
+    with pytest.raises(MissingRequirementError, match=r"onnxruntime 1\.28 or newer, found 1\.27\.2.*--upgrade"):
         open_runner(artifact)
 
 
@@ -405,3 +415,82 @@ def test_every_family_agrees_on_both_backends(family: str, tmp_path: Path) -> No
         with open_runner(path, threads=1, max_length=130, **options) as runner:
             found[name] = np.stack([runner.prefill(prompts), *(runner.decode(tokens) for tokens in steps)])
     np.testing.assert_allclose(found["onnx"], found["dense"], rtol=1e-4, atol=1e-4)
+
+
+# --- TensorRT's execution providers, stood in for by the CPU's
+
+
+@pytest.mark.parametrize(
+    ("backend", "provider", "prefix"),
+    [
+        ("onnxruntime-tensorrt", "TensorrtExecutionProvider", "trt"),
+        ("onnxruntime-tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "nv"),
+    ],
+)
+def test_tensorrt_providers_get_explicit_masks_and_profiles(
+    backend: Any, provider: str, prefix: str, dense: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+    import onnxruntime
+
+    seen: dict[str, Any] = {}
+    real, zeros = onnxruntime.InferenceSession, onnxruntime.OrtValue.ortvalue_from_shape_and_type
+
+    def on_the_cpu(graph: bytes, options: Any, providers: Any) -> Any:
+        seen.update(graph=graph, provider=providers[0][0], options=providers[0][1])
+        session = real(graph, options, ["CPUExecutionProvider"])
+        monkeypatch.setattr(session, "get_providers", lambda: [provider])
+        return session
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(
+        onnxruntime.OrtValue, "ortvalue_from_shape_and_type", lambda shape, kind, *_: zeros(shape, kind, "cpu", 0)
+    )
+    with open_runner(dense, dtype="float64", threads=1) as reference:
+        expected = [reference.prefill(RAGGED), reference.decode(np.arange(4))]
+    with open_runner(artifact, backend=backend, threads=1) as runner:
+        assert runner.name == backend
+        found = [runner.prefill(RAGGED), runner.decode(np.arange(4))]
+    np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=1e-4)
+    assert seen["provider"] == provider
+    assert seen["options"][f"{prefix}_profile_max_shapes"].startswith("input_ids:4x64,write_indices:4,past_key_values")
+    attentions = [node for node in onnx.load_from_string(seen["graph"]).graph.node if node.op_type == "Attention"]
+    assert attentions
+    assert all(len(node.input) == 4 and node.input[3] for node in attentions)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
+def test_a_missing_tensorrt_provider(backend: Any, artifact: Path) -> None:
+    with pytest.raises(MissingRequirementError, match=r"the installed onnxruntime has no (Tensorrt|NvTensorRTRTX)"):
+        open_runner(artifact, backend=backend)
+
+
+# --- PyTorch with caches of a fixed length
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_static_torch_agrees_with_torch(family: str, pruned: bool, tmp_path: Path) -> None:
+    """Every family, uneven too: windows, caps, partial rotary embeddings, layers without heads."""
+    checkpoint = (tiny_pruned if pruned else tiny_checkpoint)(family, tmp_path / "checkpoint")
+    prompts = [tokens_of(1, length, seed=length)[0].tolist() for length in (9, 3, 12)]
+    steps = [np.arange(3) + step for step in range(4)]
+    found = {}
+    for backend in ("torch", "torch-static"):
+        with open_runner(checkpoint, backend=backend, dtype="float64", threads=1, max_length=32) as runner:
+            found[backend] = np.stack([runner.prefill(prompts), *(runner.decode(step) for step in steps)])
+    # Capped attention takes its softmax in float32.
+    allowed = 1e-5 if family == "gemma2" else 1e-9
+    np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=allowed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
+def test_static_torch_replays_a_graph(dense: Path) -> None:
+    steps = [np.array([step, step + 1]) for step in range(5)]
+    found = {}
+    for backend in ("torch", "torch-static"):
+        with open_runner(dense, backend=backend, device="cuda", max_length=MAX_LENGTH) as runner:  # type: ignore[arg-type]
+            found[backend] = np.stack([runner.prefill(RAGGED[:2]), *(runner.decode(step) for step in steps)])
+    np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=1e-3)

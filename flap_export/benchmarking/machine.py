@@ -14,7 +14,7 @@ _CPU_INFO: Final = Path("/proc/cpuinfo")
 _STATUS: Final = Path("/proc/self/status")
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _RESET_PEAK: Final = "5"
-_PACKAGES: Final = ("flap-export", "numpy", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES: Final = ("flap-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch")
 
 
 class Machine(Value):

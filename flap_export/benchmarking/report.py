@@ -53,6 +53,8 @@ class PhaseLatency(Value):
     """From bytes moved (decode) or operations (prefill), or from a roofline; see `flap_export.ideal`."""
     efficiency: float
     """Speedup over ideal speedup."""
+    predicted_ms: tuple[float, float] | None = None
+    """Dense and pruned, as `flap_export.prediction` expects of the GPU that was named."""
 
     @property
     def described(self) -> str:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact
+from flap_export.artifact import Artifact
 from flap_export.benchmarking.machine import installed_versions, this_machine
 from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_latency
 from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
-from flap_export.errors import ArtifactError, InputError
+from flap_export.building.record import load_runnable, record_file
+from flap_export.errors import ArtifactError, InputError, check_choice
 from flap_export.ideal import Phase, Roofline, ideal_speedup
+from flap_export.prediction import GPUS, expected_ms
 from flap_export.storage import digest_of_file
 
 BYTES_PER_WEIGHT: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -36,6 +38,7 @@ def bench(
     device: str = "cpu",
     seed: int = 0,
     roofline: Roofline | None = None,
+    gpu: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LatencyReport:
     """Measure a pruned artifact against its dense baseline on the same backend, precision and shapes.
@@ -60,6 +63,7 @@ def bench(
         device: `cpu`, `cuda` or `cuda:N`.
         seed: of the tokens, the order of the rounds and the bootstrap.
         roofline: what the machine sustains; see `flap_export.ideal.ideal_speedup`.
+        gpu: the GPU's name in `flap_export.prediction`; what that expects then stands beside what was measured.
         progress: is told, before each phase and shape, which it is, how many are done and how many there are.
 
     Raises:
@@ -69,8 +73,10 @@ def bench(
         FlapExportError: a worker process died.
     """
     machine = this_machine()
+    if gpu is not None:
+        check_choice("gpu", gpu, GPUS)
     paths = (Path(baseline), Path(artifact))
-    dense, pruned = load_artifact(paths[0]), load_artifact(paths[1])
+    dense, pruned = load_runnable(paths[0]), load_runnable(paths[1])
     _check_comparable(dense, pruned, paths)
     context = _context_length(context_length, prompt_lengths, dense.max_length)
     workloads = _workloads(phases, batch_sizes, prompt_lengths, context)
@@ -86,7 +92,9 @@ def bench(
             share_s = budget_s / len(workloads)
             samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw, sample_ms=sample_ms)
             ideal = _ideal(dense, pruned, workload, roofline)
-            measured.append(phase_latency(workload, *samples, ideal=ideal, seed=seed))
+            found = phase_latency(workload, *samples, ideal=ideal, seed=seed)
+            predicted = None if gpu is None else _predicted_ms((dense, pruned), workload, gpu)
+            measured.append(found.model_copy(update={"predicted_ms": predicted}))
     return LatencyReport(
         artifact=str(artifact),
         baseline=str(baseline),
@@ -157,6 +165,13 @@ def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roof
     )
 
 
+def _predicted_ms(models: tuple[Artifact, Artifact], workload: Workload, gpu: str) -> tuple[float, float]:
+    call = workload.phase, workload.batch_size, workload.length
+    dtype = models[0].dtype
+    dense, pruned = (expected_ms(model.shape, *call, gpu=gpu, dtype=dtype) for model in models)
+    return dense, pruned
+
+
 def _digests(side: str, path: Path, artifact: Artifact) -> dict[str, str]:
-    own = {"artifact": digest_of_file(path / ARTIFACT_NAME), **artifact.digests}
+    own = {"artifact": digest_of_file(record_file(path)), **artifact.digests}
     return {f"{side}.{name}": digest for name, digest in own.items()}

@@ -13,17 +13,21 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory
 from flap_export.benchmarking.workload import Call, Workload, prepared_call, timed_ms
 from flap_export.errors import FlapExportError
 
 WARMUP_CALLS: Final = 2
+if TYPE_CHECKING:
+    from flap_export.runners import Backend
+
 _CLOSE_SECONDS: Final = 5.0
 
 
@@ -34,6 +38,11 @@ class WorkerOptions:
     device: str
     threads: int | None
     seed: int
+    backend: Backend = "auto"
+    dtype: str | None = None
+    """Of a checkpoint; an artifact has its own."""
+    max_length: int | None = None
+    """Of a checkpoint's cache; an artifact has its own."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ class Sample:
     call_ms: float
     """Mean over the calls of the sample."""
     peak_memory_bytes: int | None
-    """Since the workload was prepared."""
+    """Of the process, since the workload was prepared."""
+    device_memory_bytes: int | None = None
+    """More than when the worker started, on its whole GPU; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +189,43 @@ def _answer_requests(connection: Connection, path: Path, options: WorkerOptions)
     from flap_export.runners import open_runner
 
     call: Call | None = None
-    with open_runner(path, device=options.device, threads=options.threads, logits="last") as runner:
+    device_bytes = partial(_device_bytes, options.device)
+    idle_bytes = device_bytes()
+    with open_runner(
+        path,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        logits="last",
+        max_length=options.max_length,
+    ) as runner:
         connection.send(runner.name)
         while True:
             request = connection.recv()
             if isinstance(request, Workload):
                 call = prepared_call(runner, request, options.seed)
-                connection.send(_warm_sample(call))
+                sample = _warm_sample(call)
+                used = device_bytes()
+                taken = None if used is None or idle_bytes is None else used - idle_bytes
+                connection.send(replace(sample, device_memory_bytes=taken))
             else:
                 assert call is not None, "a workload has to be prepared first"
                 call()
                 connection.send(Sample(timed_ms(call, request), peak_memory_bytes()))
+
+
+def _device_bytes(device: str) -> int | None:
+    """Memory in use on a GPU, by whomever; None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    # What opens the model says better what is missing.
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    return total - free
 
 
 def _warm_sample(call: Call) -> Sample:

@@ -12,6 +12,8 @@ from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Threads, Verbose
 from flap_export.errors import FlapExportError, check_choice
 
+Share = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the datasheet's rate, assumed.")]
+
 app = typer.Typer(
     name="flap-export",
     help="Prune a causal language model, export it, prove that the artifact computes the same, measure the speedup.",
@@ -229,9 +231,53 @@ def export(
 
 
 @app.command()
+def build(
+    artifact: Annotated[Path, typer.Argument(help="Exported artifact.")],
+    output: Output,
+    backend: Annotated[str, typer.Option(help="tensorrt-rtx or tensorrt.")] = "tensorrt-rtx",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Compute capability, such as sm80; may repeat; the GPU at hand by default.")
+    ] = None,
+    logits: Annotated[str, typer.Option(help="last (generating), all (every position) or both.")] = "last",
+    batch_size: Annotated[int, typer.Option(min=1, help="The usual batch.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 4,
+    prompt_length: Annotated[int | None, typer.Option(min=1, help="Usual tokens of a prefill (128).")] = None,
+    max_prompt: Annotated[int | None, typer.Option(min=1, help="Most tokens of one prefill (the cache).")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="Of the builder, 0 to 5.")] = None,
+    weight_stripped: Annotated[bool, typer.Option(help="Leave the weights in the artifact; needs a GPU.")] = False,
+    limit_keys: Annotated[bool, typer.Option(help="Let kernels leave out unused rows of the cache.")] = False,
+    tf32: Annotated[bool, typer.Option(help="TF32 matrix products in float32 engines.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="File to read and extend (tensorrt).")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build TensorRT engines from an artifact, for the GPU at hand or for named ones."""
+    console.configure_logging(verbose)
+    from flap_export.building import BuildOptions
+    from flap_export.building import build as build_engines
+    from flap_export.building.flavours import MODULES
+    from flap_export.cli import summaries
+
+    record = build_engines(
+        artifact,
+        output,
+        backend=_one_of("backend", backend, MODULES),
+        targets=target or (),
+        logits=_one_of("logits", logits, ("last", "all", "both")),
+        batch_size=batch_size,
+        max_batch=max_batch,
+        prompt=prompt_length,
+        max_prompt=max_prompt,
+        options=BuildOptions(optimization_level, weight_stripped, limit_keys, tf32, timing_cache),
+    )
+    _show(record, [*summaries.of_engine(record), f"engines: {output}"], json)
+
+
+@app.command()
 def validate(
     artifact: Annotated[Path, typer.Argument(help="Exported artifact.")],
     reference: Annotated[str, typer.Option(help="The checkpoint it was exported from.")],
+    engine: Annotated[Path | None, typer.Option(help="Engines built from the artifact, to check as well.")] = None,
     prompt_length: Annotated[int | None, typer.Option(min=2, help="Tokens of the longest random prompt.")] = None,
     decode_steps: Annotated[int, typer.Option(min=1, help="Greedy steps after each prefill.")] = 32,
     batch_size: Annotated[int, typer.Option(min=2, help="Sequences of the ragged batch.")] = 4,
@@ -251,6 +297,7 @@ def validate(
     parity = validate_artifact(
         artifact,
         reference=open_checkpoint(reference).directory,
+        engine=engine,
         prompt_length=prompt_length,
         decode_steps=decode_steps,
         batch_size=batch_size,
@@ -283,6 +330,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=3, help="Rounds per phase and shape.")] = 30,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all rounds together.")] = 120.0,
     minimum_speedup: Annotated[float | None, typer.Option(help="Exit 1 where a speedup is below this.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Set what `predict` expects of this GPU beside it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -306,6 +354,7 @@ def bench(
         threads=threads,
         device=device,
         seed=seed,
+        gpu=gpu,
     )
     if output is not None:
         latency.save(output)
@@ -413,3 +462,38 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a ru
 
     path = write_report(run_directory)
     _show({"report": str(path)}, [f"report: {path}"], json)
+
+
+@app.command()
+def predict(
+    plan: Annotated[str, typer.Argument(help="plan.json, or a directory that holds one.")],
+    gpu: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200, l4 or l40s.")],
+    model: Annotated[str | None, typer.Option(help="The dense model; the plan's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="May repeat (1, 8, 32).")] = None,
+    prompt_length: Annotated[list[int] | None, typer.Option(min=1, help="May repeat (128, 2048).")] = None,
+    context_length: Annotated[int, typer.Option(min=1, help="Cached tokens before a decode step.")] = 1024,
+    bandwidth_efficiency: Annotated[float, Share] = 0.85,
+    matrix_efficiency: Share = 0.65,
+    kernel_gap_us: Annotated[float, typer.Option(min=0.0, help="Assumed microseconds between kernels.")] = 2.0,
+    json: Json = False,
+) -> None:
+    """Expected latency and speedup of a plan on a GPU, from its datasheet."""
+    console.configure_logging(False)
+    from flap_export.cli.predicting import of_prediction, predicted
+    from flap_export.prediction import Assumptions
+
+    assumptions = Assumptions(
+        bandwidth_efficiency=bandwidth_efficiency, matrix_efficiency=matrix_efficiency, kernel_gap_us=kernel_gap_us
+    )
+    prediction = predicted(
+        plan,
+        model,
+        gpu=gpu,
+        dtype=dtype,
+        batch_sizes=batch_size or (1, 8, 32),
+        prompt_lengths=prompt_length or (128, 2048),
+        context_length=context_length,
+        assumptions=assumptions,
+    )
+    _show(prediction, of_prediction(prediction), json)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flap_export.artifact import is_artifact
+from flap_export.building.record import is_runnable
 from flap_export.generation import generate, stream_text
 from flap_export.loading import open_checkpoint
 from flap_export.runners import open_runner
@@ -21,7 +21,7 @@ def generated_text(target: str, prompt: str, *, device: str, threads: int | None
         InputError: the target, its tokenizer or a sampling option cannot be used.
     """
     path = Path(target)
-    directory = path if is_artifact(path) else open_checkpoint(target).directory
+    directory = path if is_runnable(path) else open_checkpoint(target).directory
     with open_runner(directory, device=device, threads=threads, logits="last") as runner:
         tokenizer: Any = load_tokenizer(directory, runner.vocabulary_size)
         prompt_ids = tokenizer.encode(prompt)

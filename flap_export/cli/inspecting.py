@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from flap_export.artifact import is_artifact, load_artifact
+from flap_export.building.record import is_engine, load_engine
 from flap_export.cli.summaries import of_shape
 from flap_export.loading import open_checkpoint
 from flap_export.shapes import DecoderShape
@@ -26,6 +27,11 @@ def described(path: str) -> tuple[dict[str, Any], Sequence[RenderableType]]:
         artifact = load_artifact(directory)
         facts: dict[str, Any] = {"kind": "artifact", "family": artifact.family, "dtype": artifact.dtype}
         return _described({**facts, "max_length": artifact.max_length, "opset": artifact.opset}, artifact.shape)
+    if is_engine(directory):
+        record = load_engine(directory)
+        facts = {"kind": f"{record.flavour} engine", "family": record.family, "dtype": record.dtype}
+        targets = ", ".join(record.targets) or "the GPU it was built on"
+        return _described({**facts, "max_length": record.max_length, "targets": targets}, record.shape)
     checkpoint = open_checkpoint(path)
     kind = "pruned checkpoint" if checkpoint.is_pruned else "dense checkpoint"
     dtype = str(checkpoint.dtype).removeprefix("torch.")

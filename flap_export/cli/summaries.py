@@ -12,6 +12,7 @@ from flap_export.cli.console import table
 
 if TYPE_CHECKING:
     from flap_export.benchmarking import LatencyReport
+    from flap_export.building import EngineRecord
     from flap_export.comparison import ComparisonReport
     from flap_export.evaluation import QualityReport
     from flap_export.pipeline import RunResult
@@ -39,6 +40,21 @@ def of_shape(shape: DecoderShape) -> Iterator[RenderableType]:
             drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), str(layer.ffn_channels))
             start = index + 1
     yield drawn
+
+
+def of_engine(record: EngineRecord) -> Iterator[RenderableType]:
+    """One row per engine, and the shapes it takes."""
+    drawn = table("engines", "file", "MB", "weights MB", "layers", "attentions", "decomposable", "caches")
+    for engine in record.engines.values():
+        network = engine.network
+        counts = (network.layers, network.attentions, network.decomposable_attentions, network.cache_updates)
+        drawn.add_row(
+            engine.file, f"{engine.size_bytes / 1e6:.1f}", f"{engine.weights_bytes / 1e6:.1f}", *map(str, counts)
+        )
+    yield drawn
+    for profile in record.profiles:
+        batches, tokens = (f"{least}..{most}" for least, _, most in (profile.batch_sizes, profile.new_tokens))
+        yield f"{profile.phase}: batches of {batches}, {tokens} new tokens"
 
 
 def of_quality(quality: QualityReport) -> Iterator[RenderableType]:
@@ -110,6 +126,10 @@ def of_latency(latency: LatencyReport) -> Iterator[RenderableType]:
             f"{found.efficiency:.0%}",
         )
     yield drawn
+    for found in latency.phases:
+        if found.predicted_ms is not None:
+            dense, pruned = found.predicted_ms
+            yield f"{found.described}: predicted {dense:.2f} ms and {pruned:.2f} ms, {dense / pruned:.2f}x"
 
 
 def of_run(result: RunResult) -> Iterator[RenderableType]:

@@ -95,7 +95,7 @@ def _attention(
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
     window = sliding_window if sliding_window is not None and sliding_window < decoding.max_length else None
     if softcap is not None:
-        output = _softcapped_attention(query * scaling, key, value, decoding.mask(window, query.dtype), softcap)
+        output = softcapped_attention(query * scaling, key, value, decoding.mask(window, query.dtype), softcap)
     elif window is not None:
         inputs = (query, key, value, decoding.mask(window, query.dtype))
         output = _symbolic("Attention", inputs, query, 24, scale=float(scaling))
@@ -105,7 +105,7 @@ def _attention(
     return output.transpose(1, 2), None
 
 
-def _softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:
+def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:
     """Attention whose scores s become softcap tanh(s / softcap), in plain operators: TensorRT refuses the one.
 
     The query heads of a KV head stand one below the other, g n rows, so that caches are neither repeated nor read

@@ -12,6 +12,7 @@ from flap_export.benchmarking.stage import BYTES_PER_WEIGHT
 from flap_export.ideal import cache_bytes, read_parameters
 from flap_export.reporting import formats
 from flap_export.reporting.comparisons import CASES, ParityRow, ParityRule, parity_rows, parity_rule
+from flap_export.reporting.engines import EngineSection, engine_section
 from flap_export.reporting.layers import LayerChart, LayerRow, layer_charts, layer_rows
 from flap_export.reporting.measurements import UNKNOWN, QualityRow, SpeedRow, quality_rows, speed_rows
 from flap_export.reporting.provenance import (
@@ -70,6 +71,7 @@ class Page:
     parity_rows: tuple[ParityRow, ...]
     parity_rule: ParityRule
     parity_cases: tuple[Row, ...]
+    engines: EngineSection | None
     digests: tuple[Digest, ...]
     settings: tuple[SettingsTable, ...]
     versions: tuple[Row, ...]
@@ -101,6 +103,7 @@ def page_from(records: RunRecords) -> Page:
         parity_rows=parity_rows(records.parity),
         parity_rule=parity_rule(records.parity),
         parity_cases=tuple(CASES.items()),
+        engines=engine_section(records.engines),
         digests=digests_of(records),
         settings=settings_of(records),
         versions=versions_of(records),

@@ -11,11 +11,13 @@ from pydantic import ValidationError
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.benchmarking.report import LATENCY_NAME, LatencyReport
+from flap_export.building.record import EngineRecord
 from flap_export.errors import InputError, PlanError
 from flap_export.evaluation import QualityReport
 from flap_export.manifest import Manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.recipe import GatesSection
+from flap_export.reporting.engines import read_engines
 from flap_export.storage import MANIFEST_NAME, Record, digest_of_file
 from flap_export.validation.report import PARITY_NAME, ParityReport
 
@@ -55,6 +57,8 @@ class RunRecords:
     manifest: Manifest | None
     recipe: Mapping[str, Any] | None
     gates: GatesSection
+    engines: Mapping[str, EngineRecord]
+    """Dense and pruned, where they were built."""
 
 
 def read_run(directory: Path, recipe: Mapping[str, Any] | None) -> RunRecords:
@@ -84,6 +88,7 @@ def read_run(directory: Path, recipe: Mapping[str, Any] | None) -> RunRecords:
         manifest=manifest,
         recipe=recipe,
         gates=_gates(recipe),
+        engines=read_engines(directory),
     )
 
 

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from flap_export.artifact import LogitsKind, is_artifact
+from flap_export.building.record import is_engine
 from flap_export.errors import InputError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds, padded
 from flap_export.runners.onnxruntime_runner import OnnxRuntimeRunner
+from flap_export.runners.tensorrt_runner import TensorRTRunner
 from flap_export.runners.torch_runner import TorchRunner
 
-__all__ = ["BACKENDS", "Backend", "Logits", "Runner", "RunnerOptions", "TokenIds", "open_runner", "padded"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Logits",
+    "Runner",
+    "RunnerOptions",
+    "TokenIds",
+    "natural_backend",
+    "open_runner",
+    "padded",
+]
 
-Backend = Literal["auto", "torch", "onnxruntime"]
+Backend = Literal[
+    "auto", "torch", "torch-static", "onnxruntime", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt"
+]
+
+
+def _static_torch(path: Path, options: RunnerOptions) -> Runner:
+    """Imported when asked for: it stands on transformers' classes."""
+    from flap_export.runners.static_torch_runner import StaticTorchRunner
+
+    return StaticTorchRunner(path, options)
+
 
 BACKENDS: Final[dict[str, Callable[[Path, RunnerOptions], Runner]]] = {
     "torch": TorchRunner,
+    "torch-static": _static_torch,
     "onnxruntime": OnnxRuntimeRunner,
+    # TensorRT inside ONNX Runtime, as an execution provider.
+    "onnxruntime-tensorrt": partial(OnnxRuntimeRunner, provider="tensorrt"),
+    "onnxruntime-tensorrt-rtx": partial(OnnxRuntimeRunner, provider="tensorrt-rtx"),
+    "tensorrt": TensorRTRunner,
 }
 
 
@@ -35,7 +63,7 @@ def open_runner(
     """Open `path` for running; use it in a `with` statement.
 
     Args:
-        path: an artifact (ONNX Runtime) or a checkpoint (PyTorch).
+        path: an artifact (ONNX Runtime), built engines (TensorRT) or a checkpoint (PyTorch).
         backend: which one to insist on; `auto` goes by what `path` is.
         device: `cpu`, `cuda` or `cuda:N`.
         dtype: precision of a checkpoint on PyTorch, float32 by default; an artifact has its own.
@@ -49,8 +77,15 @@ def open_runner(
         ModelError: the checkpoint is not usable.
         MissingRequirementError: a package or a device is not there.
     """
-    chosen = ("onnxruntime" if is_artifact(path) else "torch") if backend == "auto" else backend
+    chosen = natural_backend(path) if backend == "auto" else backend
     if chosen not in BACKENDS:
         raise InputError(f"backend must be auto or one of {', '.join(BACKENDS)}, got '{backend}'")
     options = RunnerOptions(device=device, dtype=dtype, threads=threads, logits=logits, max_length=max_length)
     return BACKENDS[chosen](path, options)
+
+
+def natural_backend(path: Path) -> Backend:
+    """The backend that goes with what `path` is."""
+    if is_engine(path):
+        return "tensorrt"
+    return "onnxruntime" if is_artifact(path) else "torch"

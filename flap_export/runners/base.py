@@ -9,13 +9,14 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self, final
+from typing import Any, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flap_export.artifact import LogitsKind
 from flap_export.errors import ArtifactError, TextError
+from flap_export.runners.sampling import Sampling
 
 Logits = NDArray[np.floating[Any]]
 TokenIds = NDArray[np.int64]
@@ -44,7 +45,7 @@ class Runner(abc.ABC):
         logits: whether `forward` gives the logits of all new tokens or of the last only.
     """
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(self, *, max_length: int, vocabulary_size: int, logits: LogitsKind) -> None:
         self.max_length = max_length
@@ -153,6 +154,28 @@ class Runner(abc.ABC):
             TextError: a token id lies outside the vocabulary.
         """
         return self.forward(tokens[:, None], self.lengths)[:, -1]
+
+    @final
+    def decode_sampled(self, tokens: TokenIds, sampling: Sampling) -> TokenIds | None:
+        """Append one token int64 [B] to every sequence and choose the next, where the logits are.
+
+        Returns:
+            Token ids int64 [B]; None, and nothing done, where this backend leaves choosing to the host.
+
+        Raises:
+            ArtifactError: as `decode`, or a logit is NaN or infinite.
+            TextError: a token id lies outside the vocabulary.
+        """
+        input_ids, write_indices = tokens[:, None], self.lengths
+        self._check(input_ids, write_indices)
+        chosen = self._sampled(np.ascontiguousarray(input_ids), np.ascontiguousarray(write_indices), sampling)
+        if chosen is not None:
+            self._lengths = write_indices + 1
+        return chosen
+
+    def _sampled(self, input_ids: TokenIds, write_indices: TokenIds, sampling: Sampling) -> TokenIds | None:
+        """See `decode_sampled`; a backend whose logits are on a device overrides this."""
+        return None
 
     def _check(self, input_ids: TokenIds, write_indices: TokenIds) -> None:
         self._check_arrays(input_ids, write_indices)

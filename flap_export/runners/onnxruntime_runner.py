@@ -1,7 +1,11 @@
-"""An exported artifact on ONNX Runtime, on the CPU or a CUDA device, with the cache updated in place."""
+"""An exported artifact on ONNX Runtime, on the CPU or a CUDA device, with the cache updated in place.
+
+TensorRT's execution providers are offered where an installed onnxruntime has them; they are *untested on hardware*.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -17,6 +21,9 @@ from flap_export.artifact import (
     past_names,
     present_names,
 )
+from flap_export.building.flavours import Flavour
+from flap_export.building.masks import masked_graph
+from flap_export.building.profiles import profiles_of, provider_options
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.growing_cache import GrowingCache, relaxed_graph
@@ -28,6 +35,14 @@ _ARRAY_DTYPES: Final[dict[str, type[np.generic]]] = {
     "float16": np.float16,
     "bfloat16": np.uint16,
 }
+_PROVIDERS: Final[dict[Flavour, tuple[str, str]]] = {
+    "tensorrt": ("TensorrtExecutionProvider", "trt"),
+    "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "nv"),
+}
+"""Name of TensorRT's execution providers, and what their options begin with."""
+_OLDEST: Final = (1, 28)
+"""Older ones align causality with the cache's first row, whatever `nonpad_kv_seqlen` says: right for a whole prompt and
+for one token, wrong for the second piece of a prompt (microsoft/onnxruntime#28958; 1.25 to 1.27 tried)."""
 _SESSION_SETTINGS: Final = {
     # Workers that wait by spinning take the cores from sessions run in turns and from anything else on the machine:
     # measured beside one busy process on two cores, a session without spinning was twice as fast, in prefill and in
@@ -53,18 +68,23 @@ class OnnxRuntimeRunner(Runner):
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, options: RunnerOptions) -> None:
+    def __init__(self, path: Path, options: RunnerOptions, *, provider: Flavour | None = None) -> None:
         artifact = load_artifact(path)
+        if provider is not None:
+            self.name = f"onnxruntime-{provider}"
+            options = replace(options, device="cuda" if options.device == "cpu" else options.device)
         _check_options(artifact, path, options)
         super().__init__(
             max_length=artifact.max_length, vocabulary_size=artifact.shape.vocabulary_size, logits=options.logits
         )
-        self._artifact, self._path = artifact, path
+        self._artifact, self._path, self._flavour = artifact, path, provider
         self._device, self._device_id = _parsed_device(options.device)
         graph = _graph_file(artifact, path, options.logits)
         relaxed = _relaxed(graph, artifact) if self._device == "cpu" else None
         self._grows = relaxed is not None
-        self._session: Any = self._opened(graph, relaxed, options.threads)
+        # TensorRT reads causality otherwise than it is meant, see `flap_export.building.masks`.
+        masked = masked_graph(graph, artifact) if provider is not None else None
+        self._session: Any = self._opened(graph, relaxed or masked, options.threads)
         self._binding: Any = None
         self._cache: GrowingCache | None = None
         _check_interface(self._session, artifact, path)
@@ -73,14 +93,14 @@ class OnnxRuntimeRunner(Runner):
         """Free the session and its cache."""
         self._session, self._binding, self._cache = None, None, None
 
-    def _opened(self, graph: Path, relaxed: bytes | None, threads: int | None) -> Any:
-        """An InferenceSession on the wanted device; `relaxed` stands for the graph's file where it is given."""
+    def _opened(self, graph: Path, changed: bytes | None, threads: int | None) -> Any:
+        """An InferenceSession on the wanted device; `changed` stands for the graph's file where it is given."""
         onnxruntime = _import_onnxruntime()
         provider, provider_options = self._provider(onnxruntime)
         options = _session_options(onnxruntime, threads)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
         try:
-            session = onnxruntime.InferenceSession(relaxed or str(graph), options, [(provider, provider_options)])
+            session = onnxruntime.InferenceSession(changed or str(graph), options, [(provider, provider_options)])
         # ONNX Runtime's exceptions share no base below Exception.
         except Exception as error:
             raise ArtifactError(
@@ -92,7 +112,9 @@ class OnnxRuntimeRunner(Runner):
             )
         return session
 
-    def _provider(self, onnxruntime: Any) -> tuple[str, dict[str, int]]:
+    def _provider(self, onnxruntime: Any) -> tuple[str, dict[str, int | str]]:
+        if self._flavour is not None:
+            return self._tensorrt_provider(onnxruntime, self._flavour)
         if self._device == "cpu":
             return "CPUExecutionProvider", {}
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -100,6 +122,15 @@ class OnnxRuntimeRunner(Runner):
                 "the installed onnxruntime has no CUDA execution provider", "pip install 'flap-export[gpu]'"
             )
         return "CUDAExecutionProvider", {"device_id": self._device_id}
+
+    def _tensorrt_provider(self, onnxruntime: Any, flavour: Flavour) -> tuple[str, dict[str, int | str]]:
+        name, prefix = _PROVIDERS[flavour]
+        if name not in onnxruntime.get_available_providers():
+            raise MissingRequirementError(
+                f"the installed onnxruntime has no {name}", f"install a build of onnxruntime with {flavour}"
+            )
+        _, prefill = profiles_of(self._artifact, max_prompt=None)
+        return name, {"device_id": self._device_id, **provider_options(prefill, self._artifact, prefix)}
 
     def _allocate(self, batch_size: int) -> None:
         self._binding = self._session.io_binding()
@@ -151,6 +182,13 @@ def _import_onnxruntime() -> Any:
         raise MissingRequirementError(
             f"running an artifact needs onnxruntime ({error})", "pip install 'flap-export[cpu]'"
         ) from error
+    found = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if found < _OLDEST:
+        raise MissingRequirementError(
+            f"running an artifact needs onnxruntime {'.'.join(map(str, _OLDEST))} or newer, found "
+            f"{onnxruntime.__version__}, which computes prompts that are fed in pieces wrongly",
+            "pip install --upgrade 'flap-export[cpu]'",
+        )
     return onnxruntime
 
 

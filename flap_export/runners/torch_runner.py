@@ -37,8 +37,8 @@ class TorchRunner(Runner):
         from flap_export.loading import load_model, open_checkpoint
 
         checkpoint = open_checkpoint(path)
-        dtype = _torch_dtype(options.dtype or "float32")
-        _check_device(options.device)
+        dtype = torch_dtype(options.dtype or "float32")
+        check_torch_device(options.device)
         super().__init__(
             max_length=options.max_length or checkpoint.config.max_position_embeddings,
             vocabulary_size=checkpoint.shape.vocabulary_size,
@@ -70,7 +70,7 @@ class TorchRunner(Runner):
         import torch
 
         _crop(cache, start)
-        with torch.inference_mode(), _torch_threads(self._threads):
+        with torch.inference_mode(), torch_threads(self._threads):
             logits: torch.Tensor = self._model(
                 input_ids=torch.from_numpy(input_ids).to(self._device),
                 past_key_values=cache,
@@ -84,7 +84,12 @@ class TorchRunner(Runner):
         return array
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        InputError: PyTorch cannot be asked for it.
+    """
     import torch
 
     if name not in TORCH_DTYPES:
@@ -93,7 +98,13 @@ def _torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _check_device(device: str) -> None:
+def check_torch_device(device: str) -> None:
+    """Whether PyTorch can compute on `device`.
+
+    Raises:
+        InputError: there is no such kind of device.
+        MissingRequirementError: it is not on this machine.
+    """
     import torch
 
     kind = device.partition(":")[0]
@@ -130,7 +141,7 @@ def _crop(cache: Any, length: int) -> None:
 
 
 @contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
     """PyTorch's thread count is the process's: set it for one pass and put it back."""
     import torch
 

@@ -11,9 +11,10 @@ from typing import Final, get_args
 
 import numpy as np
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact
+from flap_export.artifact import Artifact, LogitsKind
+from flap_export.building.record import is_engine, load_engine, load_runnable, record_file
 from flap_export.errors import ArtifactError, MissingRequirementError
-from flap_export.runners import Backend, Runner, open_runner
+from flap_export.runners import Backend, Runner, natural_backend, open_runner
 from flap_export.shapes import DecoderShape
 from flap_export.storage import digest_of_file, digest_of_json
 from flap_export.validation.cases import Case, Trace, build_cases, run_case, run_last_case
@@ -22,7 +23,6 @@ from flap_export.validation.tolerance import FLOOR_ULPS, REFERENCE_DTYPES, SAFET
 
 __all__ = ["PARITY_NAME", "Comparison", "ParityReport", "validate"]
 
-DEFAULT_BACKENDS: Final[tuple[Backend, ...]] = ("onnxruntime",)
 _REFERENCE: Final = "torch"
 
 Traces = dict[CaseName, Trace]
@@ -39,16 +39,17 @@ def validate(
     prompts: Sequence[Sequence[int]] | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    backends: Sequence[Backend] = DEFAULT_BACKENDS,
+    backends: Sequence[Backend] | None = None,
+    engine: Path | None = None,
 ) -> ParityReport:
     """Hold an artifact against the checkpoint it was exported from; the rule is in `flap_export.validation.tolerance`.
 
     Four cases, each prefilled and then decoded along the reference's greedy tokens: a single prompt; one that fills
     the cache to its last row, prefilled in chunks; a ragged batch; and the first and the third again through the graph
-    that gives the last token's logits only.
+    that gives the last token's logits only. What holds no graph or engine with all logits is put to the last case only.
 
     Args:
-        artifact: directory that `export` wrote.
+        artifact: directory that `export` or `build` wrote.
         reference: the checkpoint, run on PyTorch in a higher precision.
         decode_steps: T, greedy steps after each prefill.
         prompt_length: tokens of the longest random prompt; 64 by default, less where the cache is short.
@@ -57,7 +58,8 @@ def validate(
         prompts: token ids to use in place of random ones, at least two different lengths.
         device: where reference and candidates run.
         threads: cores one operator may use.
-        backends: what to run the artifact on.
+        backends: what to run the artifact on; by default what goes with it, ONNX Runtime or TensorRT.
+        engine: built engines of the same artifact, to hold against the reference in the same report.
 
     Raises:
         ArtifactError: the artifact is damaged, or is not of this checkpoint.
@@ -66,8 +68,9 @@ def validate(
     """
     from flap_export.loading import open_checkpoint
 
-    opened, checkpoint = load_artifact(artifact), open_checkpoint(reference)
+    opened, checkpoint = load_runnable(artifact), open_checkpoint(reference)
     _check_same_model(opened.shape, checkpoint.shape, artifact, reference)
+    candidates = _candidates(artifact, backends, engine)
     cases = build_cases(
         max_length=opened.max_length,
         vocabulary_size=opened.shape.vocabulary_size,
@@ -81,11 +84,21 @@ def validate(
     expected = _reference_traces(inputs, reference, REFERENCE_DTYPES[opened.dtype], forced=None)
     yardstick = _reference_traces(inputs, reference, opened.dtype, forced=expected)
     comparisons: list[Comparison] = []
-    for backend in backends:
-        comparisons += _comparisons(inputs, artifact, backend, expected, yardstick)
+    for path, backend in candidates:
+        comparisons += _comparisons(inputs, path, backend, expected, yardstick)
     settings = _settings(inputs, seed=seed if prompts is None else None)
     digests = {"artifact": _digest_of_artifact(artifact), "reference": checkpoint.weights.digest}
     return ParityReport.of(tuple(comparisons), settings, digests)
+
+
+def _candidates(artifact: Path, backends: Sequence[Backend] | None, engine: Path | None) -> list[tuple[Path, Backend]]:
+    """Everything that is held against the reference: where it is, and what runs it."""
+    named = (natural_backend(artifact),) if backends is None else backends
+    found = [(artifact, backend) for backend in named]
+    if engine is not None:
+        _check_same_build(load_runnable(artifact), load_runnable(engine), artifact, engine)
+        found.append((engine, natural_backend(engine)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -112,9 +125,12 @@ def _reference_traces(inputs: _Inputs, checkpoint: Path, dtype: str, *, forced: 
 def _candidate_traces(inputs: _Inputs, artifact: Path, backend: Backend, forced: Traces) -> Traces:
     """The artifact's answers: from its graph with all logits, and from the one with the last only where it has it."""
     opened = partial(open_runner, artifact, backend=backend, device=inputs.device, threads=inputs.threads)
-    with opened(logits="all") as runner:
-        traces = _traces(runner, inputs, forced)
-    if "last" not in inputs.artifact.graphs:
+    kinds = _kinds(artifact)
+    traces: Traces = {}
+    if "all" in kinds:
+        with opened(logits="all") as runner:
+            traces = _traces(runner, inputs, forced)
+    if "last" not in kinds:
         return traces
     with opened(logits="last") as runner:
         last = [
@@ -123,6 +139,11 @@ def _candidate_traces(inputs: _Inputs, artifact: Path, backend: Backend, forced:
             if case.name in ("single", "ragged")
         ]
     return {**traces, "last": _joined(*last)}
+
+
+def _kinds(artifact: Path) -> frozenset[LogitsKind]:
+    """Kinds of logits it can give."""
+    return frozenset(load_runnable(artifact).graphs)
 
 
 def _traces(runner: Runner, inputs: _Inputs, forced: Traces | None) -> Traces:
@@ -143,10 +164,12 @@ def _joined(single: Trace, ragged: Trace) -> Trace:
 def _comparisons(
     inputs: _Inputs, artifact: Path, backend: Backend, expected: Traces, yardstick: Traces
 ) -> list[Comparison]:
+    kinds = _kinds(artifact)
+    candidate = load_engine(artifact).flavour if is_engine(artifact) else backend
     blanks = [
-        Comparison(reference=_REFERENCE, candidate=backend, phase=phase, case=case, passed=None)
+        Comparison(reference=_REFERENCE, candidate=candidate, phase=phase, case=case, passed=None)
         for case, phase in product(expected, get_args(Phase))
-        if case != "last" or "last" in inputs.artifact.graphs
+        if ("last" if case == "last" else "all") in kinds
     ]
     try:
         found = _candidate_traces(inputs, artifact, backend, expected)
@@ -171,6 +194,15 @@ def _check_same_model(exported: DecoderShape, checkpoint: DecoderShape, artifact
         f"artifact '{artifact}' and checkpoint '{reference}' must be of the same model, but "
         f"{_difference(exported, checkpoint)}; name the checkpoint it was exported from"
     )
+
+
+def _check_same_build(artifact: Artifact, engine: Artifact, path: Path, engine_path: Path) -> None:
+    for name in ("dtype", "max_length", "shape"):
+        if getattr(artifact, name) != getattr(engine, name):
+            raise ArtifactError(
+                f"the engine '{engine_path}' and the artifact '{path}' must have the same {name}; "
+                f"build it again with `flap-export build {path} --output {engine_path}`"
+            )
 
 
 def _difference(exported: DecoderShape, checkpoint: DecoderShape) -> str:
@@ -205,4 +237,4 @@ def _settings(inputs: _Inputs, seed: int | None) -> dict[str, str | int | float 
 def _digest_of_artifact(artifact: Path) -> str:
     """SHA-256 over the graphs, the weights and `artifact.json`; reports lie beside them and don't count."""
     files = [file for file in sorted(artifact.iterdir()) if file.is_file() and file.suffix != ".json"]
-    return digest_of_json({file.name: digest_of_file(file) for file in [*files, artifact / ARTIFACT_NAME]})
+    return digest_of_json({file.name: digest_of_file(file) for file in [*files, record_file(artifact)]})

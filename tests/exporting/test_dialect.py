@@ -11,7 +11,7 @@ import torch
 from tiny import ALL_FAMILIES, ROPES, plain_model, tiny_checkpoint
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from flap_export.exporting.dialect import Decoding, _softcapped_attention, rotary_tables, speaking_onnx
+from flap_export.exporting.dialect import Decoding, rotary_tables, softcapped_attention, speaking_onnx
 from flap_export.loading import build_model, open_checkpoint
 
 LENGTH = 40
@@ -58,7 +58,7 @@ def test_softcapped_attention_is_transformers_own(heads: int) -> None:
     mask = torch.where(torch.rand(3, 1, 5, 7, generator=generator) < 0.3, torch.finfo(torch.float32).min, 0.0)
     module = SimpleNamespace(num_key_value_groups=heads // 2, training=False)
     expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.7, softcap=1.5)
-    found = _softcapped_attention(query * 0.7, key, value, mask, 1.5)
+    found = softcapped_attention(query * 0.7, key, value, mask, 1.5)
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-6, rtol=1e-6)
 
 

@@ -1,0 +1,103 @@
+"""Engines for an A100 of every family, dense and uneven, in both half precisions, built without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny import ALL_FAMILIES, VOCABULARY, tiny_checkpoint, tiny_pruned
+
+from flap_export.artifact import Artifact, DtypeName, past_names
+from flap_export.building import EngineRecord, build
+from flap_export.building.masks import mask_explicitly
+from flap_export.exporting import export
+from flap_export.shapes import DecoderShape
+
+pytest.importorskip("tensorrt_rtx", reason="pip install 'flap-export[tensorrt-rtx]'")
+pytestmark = pytest.mark.tensorrt
+
+MAX_LENGTH = 32
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TYPES = {"float16": "HALF", "bfloat16": "BF16"}
+# Heads of 32 channels and four query heads, for which there are fused kernels.
+SIZES: dict[str, Any] = {"hidden_size": 128}
+HEAD_DIM = {family: {"head_dim": 32} for family in ("gemma2", "gemma3_text", "qwen3")}
+CAPPED = ("gemma2",)
+"""Families whose capped attention is in plain operators."""
+NORMALIZING = {"CAST", "CONSTANT", "ELEMENTWISE", "REDUCE", "SHUFFLE", "SOFTMAX", "UNARY", "NORMALIZATION"}
+"""What may be float32 in a network of half precision: the insides of norms, and the capped families' softmax."""
+
+
+def exported(family: str, kind: str, dtype: DtypeName, folder: Path) -> Artifact:
+    sizes = {**SIZES, **HEAD_DIM.get(family, {}), "dtype": DTYPES[dtype]}
+    make = tiny_checkpoint if kind == "dense" else tiny_pruned
+    checkpoint = make(family, folder / "checkpoint", **sizes)
+    return export(checkpoint, folder / "onnx", dtype=dtype, max_length=MAX_LENGTH)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["dense", "uneven"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_an_a100_engine(family: str, kind: str, dtype: Any, tmp_path: Path) -> None:
+    artifact = exported(family, kind, dtype, tmp_path)
+    if dtype == "float16":
+        check_masked_graph_means_the_same(tmp_path / "onnx", artifact)
+    record = build(tmp_path / "onnx", tmp_path / "engine", backend="tensorrt-rtx", targets=["sm80"])
+    check_network(record, artifact, capped=family in CAPPED)
+    engine = record.engines["last"]
+    assert engine.size_bytes == (tmp_path / "engine" / engine.file).stat().st_size
+    assert stored_weights(artifact.shape) * 2 <= engine.weights_bytes < engine.size_bytes
+
+
+def stored_weights(shape: DecoderShape) -> int:
+    head = 0 if shape.tied_embeddings else shape.head_parameters
+    return shape.decoder_parameters + shape.head_parameters + head
+
+
+def check_network(record: EngineRecord, artifact: Artifact, *, capped: bool) -> None:
+    network, layers = record.engines["last"].network, artifact.cache_layers
+    assert network.caches == {name: artifact.cache_shape(layer, -1) for layer in layers for name in past_names(layer)}
+    assert network.cache_updates == 2 * len(layers)
+    assert network.attentions == (0 if capped else len(layers))
+    unfused = sum(artifact.shape.layers[layer].query_heads < 4 for layer in layers)
+    assert network.decomposable_attentions == (0 if capped else unfused)
+    assert network.types[TYPES[record.dtype]] > 0
+    assert set(network.types) <= {TYPES[record.dtype], "FLOAT", "INT64", "INT32", "BOOL"}
+    assert set(network.float32_layers) <= NORMALIZING
+
+
+def check_masked_graph_means_the_same(folder: Path, artifact: Artifact) -> None:
+    """On ONNX Runtime, over a cache that is full of noise: prefill, a chunk and a decode step of a ragged batch."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    model = ir.load(folder / artifact.graphs["all"])
+    masked = mask_explicitly(model, artifact)
+    ir.save(model, folder / "masked.onnx")
+    attentions = [node for node in onnx.load(folder / "masked.onnx").graph.node if node.op_type == "Attention"]
+    assert all(len(node.input) == 4 and "is_causal" not in {a.name for a in node.attribute} for node in attentions)
+    assert masked <= len(attentions)
+    sessions = [
+        onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+        for name in (artifact.graphs["all"], "masked.onnx")
+    ]
+    for new_tokens, starts in ((5, [0, 0]), (4, [3, 9]), (1, [7, 30])):
+        feeds = noisy_feeds(artifact, new_tokens, starts)
+        expected, found = (session.run(["logits"], feeds)[0].astype(np.float64) for session in sessions)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+def noisy_feeds(artifact: Artifact, new_tokens: int, starts: list[int]) -> dict[str, Any]:
+    draw = np.random.default_rng(new_tokens)
+    feeds: dict[str, Any] = {
+        "input_ids": draw.integers(0, VOCABULARY, (len(starts), new_tokens)),
+        "write_indices": np.array(starts),
+    }
+    for layer in artifact.cache_layers:
+        shape = artifact.cache_shape(layer, len(starts))
+        feeds |= {name: draw.standard_normal(shape).astype(np.float16) for name in past_names(layer)}
+    return feeds
