@@ -31,6 +31,7 @@ from flap_export.rewriting import kept_channels
 from flap_export.scoring import METRICS, LayerScores, layer_scores
 from flap_export.sensitivity import SENSITIVITY_NAME, Sensitivity
 from flap_export.statistics import CUT_SPACES, STATISTICS_NAME, CalibrationStatistics, CutSpace, StatisticsName
+from flap_export.stock import allowed_heads
 from flap_export.storage import Record, Value, load_tensors, save_tensors
 
 EVIDENCE_NAME: Final = "evidence.json"
@@ -260,6 +261,7 @@ def _uniform_removal(dense: Checkpoint, options: PruneOptions, statistics: Stati
             selection="reference" if follows_code else "exact",
             head_units=options.head_units,
             align_channels=options.align_channels,
+            allowed_heads=allowed_heads(dense) if options.layout == "stock" else None,
         )
         kept = kept_channels(plans[0], alone)
         widths = {space: len(sites[index, space].mean) for space in CUT_SPACES}

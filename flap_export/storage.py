@@ -168,7 +168,7 @@ def load_tensors(path: Path, kind: str, schema_version: int) -> tuple[dict[str, 
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"no {kind} at '{path}'") from error
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"'{path}' holds no {kind} of this version ({error}); calibrate again") from error
 
 

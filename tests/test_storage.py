@@ -6,19 +6,26 @@ import errno
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
+import torch
+from pydantic import Field
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from flap_export.errors import OutputError
+from flap_export.errors import InputError, OutputError
 from flap_export.storage import (
     Record,
+    Value,
     check_output,
     digest_of_file,
     digest_of_json,
+    load_tensors,
     new_directory,
     new_file,
+    save_tensors,
+    validated,
     write_text,
     writing_errors,
 )
@@ -188,3 +195,68 @@ def test_digests(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(data)
     assert digest_of_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
     assert digest_of_json({"a": 1, "b": [2]}) == digest_of_json({"b": [2], "a": 1}) != digest_of_json({"a": 1})
+
+
+class Options(Value):
+    name: Literal["one", "two"] = "one"
+    count: int = Field(default=1, ge=1)
+    inner: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "three"}, "name must be one of one, two, got 'three'"),
+        ({"colour": 1}, "there is no option colour; known are name, count, inner"),
+        ({"count": "many"}, "count is 'many': input should be a valid integer"),
+        ({"count": 0}, "count is 0: input should be greater than or equal to 1"),
+        ({"inner": [1, "x"]}, r"inner\.1 is 'x': input should be a valid integer"),
+    ],
+)
+def test_what_a_user_gave_is_checked_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        validated(Options, values)
+
+
+def test_valid_values_become_a_value() -> None:
+    assert validated(Options, {"count": "3"}) == Options(count=3)
+
+
+def test_tensors_keep_dtype_shape_and_header(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "t.safetensors"
+    tensors = {
+        "a": torch.arange(6, dtype=torch.float64).view(2, 3).T,
+        "b": torch.tensor([1, 2]),
+        "empty": torch.zeros(4, 0),
+    }
+    save_tensors(path, "sample", 3, tensors, {"layers": 2, "digests": {"w": "x"}})
+    found, header = load_tensors(path, "sample", 3)
+    assert header == {"schema_version": 3, "layers": 2, "digests": {"w": "x"}}
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert names(path.parent) == ["t.safetensors"]
+
+
+def test_tensors_of_another_kind_or_version_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(InputError, match=r"no sample at .*t\.safetensors"):
+        load_tensors(path, "sample", 1)
+    save_tensors(path, "sample", 1, {"a": torch.zeros(1)}, {})
+    for kind, version in (("other", 1), ("sample", 2)):
+        with pytest.raises(InputError, match=rf"holds no {kind} of this version"):
+            load_tensors(path, kind, version)
+    with pytest.raises(InputError, match=r"schema version 1, expected 2"):
+        load_tensors(path, "sample", 2)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="holds no sample of this version"):
+        load_tensors(path, "sample", 1)
+    for damage in (b"", b"no tensors at all", b"\xff" * 16):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match="holds no sample of this version"):
+            load_tensors(path, "sample", 1)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError):
+        load_tensors(path, "sample", 1)
