@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 from flap_export import __version__
+from flap_export.alignment import ALIGNMENT_NAME, compare_alignment
 from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
 from flap_export.building import BuildOptions, build
 from flap_export.errors import FlapExportError, GateBreachedError, OutputError
@@ -81,6 +82,8 @@ class Stage:
     options: Callable[[Recipe], Any]
     """What of the recipe it depends on, as JSON."""
     action: Callable[[Run], None]
+    applies: Callable[[Recipe], bool] = lambda recipe: True
+    """Whether the recipe asks for it; outputs of an earlier recipe that did go away."""
 
 
 @final
@@ -130,7 +133,8 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
             _perform(stage, current, known)
             if stage.name == "validate" and _parity(directory).worst is not None:
                 # What was measured on a wrong artifact says nothing: older results must not stand beside the breach.
-                (directory / LATENCY_NAME).unlink(missing_ok=True)
+                for name in (LATENCY_NAME, ALIGNMENT_NAME):
+                    (directory / name).unlink(missing_ok=True)
                 break
         result = _result(current)
         values = recipe.model_dump(mode="json", by_alias=True)
@@ -142,6 +146,10 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
 def _perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
     """Do a stage unless it is done; afterwards `known` has the digest of its outputs."""
     directory = current.directory
+    if not stage.applies(current.recipe):
+        _clear(stage, directory)
+        known[stage.name] = digest_of_json({})
+        return
     inputs = {need: known[need] for need in stage.needs}
     key = digest_of_json([stage.name, __version__, stage.options(current.recipe), inputs])
     record_path = directory / STAGES_FOLDER / f"{stage.name}.json"
@@ -158,6 +166,12 @@ def _perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
     else:
         logger.info("stage %s is done already", stage.name)
     known[stage.name] = digest_of_json({name: entry.sha256 for name, entry in record.outputs.items()})
+
+
+def _clear(stage: Stage, directory: Path) -> None:
+    for name in (*stage.outputs, f"{STAGES_FOLDER}/{stage.name}.json"):
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _valid_record(path: Path, key: str, directory: Path) -> StageRecord | None:
@@ -254,11 +268,9 @@ def _export_pruned(current: Run) -> None:
 
 
 def _build(model: str, source: str, current: Run) -> None:
-    """Engines of one model; none are left of an earlier run where the recipe names no backend."""
+    """Engines of one model."""
     section, output = current.recipe.build, current.directory / ENGINES[model]
-    if section.backend is None:
-        shutil.rmtree(output, ignore_errors=True)
-        return
+    assert section.backend is not None
     build(
         current.directory / source,
         output,
@@ -288,9 +300,6 @@ def _benched(current: Run) -> tuple[Path, Path]:
 
 def _evaluate(current: Run) -> None:
     section = current.recipe.evaluate
-    if not section.sources:
-        (current.directory / QUALITY_NAME).unlink(missing_ok=True)
-        return
     quality = evaluate_both(
         current.recipe.model,
         current.directory / CHECKPOINT_FOLDER,
@@ -333,6 +342,29 @@ def _bench(current: Run) -> None:
     latency.save(directory / LATENCY_NAME)
 
 
+def _align(current: Run) -> None:
+    """What alignment costs and gains."""
+    recipe, path = current.recipe, current.directory / ALIGNMENT_NAME
+    found = compare_alignment(
+        recipe.model,
+        current.directory / PRUNED_FOLDER,
+        Evidence.load(current.directory / CALIBRATION_FOLDER),
+        recipe.prune,
+        sources=recipe.evaluate.sources,
+        samples=recipe.evaluate.samples,
+        sequence_length=recipe.evaluate.sequence_length,
+        batch_sizes=recipe.bench.batch_sizes,
+        prompt_lengths=recipe.bench.prompt_lengths,
+        repeats=recipe.bench.repeats,
+        budget_s=recipe.bench.budget_s,
+        threads=recipe.bench.threads,
+        device=recipe.device,
+        dtype=recipe.calibrate.dtype,
+        progress=current.progress,
+    )
+    found.save(path)
+
+
 def _dump(section: str, *more: str) -> Callable[[Recipe], Any]:
     """The options of a stage: one section of the recipe, and further keys of its top level."""
 
@@ -341,6 +373,10 @@ def _dump(section: str, *more: str) -> Callable[[Recipe], Any]:
         return {key: values[key] for key in (section, *more)}
 
     return options
+
+
+def _builds_engines(recipe: Recipe) -> bool:
+    return recipe.build.backend is not None
 
 
 def _calibration_options(recipe: Recipe) -> Any:
@@ -354,15 +390,28 @@ STAGES: Final = (
     Stage("export-dense", ("model",), (DENSE_FOLDER,), _dump("export"), _export_dense),
     Stage("export", ("prune",), (PRUNED_FOLDER,), _dump("export"), _export_pruned),
     Stage(
-        "build-dense", ("export-dense",), (ENGINES["dense"],), _dump("build"), partial(_build, "dense", DENSE_FOLDER)
+        "build-dense",
+        ("export-dense",),
+        (ENGINES["dense"],),
+        _dump("build"),
+        partial(_build, "dense", DENSE_FOLDER),
+        _builds_engines,
     ),
-    Stage("build", ("export",), (ENGINES["pruned"],), _dump("build"), partial(_build, "pruned", PRUNED_FOLDER)),
+    Stage(
+        "build",
+        ("export",),
+        (ENGINES["pruned"],),
+        _dump("build"),
+        partial(_build, "pruned", PRUNED_FOLDER),
+        _builds_engines,
+    ),
     Stage(
         "evaluate",
         ("model", "prune", "evaluation texts"),
         (QUALITY_NAME,),
         _dump("evaluate", "device"),
         _evaluate,
+        lambda recipe: bool(recipe.evaluate.sources),
     ),
     Stage("validate", ("prune", "export", "build"), (PARITY_NAME,), _dump("validate", "device"), _validate),
     Stage(
@@ -371,6 +420,14 @@ STAGES: Final = (
         (LATENCY_NAME,),
         _dump("bench", "device"),
         _bench,
+    ),
+    Stage(
+        "align",
+        ("model", "calibrate", "export", "evaluation texts"),
+        (ALIGNMENT_NAME,),
+        _dump("prune", "evaluate", "bench", "device"),
+        _align,
+        lambda recipe: recipe.prune.align_channels > 1,
     ),
 )
 """In the order they run; the report is made afresh every time."""

@@ -62,6 +62,7 @@ STAGES = (
     "ideal",
     "prediction",
     "benchmarking",
+    "alignment",
     "recipe",
     "reporting",
     "pipeline",

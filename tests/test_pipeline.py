@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,11 +15,12 @@ import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export import pipeline
+from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, TextError
 from flap_export.manifest import verify
 from flap_export.recipe import Recipe, recipe_from
 
-STAGE_NAMES = [stage.name for stage in pipeline.STAGES]
+STAGE_NAMES = [stage.name for stage in pipeline.STAGES if stage.name not in ("build-dense", "build", "align")]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def performed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(stage.name)
             stage.action(current)
 
-        return pipeline.Stage(stage.name, stage.needs, stage.outputs, stage.options, action)
+        return dataclasses.replace(stage, action=action)
 
     monkeypatch.setattr(pipeline, "STAGES", tuple(noting(stage) for stage in pipeline.STAGES))
     return names
@@ -88,9 +90,9 @@ def test_a_run_does_every_stage_and_a_second_one_only_what_changed(
 
     assert performed_by(performed, recipe_of(), directory) == []
     assert performed_by(performed, recipe_of(bench={"repeats": 4}), directory) == ["bench"]
-    after_ratio = ["prune", "export", "build", "evaluate", "validate", "bench"]
+    after_ratio = ["prune", "export", "evaluate", "validate", "bench"]
     assert performed_by(performed, recipe_of(prune={"ratio": 0.4}), directory) == after_ratio
-    after_export = ["export-dense", "export", "build-dense", "build", "validate", "bench"]
+    after_export = ["export-dense", "export", "validate", "bench"]
     assert (
         performed_by(performed, recipe_of(prune={"ratio": 0.4}, export={"max_length": 40}), directory) == after_export
     )
@@ -241,6 +243,27 @@ def test_engines_are_built_and_reported(
     assert "TensorRT engines" in page
     assert "Built with tensorrt-rtx in float32 for sm80: decode of up to 1 tokens" in page
     again = performed_by(performed, recipe_of(build={"backend": None}), tmp_path / "run")
-    assert again == ["build-dense", "build", "validate", "bench"]
+    assert again == ["validate", "bench"]
     assert not (tmp_path / "run/engine/dense").exists()
     assert "TensorRT engines" not in result.report.read_text(encoding="utf-8")
+
+
+def test_alignment_is_held_against_the_same_budget_without(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    aligned = recipe_of(prune={"ratio": 0.3, "align_channels": 8, "method": "obs"})
+    result = pipeline.run(aligned, tmp_path / "run")
+    assert all(len(layer.ffn_channels) % 8 == 0 for layer in result.plan.layers)
+    found = AlignmentReport.load(tmp_path / "run" / ALIGNMENT_NAME)
+    assert found.align_channels == 8
+    assert found.unaligned is not None
+    assert result.quality is not None
+    assert found.unaligned.sources[0].perplexity != result.quality.sources[0].perplexity
+    assert {phase.phase for phase in found.latency.phases} == {"prefill", "decode"}
+    page = result.report.read_text(encoding="utf-8")
+    assert "FFN widths are multiples of 8" in page
+    assert f"{found.unaligned.sources[0].perplexity:.2f}" in page
+    assert not performed_by(performed, aligned, tmp_path / "run")
+    plain = recipe_of(prune={"ratio": 0.3, "method": "obs"})
+    assert "align" not in performed_by(performed, plain, tmp_path / "run")
+    assert not (tmp_path / "run" / ALIGNMENT_NAME).exists()

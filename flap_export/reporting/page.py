@@ -11,6 +11,7 @@ from flap_export.artifact import Artifact
 from flap_export.benchmarking.stage import BYTES_PER_WEIGHT
 from flap_export.ideal import cache_bytes, read_parameters
 from flap_export.reporting import formats
+from flap_export.reporting.alignment import AlignmentSection, alignment_section
 from flap_export.reporting.comparisons import CASES, ParityRow, ParityRule, parity_rows, parity_rule
 from flap_export.reporting.engines import EngineSection, engine_section
 from flap_export.reporting.layers import LayerChart, LayerRow, layer_charts, layer_rows
@@ -71,6 +72,7 @@ class Page:
     parity_rows: tuple[ParityRow, ...]
     parity_rule: ParityRule
     parity_cases: tuple[Row, ...]
+    alignment: AlignmentSection | None
     engines: EngineSection | None
     digests: tuple[Digest, ...]
     settings: tuple[SettingsTable, ...]
@@ -103,6 +105,7 @@ def page_from(records: RunRecords) -> Page:
         parity_rows=parity_rows(records.parity),
         parity_rule=parity_rule(records.parity),
         parity_cases=tuple(CASES.items()),
+        alignment=alignment_section(records.alignment, records.quality),
         engines=engine_section(records.engines),
         digests=digests_of(records),
         settings=settings_of(records),

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar, final
 
 from pydantic import ValidationError
 
+from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.benchmarking.report import LATENCY_NAME, LatencyReport
 from flap_export.building.record import EngineRecord
@@ -57,6 +58,7 @@ class RunRecords:
     manifest: Manifest | None
     recipe: Mapping[str, Any] | None
     gates: GatesSection
+    alignment: AlignmentReport | None
     engines: Mapping[str, EngineRecord]
     """Dense and pruned, where they were built."""
 
@@ -88,6 +90,7 @@ def read_run(directory: Path, recipe: Mapping[str, Any] | None) -> RunRecords:
         manifest=manifest,
         recipe=recipe,
         gates=_gates(recipe),
+        alignment=_read_optional(AlignmentReport, directory / ALIGNMENT_NAME),
         engines=read_engines(directory),
     )
 
