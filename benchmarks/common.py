@@ -134,7 +134,7 @@ def random_plan(opened: Any, ratio: float, multiple: int, seed: int) -> Any:
         spread = torch.randn(units, generator=generator, dtype=torch.float64)
         return spread + 0.5 * torch.randn(1, generator=generator, dtype=torch.float64)
 
-    drawn = [LayerScores(scores(layer.kv_heads), scores(layer.ffn_channels)) for layer in opened.shape.layers]
+    drawn = [LayerScores(scores(layer.query_heads), scores(layer.ffn_channels)) for layer in opened.shape.layers]
     layers, achieved = allocate(drawn, opened.shape, ratio)
     rounded = tuple(_rounded(layer, multiple) for layer in layers)
     return PruningPlan(model=opened.name, family=opened.family.model_type, ratio=achieved, layers=rounded)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flap_export.benchmarking import LatencyReport, bench
     from flap_export.building import EngineRecord, build
     from flap_export.calibration import calibrate
+    from flap_export.comparison import compare
     from flap_export.errors import FlapExportError
     from flap_export.evaluation import QualityReport, evaluate
     from flap_export.exporting import export
@@ -47,6 +48,7 @@ _MODULES = {
     "bench": "benchmarking",
     "build": "building",
     "calibrate": "calibration",
+    "compare": "comparison",
     "evaluate": "evaluation",
     "export": "exporting",
     "generate": "generation",
@@ -75,6 +77,7 @@ __all__ = [
     "bench",
     "build",
     "calibrate",
+    "compare",
     "evaluate",
     "export",
     "generate",

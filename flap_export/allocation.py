@@ -1,7 +1,7 @@
-"""Stage `allocate`: scores and a budget become a pruning plan. Pure; costs are exact for any head_dim and GQA.
+"""Stage `allocate`: rankings and a budget become a pruning plan. Pure; costs are exact for any head_dim and GQA.
 
-Units are whole KV groups (a KV head with its g query heads, (2 g + 2) H D weights) and FFN channels (3 H when gated).
-A new structure is one function and one row of `STRUCTURES`.
+A structure decides how many steps each ladder of `flap_export.ladders` goes down. A new one is one function and one row
+of `STRUCTURES`.
 """
 
 from __future__ import annotations
@@ -14,27 +14,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flap_export.errors import BudgetError, check_choice
+from flap_export.ladders import HEAD_UNITS, HeadUnits, Ladder, LayerLadders, ladders_from_scores, layer_plan
 from flap_export.plan import LayerPlan, Ratio
 from flap_export.reference import removed_units
 from flap_export.scoring import LayerScores
-from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.shapes import DecoderShape
 
 StructureName = Literal["al-am", "al-mm", "ul-mm", "ul-um"]
 Selection = Literal["exact", "reference"]
+_BISECTIONS: Final = 200
+Steps = Sequence[tuple[int, int]]
+"""Per layer, how many steps its attention and its FFN go down their ladders."""
 
 
 @final
 @dataclass(frozen=True)
-class Removal:
-    """Per layer, the KV groups and FFN channels that go; boolean [K] and [F], True where removed."""
+class _Task:
+    """What a structure works on."""
 
-    kv_groups: Sequence[NDArray[np.bool_]]
-    ffn_channels: Sequence[NDArray[np.bool_]]
+    ladders: Sequence[LayerLadders]
+    shape: DecoderShape
+    ratio: float
+    remove_heads: int
+    allowed_heads: Sequence[int] | None
+    """Numbers of query heads a layer may keep; None allows any."""
 
-
-def group_parameters(shape: DecoderShape, layer: LayerShape) -> int:
-    """Weights of one KV group, (2 g + 2) H D."""
-    return (layer.query_heads // layer.kv_heads) * shape.query_head_parameters + shape.kv_head_parameters
+    @property
+    def budget(self) -> float:
+        """Weights that shall go."""
+        return self.ratio * self.shape.decoder_parameters
 
 
 def allocate(
@@ -45,6 +53,9 @@ def allocate(
     *,
     remove_heads: int = 0,
     selection: Selection = "exact",
+    head_units: HeadUnits = "groups",
+    align_channels: int = 1,
+    allowed_heads: Sequence[int] | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Ratio]:
     """Decide what every layer keeps.
 
@@ -56,143 +67,153 @@ def allocate(
             among channels; `ul-mm` takes the same counts in every layer; `ul-um` the same share of every module too.
         remove_heads: query heads that go in the whole model, for `al-mm` and `ul-mm`; the channels make up the rest.
         selection: by rank at exact costs, or by the official code's thresholds (`flap_export.reference`).
+        head_units: whole KV groups, or one query head of every group; see `flap_export.ladders`.
+        align_channels: FFN widths that are left are multiples of this, or the dense width.
+        allowed_heads: numbers of query heads a layer may keep, for `ul-um`; None allows any.
 
     Raises:
         BudgetError: the ratio is outside (0, 1), removes nothing or everything, or `remove_heads` cannot be met.
     """
+    check_ratio(ratio)
+    check_choice("structure", structure, STRUCTURES)
+    check_choice("head units", head_units, HEAD_UNITS)
+    if selection == "reference":
+        layers = _reference_layers(scores, shape, ratio, structure, remove_heads)
+        return layers, achieved_ratio(shape, layers, ratio, _reason(structure, selection, len(layers), align_channels))
+    ladders = ladders_from_scores(scores, shape, head_units=head_units, align_channels=align_channels)
+    return allocate_ladders(
+        ladders,
+        shape,
+        ratio,
+        structure,
+        remove_heads=remove_heads,
+        align_channels=align_channels,
+        allowed_heads=allowed_heads,
+    )
+
+
+def allocate_ladders(
+    ladders: Sequence[LayerLadders],
+    shape: DecoderShape,
+    ratio: float,
+    structure: StructureName,
+    *,
+    remove_heads: int = 0,
+    align_channels: int = 1,
+    allowed_heads: Sequence[int] | None = None,
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    """Decide how far every ladder is gone down; see `allocate`."""
+    task = _Task(ladders, shape, ratio, remove_heads, allowed_heads)
+    layers = plan_layers(ladders, shape, STRUCTURES[structure](task))
+    return layers, achieved_ratio(shape, layers, ratio, _reason(structure, "exact", len(layers), align_channels))
+
+
+def allocate_by_loss(
+    ladders: Sequence[LayerLadders], shape: DecoderShape, ratio: float, *, align_channels: int = 1
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    """Spend the budget where the sum of the modules' losses stays smallest.
+
+    For a price per weight, every module goes down its ladder to where loss minus price times weights removed is least;
+    the price is the highest that keeps within the budget, which makes the choice optimal for what it removes. The rest
+    of the budget is filled with the cheapest single steps.
+
+    Args:
+        ladders: whose scores are what each step adds to a loss that adds up over modules.
+        shape: the dense decoder.
+        ratio: share of the decoder's attention and FFN weights that goes, in (0, 1).
+        align_channels: as the ladders were made.
+
+    Raises:
+        BudgetError: the ratio is outside (0, 1), or removes nothing or everything.
+    """
+    check_ratio(ratio)
+    modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
+    taken = _least_loss([(ladder.scores, ladder.costs) for ladder in modules], ratio * shape.decoder_parameters)
+    layers = plan_layers(ladders, shape, list(zip(taken[0::2], taken[1::2], strict=True)))
+    return layers, achieved_ratio(shape, layers, ratio, _reason("al-am", "exact", len(layers), align_channels))
+
+
+def check_ratio(ratio: float) -> None:
+    """Whether `ratio` lies in (0, 1).
+
+    Raises:
+        BudgetError: it does not.
+    """
     if not 0 < ratio < 1:
         raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
-    check_choice("structure", structure, STRUCTURES)
-    if selection == "reference":
-        removal = Removal(*removed_units(scores, shape, ratio, structure, remove_heads))
-    else:
-        removal = STRUCTURES[structure](scores, shape, ratio, remove_heads)
-    layers = tuple(
-        _layer_plan(index, layer, groups, channels)
-        for index, (layer, groups, channels) in enumerate(
-            zip(shape.layers, removal.kv_groups, removal.ffn_channels, strict=True)
+
+
+def plan_layers(ladders: Sequence[LayerLadders], shape: DecoderShape, steps: Steps) -> tuple[LayerPlan, ...]:
+    """What every layer keeps after so many steps."""
+    return tuple(
+        layer_plan(index, shape, layer, *taken) for index, (layer, taken) in enumerate(zip(ladders, steps, strict=True))
+    )
+
+
+def _reference_layers(
+    scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, structure: StructureName, remove_heads: int
+) -> tuple[LayerPlan, ...]:
+    heads, channels = removed_units(scores, shape, ratio, structure, remove_heads)
+    return tuple(
+        LayerPlan(layer=index, query_heads=kept, kv_heads=kept, ffn_channels=tuple(np.flatnonzero(~gone).tolist()))
+        for index, (kept, gone) in enumerate(
+            zip((tuple(np.flatnonzero(~gone).tolist()) for gone in heads), channels, strict=True)
         )
     )
-    return layers, _achieved(shape, layers, ratio, structure, selection)
 
 
-def _al_am(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+def _al_am(task: _Task) -> Steps:
     """FLAP's AL-AM: one ranking over all groups and channels; lowest scores go first, each at its exact cost.
 
     A unit that would overshoot the budget by more than half of the smallest unit is passed over for smaller ones
     further up, so that the budget is met to half an FFN channel.
     """
-    units = [
-        (values.numpy(), cost)
-        for layer, layer_scores in zip(shape.layers, scores, strict=True)
-        for values, cost in (
-            (layer_scores.kv_groups, group_parameters(shape, layer)),
-            (layer_scores.ffn_channels, shape.ffn_channel_parameters),
-        )
-    ]
-    chosen = _cheapest_first(units, ratio * shape.decoder_parameters)
-    return Removal(tuple(chosen[0::2]), tuple(chosen[1::2]))
+    ladders = [ladder for layer in task.ladders for ladder in (layer.attention, layer.ffn)]
+    taken = _cheapest_first([(ladder.scores, ladder.costs) for ladder in ladders], task.budget)
+    return list(zip(taken[0::2], taken[1::2], strict=True))
 
 
-def _al_mm(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+def _al_mm(task: _Task) -> Steps:
     """FLAP's AL-MM: the lowest groups of all layers until `remove_heads` heads are gone, then the lowest channels."""
-    attention = [
-        (s.kv_groups.numpy(), layer.query_heads // layer.kv_heads)
-        for layer, s in zip(shape.layers, scores, strict=True)
-    ]
-    groups = _cheapest_first(attention, remove_heads)
-    _check_heads(remove_heads, shape, sum(int(g.sum()) * size for g, (_, size) in zip(groups, attention, strict=True)))
-    rest = ratio * shape.decoder_parameters - _group_cost(groups, shape)
-    _check_rest(rest, shape, remove_heads)
-    channels = _cheapest_first([(s.ffn_channels.numpy(), shape.ffn_channel_parameters) for s in scores], rest)
-    return Removal(tuple(groups), tuple(channels))
+    attention = [layer.attention for layer in task.ladders]
+    taken = _cheapest_first([(a.scores, np.diff(a.gone, prepend=0)) for a in attention], task.remove_heads)
+    found = sum(_heads_gone(ladder, steps) for ladder, steps in zip(attention, taken, strict=True))
+    _check_heads(task, found)
+    rest = task.budget - sum(_cost(ladder, steps) for ladder, steps in zip(attention, taken, strict=True))
+    _check_rest(task, rest)
+    channels = _cheapest_first([(layer.ffn.scores, layer.ffn.costs) for layer in task.ladders], rest)
+    return list(zip(taken, channels, strict=True))
 
 
-def _ul_mm(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+def _ul_mm(task: _Task) -> Steps:
     """FLAP's UL-MM: the same number of heads in every layer, and channels for the rest of every layer's budget."""
-    layers = len(shape.layers)
-    sizes = [layer.query_heads // layer.kv_heads for layer in shape.layers]
-    counts = [remove_heads // layers // size for size in sizes]
-    _check_heads(remove_heads, shape, sum(count * size for count, size in zip(counts, sizes, strict=True)))
-    gone = [np.arange(layer.kv_heads) < count for layer, count in zip(shape.layers, counts, strict=True)]
-    _check_rest(ratio * shape.decoder_parameters - _group_cost(gone, shape), shape, remove_heads)
-    return _uniform(scores, shape, ratio, counts)
+    per_layer = task.remove_heads // len(task.ladders)
+    attention = [layer.attention for layer in task.ladders]
+    counts = [int(np.searchsorted(ladder.gone, per_layer, side="right")) for ladder in attention]
+    _check_heads(task, sum(_heads_gone(ladder, count) for ladder, count in zip(attention, counts, strict=True)))
+    _check_rest(task, task.budget - sum(_cost(ladder, count) for ladder, count in zip(attention, counts, strict=True)))
+    return _uniform(task, counts)
 
 
-def _check_rest(rest: float, shape: DecoderShape, remove_heads: int) -> None:
-    """Whether the FFN channels can make up the `rest` of the budget, in weights."""
-    available = sum(shape.ffn_parameters(layer) for layer in shape.layers)
-    if not -shape.ffn_channel_parameters / 2 <= rest <= available + shape.ffn_channel_parameters / 2:
-        more = "more" if rest > 0 else "fewer"
-        raise BudgetError(
-            f"the budget cannot be met: beside {remove_heads} query heads, {rest:.0f} weights of FFN channels would "
-            f"have to go, and there are {available}; remove {more} heads (--remove-heads)"
-        )
-
-
-def _check_heads(asked: int, shape: DecoderShape, found: int) -> None:
-    if asked != found:
-        size = shape.layers[0].query_heads // shape.layers[0].kv_heads
-        raise BudgetError(
-            f"{asked} query heads cannot be removed as whole KV groups of {size} in this structure, only {found}; "
-            f"set --remove-heads {found}"
-        )
-
-
-def _group_cost(groups: Sequence[NDArray[np.bool_]], shape: DecoderShape) -> int:
-    return sum(
-        int(gone.sum()) * group_parameters(shape, layer) for gone, layer in zip(groups, shape.layers, strict=True)
-    )
-
-
-def _cheapest_first(units: Sequence[tuple[NDArray[np.float64], int]], budget: float) -> list[NDArray[np.bool_]]:
-    """Take units from the lowest score on while they fit `budget` to half of the smallest unit's cost.
-
-    Args:
-        units: per kind and layer the scores [N], and what each of these units costs.
-        budget: in the same units as the costs.
-
-    Returns:
-        Per kind and layer boolean [N], True where taken.
-    """
-    values = np.concatenate([scores for scores, _ in units])
-    costs = np.concatenate([np.full(len(scores), cost, dtype=np.int64) for scores, cost in units])
-    chosen, removed, smallest = np.zeros(len(values), dtype=bool), 0, int(costs.min())
-    # A stable sort: equal scores go in layer order, so that the same statistics always give the same plan.
-    for unit in np.argsort(values, kind="stable"):
-        cost = int(costs[unit])
-        if removed + cost <= budget + smallest / 2:
-            chosen[unit] = True
-            removed += cost
-        elif cost == smallest:
-            break
-    return np.split(chosen, np.cumsum([len(scores) for scores, _ in units])[:-1])
-
-
-def _ul_um(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, remove_heads: int) -> Removal:
+def _ul_um(task: _Task) -> Steps:
     """FLAP's UL-UM: the same share of every module; FFN channels make up for what whole groups cannot express."""
-    return _uniform(scores, shape, ratio, [round(ratio * layer.kv_heads) for layer in shape.layers])
+    shares = [
+        _nearest(layer.attention, task.ratio * task.shape.attention_parameters(shape), task.allowed_heads)
+        for layer, shape in zip(task.ladders, task.shape.layers, strict=True)
+    ]
+    return _uniform(task, shares)
 
 
-def _uniform(scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, group_counts: Sequence[int]) -> Removal:
-    """Remove `group_counts` groups, and of every layer the channels that bring it to `ratio`."""
-    groups, channels = [], []
-    for layer, layer_scores, group_count in zip(shape.layers, scores, group_counts, strict=True):
-        budget = ratio * (shape.attention_parameters(layer) + shape.ffn_parameters(layer))
-        rest = budget - group_count * group_parameters(shape, layer)
-        channel_count = min(max(round(rest / shape.ffn_channel_parameters), 0), layer.ffn_channels)
-        groups.append(_lowest(layer_scores.kv_groups.numpy(), group_count))
-        channels.append(_lowest(layer_scores.ffn_channels.numpy(), channel_count))
-    return Removal(tuple(groups), tuple(channels))
+def _uniform(task: _Task, attention_steps: Sequence[int]) -> Steps:
+    """Take these steps of attention, and of every layer the channels that bring it to the ratio."""
+    steps = []
+    for layer, ladders, taken in zip(task.shape.layers, task.ladders, attention_steps, strict=True):
+        budget = task.ratio * (task.shape.attention_parameters(layer) + task.shape.ffn_parameters(layer))
+        steps.append((taken, _nearest(ladders.ffn, budget - _cost(ladders.attention, taken))))
+    return steps
 
 
-def _lowest(scores: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    chosen = np.zeros(len(scores), dtype=bool)
-    chosen[np.argsort(scores, kind="stable")[:count]] = True
-    return chosen
-
-
-STRUCTURES: Final[Mapping[StructureName, Callable[[Sequence[LayerScores], DecoderShape, float, int], Removal]]] = {
+STRUCTURES: Final[Mapping[StructureName, Callable[[_Task], Steps]]] = {
     "al-am": _al_am,
     "al-mm": _al_mm,
     "ul-mm": _ul_mm,
@@ -200,24 +221,141 @@ STRUCTURES: Final[Mapping[StructureName, Callable[[Sequence[LayerScores], Decode
 }
 
 
-def _layer_plan(index: int, layer: LayerShape, groups: NDArray[np.bool_], channels: NDArray[np.bool_]) -> LayerPlan:
-    kept_groups, size = np.flatnonzero(~groups).tolist(), layer.query_heads // layer.kv_heads
-    return LayerPlan(
-        layer=index,
-        query_heads=tuple(group * size + head for group in kept_groups for head in range(size)),
-        kv_heads=tuple(kept_groups),
-        ffn_channels=tuple(np.flatnonzero(~channels).tolist()),
-    )
+def _cost(ladder: Ladder, steps: int) -> int:
+    """Weights that `steps` steps remove."""
+    return int(ladder.costs[:steps].sum())
 
 
-def _achieved(
-    shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, structure: StructureName, selection: Selection
-) -> Ratio:
-    kept = sum(
-        len(plan.kv_heads) * group_parameters(shape, layer) + len(plan.ffn_channels) * shape.ffn_channel_parameters
-        for plan, layer in zip(layers, shape.layers, strict=True)
-    )
+def _heads_gone(ladder: Ladder, steps: int) -> int:
+    return len(ladder.removed(steps))
+
+
+def _nearest(ladder: Ladder, budget: float, allowed: Sequence[int] | None = None) -> int:
+    """The number of steps whose cost is nearest to `budget`; fewer where two are.
+
+    Args:
+        ladder: of one module.
+        budget: weights that shall go.
+        allowed: numbers of elements that may be left; None allows any.
+    """
+    misses = np.abs(np.concatenate([[0], np.cumsum(ladder.costs)]) - budget)
+    if allowed is not None:
+        left = len(ladder.order) - np.concatenate([[0], ladder.gone])
+        misses = np.where(np.isin(left, allowed), misses, np.inf)
+    return int(np.argmin(misses))
+
+
+def _cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
+    """Take steps from the lowest score on while they fit `budget` to half of the smallest step's cost.
+
+    Args:
+        ladders: scores, ascending, and costs of the steps of each; [S] both.
+        budget: in the same units as the costs.
+
+    Returns:
+        Steps taken of each ladder. What is passed over for its cost is the end of its ladder: costs never fall.
+    """
+    values = np.concatenate([scores for scores, _ in ladders])
+    costs = np.concatenate([step_costs for _, step_costs in ladders])
+    owners = np.repeat(np.arange(len(ladders)), [len(scores) for scores, _ in ladders])
+    taken, removed, smallest = [0] * len(ladders), 0, int(costs.min())
+    # A stable sort: equal scores go in layer order, so that the same statistics always give the same plan.
+    for step in np.argsort(values, kind="stable"):
+        cost = int(costs[step])
+        if removed + cost <= budget + smallest / 2:
+            taken[owners[step]] += 1
+            removed += cost
+        elif cost == smallest:
+            break
+    return taken
+
+
+def _least_loss(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
+    """Steps of each ladder that cost at most `budget`, to half of the smallest step, at the least added score.
+
+    Args:
+        ladders: what each step adds, and costs of the steps; [S] both.
+        budget: in the same units as the costs.
+    """
+    losses = [np.concatenate([[0.0], np.cumsum(added)]) for added, _ in ladders]
+    weights = [np.concatenate([[0], np.cumsum(costs)]) for _, costs in ladders]
+    limit = budget + min(int(costs.min()) for _, costs in ladders) / 2
+
+    def at(price: float) -> list[int]:
+        return [int(np.argmin(loss - price * weight)) for loss, weight in zip(losses, weights, strict=True)]
+
+    def cost(taken: Sequence[int]) -> int:
+        return sum(int(weight[steps]) for weight, steps in zip(weights, taken, strict=True))
+
+    low, high = 0.0, max(float(added.sum() / costs.sum()) for added, costs in ladders) + 1.0
+    while cost(at(high)) <= limit and high < np.finfo(np.float64).max / 4:
+        low, high = high, 2 * high
+        if cost(at(low)) == sum(int(weight[-1]) for weight in weights):
+            break
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(at(middle)) <= limit else (low, middle)
+    return _filled(at(low), losses, weights, limit)
+
+
+def _filled(
+    taken: list[int], losses: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.int64]], limit: float
+) -> list[int]:
+    """Go on with the single steps that add least per weight while they fit."""
+    removed = sum(int(weight[steps]) for weight, steps in zip(weights, taken, strict=True))
+    while True:
+        fitting = [
+            (float(loss[steps + 1] - loss[steps]) / int(weight[steps + 1] - weight[steps]), index)
+            for index, (loss, weight, steps) in enumerate(zip(losses, weights, taken, strict=True))
+            if steps + 1 < len(weight) and removed + int(weight[steps + 1] - weight[steps]) <= limit
+        ]
+        if not fitting:
+            return taken
+        index = min(fitting)[1]
+        removed += int(weights[index][taken[index] + 1] - weights[index][taken[index]])
+        taken[index] += 1
+
+
+def _check_rest(task: _Task, rest: float) -> None:
+    """Whether the FFN channels can make up the `rest` of the budget, in weights."""
+    available = sum(task.shape.ffn_parameters(layer) for layer in task.shape.layers)
+    channel = task.shape.ffn_channel_parameters
+    if not -channel / 2 <= rest <= available + channel / 2:
+        more = "more" if rest > 0 else "fewer"
+        raise BudgetError(
+            f"the budget cannot be met: beside {task.remove_heads} query heads, {rest:.0f} weights of FFN channels "
+            f"would have to go, and there are {available}; remove {more} heads (--remove-heads)"
+        )
+
+
+def _check_heads(task: _Task, found: int) -> None:
+    if task.remove_heads != found:
+        together = int(task.ladders[0].attention.gone[0])
+        raise BudgetError(
+            f"{task.remove_heads} query heads cannot be removed as whole units of {together} in this structure, only "
+            f"{found}; set --remove-heads {found}"
+        )
+
+
+def achieved_ratio(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, reason: str) -> Ratio:
+    """What share of the weights a plan removes.
+
+    Args:
+        shape: the dense decoder.
+        layers: what they keep.
+        ratio: what was asked for.
+        reason: why it may have been missed by more than half an FFN channel.
+
+    Raises:
+        BudgetError: the plan removes nothing, or everything.
+    """
     total, unit = shape.decoder_parameters, shape.ffn_channel_parameters
+    kept = sum(
+        len(plan.query_heads) * shape.query_head_parameters
+        + len(plan.kv_heads) * shape.kv_head_parameters
+        + len(plan.ffn_channels) * unit
+        for plan in layers
+    )
     if kept == total:
         raise BudgetError(
             f"a ratio of {ratio} removes nothing: the smallest unit, one FFN channel, is {unit / total:.2g} of the "
@@ -226,16 +364,18 @@ def _achieved(
     if kept == 0:
         raise BudgetError(f"a ratio of {ratio} would remove every head and channel of the decoder; ask for less")
     missed = abs(total - kept - ratio * total)
-    reason = _why_missed(missed / unit, len(shape.layers), structure, selection) if missed > unit / 2 else None
-    return Ratio(requested=ratio, achieved=(total - kept) / total, reason=reason)
+    return Ratio(requested=ratio, achieved=(total - kept) / total, reason=reason if missed > unit / 2 else None)
 
 
-def _why_missed(channels: float, layers: int, structure: StructureName, selection: Selection) -> str:
-    """Why the achieved ratio is `channels` FFN channels off."""
+def _reason(structure: StructureName, selection: Selection, layers: int, align_channels: int) -> str:
+    """Why a ratio may be missed by more than half a unit."""
     if selection == "reference":
         return "the official code's thresholds and integer costs are reproduced"
-    if structure.startswith("ul") and channels <= layers / 2:
+    if structure.startswith("ul"):
         return (
-            f"{structure} removes the same number in each of {layers} layers, so it moves {layers} channels at a time"
+            f"{structure} removes the same in each of {layers} layers, so it moves {layers * align_channels} channels "
+            "at a time, and cannot make up for heads that cost more than a layer's share"
         )
-    return "no FFN channels are left to make up for whole KV groups"
+    if align_channels > 1:
+        return f"FFN widths are multiples of {align_channels}, so the budget moves {align_channels} channels at a time"
+    return "no FFN channels are left to make up for whole heads"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError, check_choice
-from flap_export.layerwise import Progress, no_progress, run_layers
+from flap_export.layerwise import Progress, no_progress, streamed
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.moments import RunningMoments
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace, SiteStatistics, StatisticsName
-from flap_export.text import read_windows
+from flap_export.text import TokenWindows, read_windows
 
 DEFAULT_SAMPLES = 1024
 """FLAP's number of calibration samples; fewer are used where the text is shorter."""
 
+Sites = Mapping[tuple[int, CutSpace], SiteStatistics]
+RemovedChannels = Callable[[int, Sites], Mapping[CutSpace, Tensor]]
 ACCUMULATORS: Final[dict[StatisticsName, type[RunningMoments] | type[ReferenceMoments]]] = {
     "welford": RunningMoments,
     "reference": ReferenceMoments,
@@ -45,6 +47,7 @@ def calibrate(
     device: str = "cpu",
     dtype: str | None = None,
     chunk_sequences: int = 8,
+    removed: RemovedChannels | None = None,
     progress: Progress = no_progress,
 ) -> CalibrationStatistics:
     """Gather mean and variance of every channel that enters `o_proj` and `down_proj` (FLAP, section 3.2).
@@ -59,6 +62,9 @@ def calibrate(
         device: where to compute.
         dtype: precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU.
         chunk_sequences: sequences in memory at a time.
+        removed: says of every layer, from its statistics, which channels of both sites are held at zero before it
+            hands its outputs on, so that later layers see what the pruned ones give. None hands on what the dense layer
+            gives.
         progress: told after every layer.
 
     Raises:
@@ -66,11 +72,38 @@ def calibrate(
         TextError: the source is unusable or shorter than asked.
     """
     check_choice("statistics", statistics, ACCUMULATORS)
+    checkpoint, windows = calibration_windows(model, source, samples, sequence_length, seed, dtype)
+    sites: dict[tuple[int, CutSpace], SiteStatistics] = {}
+    sequences, length = windows.tokens.shape
+    with streamed(
+        checkpoint,
+        torch.from_numpy(windows.tokens),
+        dtype=compute_dtype(checkpoint, dtype, device),
+        device=device,
+        chunk_sequences=chunk_sequences,
+        progress=progress,
+    ) as stream:
+        for visited in stream:
+            with _observed(checkpoint, statistics, length, sites, visited.index, visited.layer):
+                visited.observe() if removed else visited.propagate()
+            if removed is not None:
+                _zero_columns(checkpoint, visited.layer, removed(visited.index, sites))
+                visited.propagate()
+    digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
+    return CalibrationStatistics(checkpoint.name, source, sequences, length, seed, statistics, sites, digests)
+
+
+def calibration_windows(
+    model: str | Path,
+    source: str,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int,
+    dtype: str | None = None,
+) -> tuple[Checkpoint, TokenWindows]:
+    """Open a dense model with all its weights in place, and read what it is calibrated on; see `calibrate`."""
     check_choice("dtype", dtype or "float32", DTYPES)
-    checkpoint = open_checkpoint(model)
-    if checkpoint.is_pruned:
-        raise ModelError(f"'{model}' is pruned already; prune the dense model at a higher ratio instead")
-    check_weights(meta_model(checkpoint, torch.float32), checkpoint)
+    checkpoint = open_dense(model)
     windows = read_windows(
         source,
         checkpoint.directory,
@@ -80,19 +113,20 @@ def calibrate(
         seed=seed,
         default_samples=DEFAULT_SAMPLES,
     )
-    sites: dict[tuple[int, CutSpace], SiteStatistics] = {}
-    sequences, length = windows.tokens.shape
-    run_layers(
-        checkpoint,
-        torch.from_numpy(windows.tokens),
-        partial(_observed, checkpoint, statistics, length, sites),
-        dtype=compute_dtype(checkpoint, dtype, device),
-        device=device,
-        chunk_sequences=chunk_sequences,
-        progress=progress,
-    )
-    digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
-    return CalibrationStatistics(checkpoint.name, source, sequences, length, statistics, sites, digests)
+    return checkpoint, windows
+
+
+def open_dense(model: str | Path) -> Checkpoint:
+    """A dense model whose weights are all there.
+
+    Raises:
+        ModelError: it is not, or it is pruned already.
+    """
+    checkpoint = open_checkpoint(model)
+    if checkpoint.is_pruned:
+        raise ModelError(f"'{model}' is pruned already; prune the dense model at a higher ratio instead")
+    check_weights(meta_model(checkpoint, torch.float32), checkpoint)
+    return checkpoint
 
 
 def compute_dtype(checkpoint: Checkpoint, dtype: str | None, device: str) -> torch.dtype:
@@ -130,6 +164,13 @@ def _observed(
     for space, module in restoring.items():
         sites[index, space] = _site(running[space], module.get_parameter("weight").to(torch.float64))
         _check_finite(sites[index, space], index, checkpoint.family.restoring(space).path)
+
+
+def _zero_columns(checkpoint: Checkpoint, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
+    """Let the restoring projections ignore channels."""
+    for space, channels in removed.items():
+        weight = layer.get_submodule(checkpoint.family.restoring(space).path).get_parameter("weight")
+        weight[:, channels.to(weight.device)] = 0
 
 
 def _site(running: RunningMoments | ReferenceMoments, weight: Tensor) -> SiteStatistics:

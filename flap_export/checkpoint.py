@@ -19,7 +19,8 @@ from flap_export.shapes import DecoderShape
 from flap_export.weights import INDEX_FILE, SINGLE_FILE
 
 MODELING_NAME: Final = "modeling_pruned.py"
-MAX_SHARD_BYTES: Final = 4 * 1024**3
+MAX_SHARD_BYTES: Final = 1024**3
+"""Tensors of a file are in memory together, twice while it is written."""
 COMPANIONS: Final = (
     "tokenizer*",
     "special_tokens_map.json",

@@ -1,17 +1,27 @@
 """Compensation: what the kept weights and a bias take over from the removed channels. Pure arithmetic.
 
-A new kind is one function and one row of `COMPENSATIONS`.
+X are the inputs of a restoring projection (o_proj or down_proj) with weight W, of which the channels K are kept and R
+removed. The bias alone restores the mean of W X; least squares lets the kept columns absorb what of the removed ones is
+linear in the kept inputs, at the same shapes and the same speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, final
 
 import torch
 from torch import Tensor
 
-CompensationName = Literal["none", "bias"]
+from flap_export.moments import RunningComoments
+
+CompensationName = Literal["none", "bias", "least-squares"]
+COMPENSATIONS: Final[tuple[CompensationName, ...]] = ("none", "bias", "least-squares")
+RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Shares of every kept channel's variance that are tried as its ridge."""
+DEFAULT_RIDGE: Final = 1e-2
+"""Where no sequences could be held out to choose by."""
 
 
 def bias_compensation(weight: Tensor, removed: Tensor, mean: Tensor) -> Tensor:
@@ -28,7 +38,106 @@ def bias_compensation(weight: Tensor, removed: Tensor, mean: Tensor) -> Tensor:
     return weight[:, removed].to(torch.float64) @ mean[removed]
 
 
-COMPENSATIONS: Final[Mapping[CompensationName, Callable[[Tensor, Tensor, Tensor], Tensor] | None]] = {
-    "none": None,
-    "bias": bias_compensation,
-}
+@final
+@dataclass(frozen=True)
+class Restored:
+    """A projection after its removed channels were absorbed."""
+
+    weight: Tensor
+    """[out, K]"""
+    bias: Tensor
+    """[out], to be added to the projection's own."""
+
+
+def least_squares(weight: Tensor, kept: Tensor, moments: RunningComoments, ridge: float) -> Restored:
+    """Restore W X from the kept inputs with the smallest squared error, and its mean exactly.
+
+        W'_K = W_K + W_R C_RK (C_KK + ridge diag(C_KK))^-1        b = W mean(X) - W'_K mean(X_K)
+
+    with C the inputs' covariance. A ridge on each channel's own variance, rather than one number for all, keeps its
+    meaning where single channels are a thousand times larger than the rest. No ridge makes the error larger than that
+    of the bias alone, on the tokens C is of.
+
+    Args:
+        weight: W [out, C], in the dtype and on the device of `moments`.
+        kept: int64 [K]; may be empty.
+        moments: of the inputs.
+        ridge: positive.
+    """
+    removed = complement(kept, weight.shape[1])
+    if not len(kept) or not len(removed):
+        restored = weight[:, kept]
+    else:
+        scale = _deviations(moments)
+        factor = _factor(_correlation(moments, scale, kept, kept), ridge)
+        absorbed = torch.cholesky_solve(_correlation(moments, scale, kept, removed), factor)
+        restored = weight[:, kept] + (weight[:, removed] * scale[removed]) @ absorbed.T / scale[kept]
+    return Restored(restored, weight @ moments.mean - restored @ moments.mean[kept])
+
+
+def _factor(correlation: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of a correlation matrix [K, K] with a ridge, which it grows until the working precision holds it.
+
+    Of fewer tokens than channels the matrix itself is singular.
+    """
+    diagonal, grown = correlation.diagonal(), 0.0
+    while True:
+        diagonal.add_(ridge - grown)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(correlation)
+        if not int(failed):
+            return factor
+        ridge, grown = max(ridge * 10, torch.finfo(correlation.dtype).eps), ridge
+
+
+def complement(kept: Tensor, channels: int) -> Tensor:
+    """The other indices of 0..channels-1, int64 and ascending."""
+    is_removed = torch.ones(channels, dtype=torch.bool, device=kept.device)
+    is_removed[kept] = False
+    return is_removed.nonzero().flatten()
+
+
+def _deviations(moments: RunningComoments) -> Tensor:
+    """Standard deviations times sqrt(count), [C]; one where a channel never varies."""
+    squares = moments.products.diagonal()
+    return torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt()
+
+
+def _correlation(moments: RunningComoments, scale: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Correlations [rows, columns] of the inputs; a channel that never varies has none, not even with itself."""
+    return moments.products[rows][:, columns].div_(scale[rows].unsqueeze(1)).div_(scale[columns])
+
+
+def reconstruction_error(weight: Tensor, restored: Restored, kept: Tensor, inputs: Tensor) -> float:
+    """Mean over tokens of |W x - W'_K x_K - b|^2.
+
+    Args:
+        weight: W [out, C].
+        restored: what stands for it.
+        kept: int64 [K].
+        inputs: x, [tokens, C] in the dtype of `weight`.
+    """
+    missing = inputs @ weight.T - inputs[:, kept] @ restored.weight.T - restored.bias
+    return float(missing.square().sum(dim=1).mean())
+
+
+def best_ridge(
+    weight: Tensor, kept: Tensor, moments: RunningComoments, held_out: Tensor, ridges: Sequence[float] = RIDGES
+) -> float:
+    """The ridge with the smallest reconstruction error on tokens that are not in `moments`.
+
+    Args:
+        weight: W [out, C].
+        kept: int64 [K].
+        moments: of the inputs.
+        held_out: other inputs, [tokens, C]; none leave the choice at `DEFAULT_RIDGE`.
+        ridges: to choose from.
+    """
+    if not len(held_out) or not 0 < len(kept) < weight.shape[1]:
+        return DEFAULT_RIDGE
+
+    def errors() -> Iterator[tuple[float, float]]:
+        for ridge in ridges:
+            yield reconstruction_error(weight, least_squares(weight, kept, moments, ridge), kept, held_out), ridge
+
+    return min(errors())[1]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from flap_export.loading import Checkpoint, materialize, meta_model, release
+from flap_export.loading import Checkpoint, materialize, meta_model, read_parameters, release
 from flap_export.storage import writing_errors
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +61,25 @@ class _Recorder(nn.Module):
 
 
 @final
+class _Replay(nn.Module):
+    """Stands in for a decoder layer: gives hidden states that were computed before, in the form its layer does."""
+
+    def __init__(self, layer: nn.Module, hidden_states: Tensor, gives_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        self._hidden_states, self._gives_tuple = hidden_states, gives_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        return (self._hidden_states,) if self._gives_tuple else self._hidden_states
+
+
+@final
 @dataclass(frozen=True)
 class _Chunk:
     rows: slice
@@ -67,93 +87,215 @@ class _Chunk:
     """Keyword arguments of every layer: masks and rotary embeddings of this chunk's shape."""
 
 
-def run_layers(
+@final
+@dataclass
+class LayerPass:
+    """One decoder layer with its weights in memory, and the hidden states that reach it."""
+
+    index: int
+    layer: nn.Module
+    hidden: Tensor
+    """[sequences, length, H]: the layer's inputs, until `propagate` puts its outputs in their place."""
+    chunks: list[_Chunk]
+    device: str
+    gives_tuple: bool = False
+
+    def outputs(self, hidden: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Run the layer chunk by chunk; hooks set on it see every chunk.
+
+        Args:
+            hidden: other inputs [sequences, length, H] than those that reach the layer, of as many of its first
+                sequences as there are.
+
+        Yields:
+            The chunk's sequences, and the layer's outputs for them on the device.
+        """
+        inputs = self.hidden if hidden is None else hidden
+        for chunk in self.chunks:
+            if chunk.rows.start >= len(inputs):
+                break
+            output = self.layer(inputs[chunk.rows].to(self.device), **chunk.arguments[self.index])
+            self.gives_tuple = isinstance(output, tuple)
+            yield chunk.rows, output[0] if isinstance(output, tuple) else output
+
+    def observe(self) -> None:
+        """Run the layer for the sake of its hooks."""
+        for _ in self.outputs():
+            pass
+
+    def propagate(self, hidden: Tensor | None = None) -> None:
+        """Run the layer and put its outputs in place of the inputs."""
+        target = self.hidden if hidden is None else hidden
+        for rows, output in self.outputs(target):
+            target[rows] = output.to("cpu")
+
+
+@final
+class LayerStream:
+    """A decoder that is walked through once, layer by layer; see `streamed`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokens: Tensor,
+        model: nn.Module,
+        folder: Path,
+        dtype: torch.dtype,
+        device: str,
+        chunk_sequences: int,
+        prefetch: bool,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint, self._tokens, self._model, self._folder = checkpoint, tokens, model, folder
+        self._dtype, self._device, self._prefetch, self._progress = dtype, device, prefetch, progress
+        self._states, self._gives_tuple = 0, False
+        self.hidden = self.new_states(len(tokens))
+        self._chunks = self._embed(chunk_sequences)
+
+    def new_states(self, sequences: int) -> Tensor:
+        """A tensor [sequences, length, H] that lives in a file, so that its pages can leave memory.
+
+        Raises:
+            OutputError: the temporary folder cannot hold it.
+        """
+        shape = (sequences, self._tokens.shape[1], self._checkpoint.shape.hidden_size)
+        elements = shape[0] * shape[1] * shape[2]
+        path = self._folder / f"hidden_states_{self._states}"
+        self._states += 1
+        with writing_errors(path), path.open("wb") as file:
+            # Claimed now: a disk that fills up under a mapped file ends the process without an error.
+            os.posix_fallocate(file.fileno(), 0, elements * self._dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=elements, dtype=self._dtype).view(shape)
+
+    def __iter__(self) -> Iterator[LayerPass]:
+        """Every layer in turn with its weights in memory; whoever visits it has to propagate the hidden states.
+
+        Raises:
+            ModelError: weights are missing or hold NaN.
+        """
+        layers = self._layers()
+        with ThreadPoolExecutor(1) if self._prefetch else nullcontext() as executor:
+            read = self._reader(executor, 0)
+            for index, layer in enumerate(layers):
+                parameters = read()
+                if index + 1 < len(layers):
+                    read = self._reader(executor, index + 1)
+                materialize(layer, parameters, dtype=self._dtype, device=self._device)
+                del parameters
+                visited = LayerPass(index, layer, self.hidden, self._chunks, self._device)
+                yield visited
+                self._gives_tuple = visited.gives_tuple
+                release(layer)
+                self._progress("layers", index + 1, len(layers))
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits [B, length, V] of one chunk of sequences after the other, by the model's own last norm and head.
+
+        Args:
+            hidden: what the last layer gave, [sequences, length, H].
+        """
+        family, layers = self._checkpoint.family, self._layers()
+        around = self._around_layers()
+        if self._checkpoint.shape.tied_embeddings:
+            embedding, head = (self._model.get_submodule(path) for path in (family.embedding, family.head))
+            head.register_parameter("weight", embedding.get_parameter("weight"))
+        else:
+            around[family.head] = self._model.get_submodule(family.head)
+            self._materialize({family.head: around[family.head]})
+        for chunk in self._chunks:
+            if chunk.rows.start >= len(hidden):
+                break
+            states = hidden[chunk.rows].to(self._device)
+            replays = [_Replay(layer, states, self._gives_tuple) for layer in layers]
+            self._model.set_submodule(family.layers, nn.ModuleList(replays))
+            try:
+                tokens = self._tokens[chunk.rows.start : chunk.rows.start + len(states)].to(self._device)
+                yield self._model(input_ids=tokens, use_cache=False).logits
+            finally:
+                self._model.set_submodule(family.layers, layers)
+
+    def _reader(self, executor: Executor | None, index: int) -> Callable[[], Iterable[tuple[str, Tensor]]]:
+        """How to get the parameters of one layer: read by another thread meanwhile, or when asked."""
+        prefix = f"{self._checkpoint.family.layers}.{index}"
+        parameters = read_parameters(self._layers()[index], prefix, self._checkpoint.weights)
+        return (lambda: parameters) if executor is None else executor.submit(list, parameters).result
+
+    def _layers(self) -> nn.ModuleList:
+        layers = self._model.get_submodule(self._checkpoint.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def _around_layers(self) -> dict[str, nn.Module]:
+        """The decoder's modules beside its layers, with their weights in memory: embeddings and the last norm."""
+        family, layers = self._checkpoint.family, self._layers()
+        decoder = self._model.get_submodule(family.decoder)
+        around = {
+            f"{family.decoder}.{name}": module for name, module in decoder.named_children() if module is not layers
+        }
+        self._materialize(around)
+        return around
+
+    def _materialize(self, modules: dict[str, nn.Module]) -> None:
+        for path, module in modules.items():
+            parameters = read_parameters(module, path, self._checkpoint.weights)
+            materialize(module, parameters, dtype=self._dtype, device=self._device)
+            module.to(self._device)
+
+    def _embed(self, chunk_sequences: int) -> list[_Chunk]:
+        """Fill `hidden` with the embeddings; returns the chunks with the arguments each layer gets."""
+        layers, layers_path = self._layers(), self._checkpoint.family.layers
+        around = self._around_layers()
+        decoder = self._model.get_submodule(self._checkpoint.family.decoder)
+        chunks: list[_Chunk] = []
+        arguments_by_size: dict[int, list[dict[str, Any]]] = {}
+        for start in range(0, len(self._tokens), chunk_sequences):
+            rows = slice(start, min(start + chunk_sequences, len(self._tokens)))
+            calls: list[dict[str, Any]] = []
+            embedded: list[Tensor] = []
+            last = len(layers) - 1
+            recorders = [_Recorder(layer, calls, embedded, index == last) for index, layer in enumerate(layers)]
+            self._model.set_submodule(layers_path, nn.ModuleList(recorders))
+            try:
+                decoder(input_ids=self._tokens[rows].to(self._device), use_cache=False)
+            except _EmbeddingDone:
+                self.hidden[rows] = embedded[0].to("cpu")
+            finally:
+                self._model.set_submodule(layers_path, layers)
+            # All chunks but the last have the same shape, and so the same masks and rotary embeddings.
+            chunks.append(_Chunk(rows, arguments_by_size.setdefault(rows.stop - rows.start, calls)))
+        for module in around.values():
+            release(module)
+        return chunks
+
+
+@contextmanager
+def streamed(
     checkpoint: Checkpoint,
     tokens: Tensor,
-    visit: Callable[[int, nn.Module], Any],
     *,
     dtype: torch.dtype,
     device: str,
     chunk_sequences: int = 8,
+    prefetch: bool | None = None,
     progress: Progress = no_progress,
-) -> None:
-    """Propagate `tokens` through all decoder layers, calling `visit(index, layer)` before each layer runs.
+) -> Iterator[LayerStream]:
+    """Walk through all decoder layers, with what each makes of `tokens` handed to the next; without gradients.
 
     Args:
         checkpoint: the model; its weights are read layer by layer.
         tokens: int64 [sequences, length].
-        visit: a context-manager factory around each layer's run; the layer's weights are in memory there, and hooks
-            it sets see every chunk.
         dtype: precision to compute in.
         device: where to compute.
         chunk_sequences: sequences per chunk.
+        prefetch: read the next layer's weights while one computes, at the price of a second layer in memory; None
+            does so where the device has a memory of its own.
         progress: told after every layer.
 
     Raises:
         ModelError: weights are missing or hold NaN.
         OutputError: the temporary folder cannot hold the hidden states.
     """
+    ahead = device != "cpu" if prefetch is None else prefetch
     model = meta_model(checkpoint, dtype)
-    layers = model.get_submodule(checkpoint.family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    with _hidden_states(tokens.shape, checkpoint.shape.hidden_size, dtype) as hidden, torch.no_grad():
-        chunks = _embed(model, checkpoint, tokens, hidden, dtype, device, chunk_sequences)
-        for index, layer in enumerate(layers):
-            materialize(layer, f"{checkpoint.family.layers}.{index}", checkpoint.weights, dtype=dtype, device=device)
-            with visit(index, layer):
-                for chunk in chunks:
-                    output = layer(hidden[chunk.rows].to(device), **chunk.arguments[index])
-                    hidden[chunk.rows] = (output[0] if isinstance(output, tuple) else output).to("cpu")
-            release(layer)
-            progress("layers", index + 1, len(layers))
-
-
-@contextmanager
-def _hidden_states(shape: torch.Size, hidden_size: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor [sequences, length, H] that lives in a file, so that its pages can leave memory."""
-    elements = shape[0] * shape[1] * hidden_size
-    with tempfile.TemporaryDirectory(prefix="flap-export-") as folder:
-        path = Path(folder) / "hidden_states"
-        with writing_errors(path), path.open("wb") as file:
-            # Claimed now: a disk that fills up under a mapped file ends the process without an error.
-            os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)
-        yield torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(*shape, hidden_size)
-
-
-def _embed(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    tokens: Tensor,
-    hidden: Tensor,
-    dtype: torch.dtype,
-    device: str,
-    chunk_sequences: int,
-) -> list[_Chunk]:
-    """Fill `hidden` with the embeddings; returns the chunks with the arguments each layer gets."""
-    family = checkpoint.family
-    decoder, layers_name = model.get_submodule(family.decoder), family.layers.removeprefix(f"{family.decoder}.")
-    layers = decoder.get_submodule(layers_name)
-    assert isinstance(layers, nn.ModuleList)
-    around = {name: module for name, module in decoder.named_children() if module is not layers}
-    for name, module in around.items():
-        materialize(module, f"{family.decoder}.{name}", checkpoint.weights, dtype=dtype, device=device)
-        module.to(device)
-    chunks: list[_Chunk] = []
-    arguments_by_size: dict[int, list[dict[str, Any]]] = {}
-    for start in range(0, len(tokens), chunk_sequences):
-        rows = slice(start, min(start + chunk_sequences, len(tokens)))
-        calls: list[dict[str, Any]] = []
-        embedded: list[Tensor] = []
-        recorders = [_Recorder(layer, calls, embedded, index == len(layers) - 1) for index, layer in enumerate(layers)]
-        decoder.set_submodule(layers_name, nn.ModuleList(recorders))
-        try:
-            decoder(input_ids=tokens[rows].to(device), use_cache=False)
-        except _EmbeddingDone:
-            hidden[rows] = embedded[0].to("cpu")
-        finally:
-            decoder.set_submodule(layers_name, layers)
-        # All chunks but the last have the same shape, and so the same masks and rotary embeddings.
-        chunks.append(_Chunk(rows, arguments_by_size.setdefault(rows.stop - rows.start, calls)))
-    for module in around.values():
-        release(module)
-    return chunks
+    with tempfile.TemporaryDirectory(prefix="flap-export-") as folder, torch.no_grad():
+        yield LayerStream(checkpoint, tokens, model, Path(folder), dtype, device, chunk_sequences, ahead, progress)

@@ -6,7 +6,7 @@ Our own pruned checkpoints are read through their configuration, never by runnin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -66,7 +66,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
     is_pruned = model_type.startswith(PRUNED_PREFIX)
     family = family_of(model_type.removeprefix(PRUNED_PREFIX))
-    config = _dense_config(raw, family, directory)
+    config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
     if is_pruned:
         shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
@@ -107,7 +107,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def _dense_config(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
+def config_from(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
+    """The family's transformers configuration with the values of a `config.json`.
+
+    Raises:
+        ModelError: transformers takes them for no valid configuration; the message names `directory`.
+    """
     from transformers import AutoConfig
 
     own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}
@@ -230,25 +235,31 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
 
 
-def materialize(
-    module: nn.Module, prefix: str, weights: Weights, *, dtype: torch.dtype, device: str | torch.device
-) -> None:
-    """Read the parameters of `module` (named `prefix` in the checkpoint) from disk into memory.
+def read_parameters(module: nn.Module, prefix: str, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `module` (named `prefix` in the checkpoint) as they lie on disk, with their names within it.
 
     Raises:
-        ModelError: a tensor holds NaN or infinity.
+        ModelError: a tensor is missing, or holds NaN or infinity.
     """
-    for name, parameter in list(module.named_parameters()):
-        full_name = f"{prefix}.{name}" if prefix else name
-        tensor = weights.finite(full_name).to(device=device, dtype=dtype)
+    for name in [name for name, _ in module.named_parameters()]:
+        yield name, weights.finite(f"{prefix}.{name}" if prefix else name)
+
+
+def materialize(
+    module: nn.Module, parameters: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Give the parameters of `module` the values that `read_parameters` found."""
+    for name, tensor in parameters:
         owner_path, _, leaf = name.rpartition(".")
-        module.get_submodule(owner_path).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        del parameter
+        value = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        module.get_submodule(owner_path).register_parameter(leaf, value)
 
 
 def release(module: nn.Module) -> None:
-    """Send the parameters of `module` back to the meta device."""
-    module.to_empty(device="meta")
+    """Send the parameters of `module` back to the meta device; buffers stay, for no checkpoint holds them."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            owner.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
@@ -263,7 +274,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
     family = checkpoint.family
     if checkpoint.shape.tied_embeddings:
         model.get_submodule(family.head).register_parameter("weight", None)
-    materialize(model, "", checkpoint.weights, dtype=dtype, device=device)
+    materialize(model, read_parameters(model, "", checkpoint.weights), dtype=dtype, device=device)
     if checkpoint.shape.tied_embeddings:
         embedding = model.get_submodule(family.embedding)
         model.get_submodule(family.head).register_parameter("weight", embedding.get_parameter("weight"))

@@ -1,4 +1,4 @@
-"""Running mean and variance per channel, exact for any chunking.
+"""Running mean, variance and covariance of channels, exact for any chunking.
 
 Pairwise update of Chan, Golub and LeVeque (1979), which is Welford's for chunks of one; float64 throughout, so that
 neither half-precision inputs nor millions of tokens lose digits.
@@ -84,3 +84,36 @@ class RunningMoments:
     def square_norm(self) -> Tensor:
         """Sum of squares, float64 [C]."""
         return self._moments.square_norm
+
+
+@final
+class RunningComoments:
+    """Mean and covariance of everything seen so far, in one matrix that is updated in place.
+
+    Each chunk is centred at its own mean before it is multiplied: a mean far above the deviation costs no digits.
+    """
+
+    def __init__(
+        self, channels: int, *, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
+    ) -> None:
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=dtype, device=device)
+        self._products = torch.zeros(channels, channels, dtype=dtype, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in a chunk [..., C]."""
+        values = inputs.reshape(-1, inputs.shape[-1]).to(self.mean.dtype)
+        if not len(values):
+            return
+        mean, before, after = values.mean(dim=0), self.count, self.count + len(values)
+        centred = values - mean
+        delta = mean - self.mean
+        self._products.addmm_(centred.T, centred)
+        self._products.addr_(delta, delta, alpha=before * len(values) / after)
+        self.mean.add_(delta, alpha=len(values) / after)
+        self.count = after
+
+    @property
+    def products(self) -> Tensor:
+        """Sums over tokens of the centred products, [C, C]; `count` times the covariance, not a copy."""
+        return self._products

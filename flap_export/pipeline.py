@@ -21,20 +21,20 @@ from typing import Any, ClassVar, Final, final
 from flap_export import __version__
 from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
 from flap_export.building import BuildOptions, build
-from flap_export.calibration import calibrate
 from flap_export.errors import FlapExportError, GateBreachedError, OutputError
 from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
+from flap_export.evidence import Evidence, evidence_options, gather
 from flap_export.exporting import export
 from flap_export.ideal import Phase
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
 from flap_export.manifest import FileEntry, listed_files, write_manifest
+from flap_export.methods import resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
-from flap_export.pruning import check_ratio, prune_with
+from flap_export.pruning import prune_with
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.engines import ENGINES
-from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics
 from flap_export.storage import Record, check_output, digest_of_json, write_text, writing_errors
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
@@ -119,7 +119,7 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
         InputError: the recipe's model, texts or budget cannot be used, or `output` holds something else.
         MissingRequirementError: a package or device is not there.
     """
-    check_ratio(recipe.prune.ratio)
+    resolved(recipe.prune)
     directory = Path(output)
     check_output(directory, RUN_NAME)
     current = Run(recipe, directory, progress)
@@ -222,33 +222,23 @@ def _input_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def _calibrate(current: Run) -> None:
-    section = current.recipe.calibrate
-    statistics = calibrate(
-        current.recipe.model,
-        section.source,
-        samples=section.samples,
-        sequence_length=section.sequence_length,
-        seed=section.seed,
-        statistics=section.statistics,
-        device=current.recipe.device,
-        dtype=section.dtype,
-        progress=current.progress,
-    )
-    statistics.save(current.directory / CALIBRATION_FOLDER / STATISTICS_NAME)
+    recipe, folder = current.recipe, current.directory / CALIBRATION_FOLDER
+    options = resolved(recipe.prune)
+    evidence = gather(recipe.model, recipe.calibrate, options, device=recipe.device, progress=current.progress)
+    shutil.rmtree(folder, ignore_errors=True)
+    evidence.save(folder)
 
 
 def _prune(current: Run) -> None:
-    section = current.recipe.prune
-    statistics = CalibrationStatistics.load(current.directory / CALIBRATION_FOLDER / STATISTICS_NAME)
+    recipe = current.recipe
     plan = prune_with(
-        current.recipe.model,
+        recipe.model,
         current.directory / CHECKPOINT_FOLDER,
-        statistics,
-        ratio=section.ratio,
-        metric=section.metric,
-        structure=section.structure,
-        compensation=section.compensation,
-        remove_heads=section.remove_heads,
+        Evidence.load(current.directory / CALIBRATION_FOLDER),
+        recipe.prune,
+        device=recipe.device,
+        dtype=recipe.calibrate.dtype,
+        progress=current.progress,
     )
     plan.save(current.directory / PLAN_NAME)
 
@@ -353,9 +343,14 @@ def _dump(section: str, *more: str) -> Callable[[Recipe], Any]:
     return options
 
 
+def _calibration_options(recipe: Recipe) -> Any:
+    """What evidence depends on: not the ratio, unless the method prunes while it calibrates."""
+    return {**_dump("calibrate", "device")(recipe), "method": evidence_options(recipe.prune).model_dump(mode="json")}
+
+
 STAGES: Final = (
-    Stage("calibrate", ("model", "calibration text"), (CALIBRATION_FOLDER,), _dump("calibrate", "device"), _calibrate),
-    Stage("prune", ("model", "calibrate"), (CHECKPOINT_FOLDER, PLAN_NAME), _dump("prune"), _prune),
+    Stage("calibrate", ("model", "calibration text"), (CALIBRATION_FOLDER,), _calibration_options, _calibrate),
+    Stage("prune", ("model", "calibrate"), (CHECKPOINT_FOLDER, PLAN_NAME), _dump("prune", "device"), _prune),
     Stage("export-dense", ("model",), (DENSE_FOLDER,), _dump("export"), _export_dense),
     Stage("export", ("prune",), (PRUNED_FOLDER,), _dump("export"), _export_pruned),
     Stage(

@@ -1,22 +1,36 @@
-"""Stage `prune`: score, allocate, rewrite and save, from calibration statistics or from scratch."""
+"""Stage `prune`: choose what goes, restore, rewrite and save, from a method's evidence or from scratch."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from flap_export.allocation import STRUCTURES, Selection, StructureName, allocate
-from flap_export.calibration import calibrate
+import torch
+from torch import Tensor
+
+from flap_export.allocation import Selection, StructureName, allocate, allocate_by_loss, allocate_ladders
+from flap_export.calibration import compute_dtype
 from flap_export.checkpoint import write_checkpoint
-from flap_export.compensation import COMPENSATIONS, CompensationName
-from flap_export.errors import BudgetError, InputError, check_choice
+from flap_export.compensation import CompensationName
+from flap_export.errors import BudgetError, InputError, TextError
+from flap_export.evidence import CalibrationText, Evidence, gather
+from flap_export.ladders import HeadUnits
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.manifest import write_manifest
-from flap_export.plan import PLAN_NAME, PruningPlan
-from flap_export.rewriting import rewrite
-from flap_export.scoring import METRICS, MetricName, score
-from flap_export.statistics import STATISTICS_NAME, CalibrationStatistics, StatisticsName
-from flap_export.storage import check_output, new_directory
+from flap_export.methods import MethodName, PruneOptions, resolved
+from flap_export.plan import PLAN_NAME, LayerPlan, PruningPlan, Ratio
+from flap_export.restoring import cut_only, fitted_restorer, mean_restorer, restore
+from flap_export.rewriting import Restore, rewrite
+from flap_export.scoring import LayerScores, MetricName, score
+from flap_export.sensitivity import Sensitivity
+from flap_export.shapes import DecoderShape
+from flap_export.statistics import CalibrationStatistics, StatisticsName
+from flap_export.stock import Layout, allowed_heads, stock_config, write_stock_checkpoint
+from flap_export.storage import check_output, new_directory, validated
+from flap_export.text import read_windows
 
 
 def prune(
@@ -24,11 +38,17 @@ def prune(
     output: str | Path,
     *,
     ratio: float,
-    calibration: str,
-    metric: MetricName = "wifv",
-    structure: StructureName = "al-am",
-    compensation: CompensationName = "bias",
+    calibration: str | None = None,
+    method: MethodName = "flap",
+    metric: MetricName | None = None,
+    structure: StructureName | None = None,
+    square_attention: bool | None = None,
+    compensation: CompensationName | None = None,
+    sequential: bool = False,
     remove_heads: int = 0,
+    head_units: HeadUnits = "groups",
+    align_channels: int = 1,
+    layout: Layout = "uneven",
     statistics: StatisticsName = "welford",
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -37,21 +57,28 @@ def prune(
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> PruningPlan:
-    """Prune a dense causal LM with FLAP and save the smaller checkpoint, its plan and its statistics.
+    """Prune a dense causal LM and save the smaller checkpoint, its plan and what the plan came from.
 
     Args:
         model: a dense model directory or hub name.
         output: the directory to make; an older checkpoint of this tool there is replaced once the new one is whole.
         ratio: share of the decoder's attention and FFN weights that goes, in (0, 1).
-        calibration: a text source, see `flap_export.text`.
+        calibration: a text source, see `flap_export.text`; `magnitude` and `random` do without.
+        method: a row of `flap_export.methods`; what follows is None for what the method itself does.
         metric: importance of a channel, see `flap_export.scoring`.
         structure: how the budget is spread, see `flap_export.allocation`.
+        square_attention: square attention scores before they are standardised; None does so with the statistics
+            `reference`, whose code does.
         compensation: see `flap_export.compensation`.
+        sequential: fit least squares to the inputs that the already pruned layers give.
         remove_heads: query heads that go, for the structures `al-mm` and `ul-mm`.
+        head_units: whole KV groups, or one query head of every group at a time; see `flap_export.ladders`.
+        align_channels: FFN widths that are left are multiples of this.
+        layout: `uneven`, or `stock` for the same counts in every layer, loadable by the family's own classes.
         statistics: `welford` is exact; `reference` reproduces the official code, its choice of units included.
         samples: calibration sequences.
         sequence_length: tokens of one sequence.
-        seed: chooses the sequences of a longer text.
+        seed: chooses the sequences of a longer text, and the units of the method `random`.
         device: where to calibrate.
         dtype: precision to calibrate in.
         progress: told after every layer.
@@ -59,121 +86,256 @@ def prune(
     Raises:
         InputError: one of its kinds, for an unusable model, text, budget or output directory.
     """
-    check_ratio(ratio)
-    for what, value, known in (
-        ("metric", metric, METRICS),
-        ("structure", structure, STRUCTURES),
-        ("compensation", compensation, COMPENSATIONS),
-    ):
-        check_choice(what, value, known)
+    options = validated(
+        PruneOptions,
+        {
+            "ratio": ratio,
+            "method": method,
+            "metric": metric,
+            "structure": structure,
+            "square_attention": square_attention,
+            "compensation": compensation,
+            "sequential": sequential,
+            "remove_heads": remove_heads,
+            "head_units": head_units,
+            "align_channels": align_channels,
+            "layout": layout,
+            "seed": seed,
+        },
+    )
+    options = resolved(options)
+    values = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "statistics": statistics}
+    text = validated(CalibrationText, {"source": calibration or "", "dtype": dtype, **values})
     check_output(Path(output), PLAN_NAME)
-    gathered = calibrate(
-        model,
-        calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        statistics=statistics,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )
-    return prune_with(
-        model,
-        output,
-        gathered,
-        ratio=ratio,
-        metric=metric,
-        structure=structure,
-        compensation=compensation,
-        remove_heads=remove_heads,
-    )
+    evidence = gather(model, text if calibration else None, options, device=device, progress=progress)
+    return prune_with(model, output, evidence, options, device=device, dtype=dtype, progress=progress)
 
 
 def prune_with(
     model: str | Path,
     output: str | Path,
-    statistics: CalibrationStatistics,
+    evidence: Evidence,
+    options: PruneOptions,
     *,
-    ratio: float,
-    metric: MetricName = "wifv",
-    structure: StructureName = "al-am",
-    compensation: CompensationName = "bias",
-    remove_heads: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Progress = no_progress,
 ) -> PruningPlan:
-    """Prune with statistics that were gathered before; the other arguments are those of `prune`."""
-    check_ratio(ratio)
+    """Prune by what was gathered before; see `prune` and `flap_export.evidence.gather`."""
+    options = resolved(options)
     dense = open_checkpoint(model)
     check_weights(meta_model(dense, dense.dtype), dense)
-    _check_statistics(statistics, dense)
-    plan = make_plan(
-        dense,
-        statistics,
-        ratio=ratio,
-        metric=metric,
-        structure=structure,
-        compensation=compensation,
-        remove_heads=remove_heads,
-    )
-    check_choice("compensation", compensation, COMPENSATIONS)
-    restore = COMPENSATIONS[compensation]
-    shape = plan.pruned_shape(dense.shape, compensated=restore is not None)
+    _check_evidence(evidence, dense)
+    plan = make_plan(dense, evidence, options)
+    shape = plan.pruned_shape(dense.shape, compensated=options.compensation != "none")
+    write = write_checkpoint
+    if options.layout == "stock":
+        stock_config(dense, shape)
+        write = write_stock_checkpoint
     with new_directory(Path(output), PLAN_NAME) as directory:
-        write_checkpoint(directory, dense, plan, shape, rewrite(dense, plan, statistics, restore))
-        statistics.save(directory / STATISTICS_NAME)
+        with _restorer(dense, plan, evidence, options, device, dtype, progress) as restorer:
+            write(directory, dense, plan, shape, rewrite(dense, plan, restorer))
+        evidence.save(directory)
         write_manifest(directory, digests=plan.digests)
     return plan
 
 
-def make_plan(
-    dense: Checkpoint,
-    statistics: CalibrationStatistics,
-    *,
-    ratio: float,
-    metric: MetricName,
-    structure: StructureName,
-    compensation: CompensationName,
-    remove_heads: int = 0,
-) -> PruningPlan:
-    """Score and allocate, without touching a weight."""
-    follows_code = statistics.kind == "reference"
-    scores = score(statistics, dense.shape, metric, square_attention=follows_code)
-    selection: Selection = "reference" if follows_code else "exact"
-    layers, achieved = allocate(scores, dense.shape, ratio, structure, remove_heads=remove_heads, selection=selection)
+def make_plan(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> PruningPlan:
+    """Choose what goes, without touching a weight.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        PlanError: the evidence is of another model.
+    """
+    options = resolved(options)
+    if evidence.sensitivity is not None and options.row.basis == "sensitivity":
+        if evidence.sensitivity.head_units != options.head_units:
+            raise InputError(
+                f"the losses were measured for the head units {evidence.sensitivity.head_units}, asked are "
+                f"{options.head_units}; measure again"
+            )
+        layers, achieved = _by_losses(dense, evidence.sensitivity, options)
+    else:
+        layers, achieved = _by_scores(dense, evidence, options)
     return PruningPlan(
         model=dense.name,
         family=dense.family.model_type,
         ratio=achieved,
-        method={
-            "method": "flap",
-            "metric": metric,
-            "structure": structure,
-            "compensation": compensation,
-            "remove_heads": remove_heads if structure.endswith("-mm") else None,
-            "statistics": statistics.kind,
-            "calibration": statistics.source,
-            "samples": statistics.sequences,
-            "sequence_length": statistics.sequence_length,
-        },
+        method=_described(options, evidence),
         layers=layers,
-        digests=dict(statistics.digests),
+        digests=dict(evidence.digests),
     )
 
 
-def check_ratio(ratio: float) -> None:
-    """Whether `ratio` lies in (0, 1).
+def _by_losses(
+    dense: Checkpoint, sensitivity: Sensitivity, options: PruneOptions
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    ladders, align = sensitivity.ladders(dense.shape, options.align_channels), options.align_channels
+    if options.structure is None:
+        return allocate_by_loss(ladders, dense.shape, options.ratio, align_channels=align)
+    return allocate_ladders(
+        ladders,
+        dense.shape,
+        options.ratio,
+        options.structure,
+        align_channels=align,
+        allowed_heads=_allowed_heads(dense, options),
+    )
+
+
+def _allowed_heads(dense: Checkpoint, options: PruneOptions) -> tuple[int, ...] | None:
+    return allowed_heads(dense) if options.layout == "stock" else None
+
+
+def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    shape = dense.shape
+    follows_code = evidence.statistics is not None and evidence.statistics.kind == "reference"
+    selection: Selection = "reference" if follows_code else "exact"
+    scores = evidence.scores
+    if scores is None:
+        assert evidence.statistics is not None
+        assert options.metric is not None
+        squares = follows_code if options.square_attention is None else options.square_attention
+        scores = score(evidence.statistics, shape, options.metric, square_attention=squares)
+    if options.row.spares_ends:
+        return _between_ends(shape, scores, options)
+    assert options.structure is not None
+    return allocate(
+        scores,
+        shape,
+        options.ratio,
+        options.structure,
+        remove_heads=options.remove_heads,
+        selection=selection,
+        head_units=options.head_units,
+        align_channels=options.align_channels,
+        allowed_heads=_allowed_heads(dense, options),
+    )
+
+
+def _between_ends(
+    shape: DecoderShape, scores: tuple[LayerScores, ...], options: PruneOptions
+) -> tuple[tuple[LayerPlan, ...], Ratio]:
+    """Allocate within the middle layers; LLM-Pruner spares the first four and the last two of LLaMA-7B's 32."""
+    count = len(shape.layers)
+    first, last = (max(round(count * share), 1) if count > 2 else 0 for share in (4 / 32, 2 / 32))
+    middle = slice(first, count - last)
+    inner = shape.model_copy(update={"layers": shape.layers[middle]})
+    share = options.ratio * shape.decoder_parameters / inner.decoder_parameters
+    if share >= 1:
+        raise BudgetError(
+            f"{options.method} spares the first {first} and the last {last} of {count} layers, the others hold less "
+            f"than a ratio of {options.ratio}; ask for less"
+        )
+    assert options.structure is not None
+    plans, found = allocate(
+        scores[middle],
+        inner,
+        share,
+        options.structure,
+        remove_heads=options.remove_heads,
+        head_units=options.head_units,
+        align_channels=options.align_channels,
+    )
+    achieved = found.achieved * inner.decoder_parameters / shape.decoder_parameters
+    whole = [
+        LayerPlan(
+            layer=index,
+            query_heads=tuple(range(layer.query_heads)),
+            kv_heads=tuple(range(layer.kv_heads)),
+            ffn_channels=tuple(range(layer.ffn_channels)),
+        )
+        for index, layer in enumerate(shape.layers)
+    ]
+    whole[middle] = [plan.model_copy(update={"layer": first + plan.layer}) for plan in plans]
+    return tuple(whole), Ratio(requested=options.ratio, achieved=achieved, reason=found.reason)
+
+
+def _described(options: PruneOptions, evidence: Evidence) -> dict[str, str | int | float | bool | None]:
+    text = evidence.text
+    return {
+        "method": options.method,
+        "metric": options.metric,
+        "structure": options.structure,
+        "square_attention": options.square_attention,
+        "compensation": options.compensation,
+        "sequential": options.sequential,
+        "remove_heads": options.remove_heads if (options.structure or "").endswith("-mm") else None,
+        "head_units": options.head_units,
+        "align_channels": options.align_channels,
+        "layout": options.layout,
+        "seed": options.seed if options.method == "random" else None,
+        "statistics": evidence.statistics.kind if evidence.statistics is not None else None,
+        "calibration": text.source if text is not None else None,
+        "samples": text.samples if text is not None else None,
+        "sequence_length": text.sequence_length if text is not None else None,
+    }
+
+
+@contextmanager
+def _restorer(
+    dense: Checkpoint,
+    plan: PruningPlan,
+    evidence: Evidence,
+    options: PruneOptions,
+    device: str,
+    dtype: str | None,
+    progress: Progress,
+) -> Iterator[Restore]:
+    """What stands for the removed channels; fitted weights live as long as the block."""
+    if options.compensation == "none":
+        yield cut_only
+    elif options.compensation == "bias":
+        yield mean_restorer(_means(evidence))
+    else:
+        with tempfile.TemporaryDirectory(prefix="flap-export-") as folder:
+            yield fitted_restorer(
+                restore(
+                    dense,
+                    plan,
+                    calibration_tokens(dense, evidence),
+                    Path(folder),
+                    sequential=options.sequential,
+                    dtype=compute_dtype(dense, dtype, device),
+                    device=device,
+                    progress=progress,
+                )
+            )
+
+
+def _means(evidence: Evidence) -> CalibrationStatistics:
+    if evidence.statistics is None:
+        raise InputError("what was gathered holds no means to compensate by; calibrate again with this compensation")
+    return evidence.statistics
+
+
+def calibration_tokens(dense: Checkpoint, evidence: Evidence) -> Tensor:
+    """The very tokens that were calibrated on, int64 [sequences, length].
 
     Raises:
-        BudgetError: it does not.
+        InputError: nothing was calibrated on.
+        TextError: the text has changed since, or is gone.
     """
-    if not 0 < ratio < 1:
-        raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
+    if evidence.text is None:
+        raise InputError("least squares needs calibration text; calibrate again and name one")
+    text = evidence.text
+    windows = read_windows(
+        text.source,
+        dense.directory,
+        dense.shape.vocabulary_size,
+        sequence_length=text.sequence_length,
+        samples=text.samples,
+        seed=text.seed,
+    )
+    if windows.digest != evidence.digests.get("calibration"):
+        raise TextError(f"the text '{text.source}' is not what was calibrated on any more; calibrate again")
+    return torch.from_numpy(windows.tokens)
 
 
-def _check_statistics(statistics: CalibrationStatistics, dense: Checkpoint) -> None:
-    found, required = statistics.digests.get("weights"), dense.weights.digest
+def _check_evidence(evidence: Evidence, dense: Checkpoint) -> None:
+    found, required = evidence.digests.get("weights"), dense.weights.digest
     if found != required:
         raise InputError(
-            f"the calibration statistics are of other weights than '{dense.name}' (digest {str(found)[:12]} against "
+            f"what was gathered is of other weights than '{dense.name}' (digest {str(found)[:12]} against "
             f"{required[:12]}); calibrate again"
         )

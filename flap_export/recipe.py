@@ -10,45 +10,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flap_export.allocation import StructureName
 from flap_export.artifact import DtypeName
 from flap_export.building.flavours import Flavour
-from flap_export.compensation import CompensationName
 from flap_export.errors import RecipeError
-from flap_export.scoring import MetricName
-from flap_export.statistics import StatisticsName
+from flap_export.evidence import CalibrationText
+from flap_export.methods import PruneOptions
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CalibrateSection(Section):
-    """Stage `calibrate`."""
-
-    source: str
-    """A text source, see `flap_export.text`."""
-    samples: int | None = Field(default=None, gt=0)
-    sequence_length: int | None = Field(default=None, gt=1)
-    seed: int = 0
-    statistics: StatisticsName = "welford"
-    """Exact, or as the official code computes them, its choice of units included."""
-    dtype: DtypeName | None = None
-    """Precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU."""
-
-
-class PruneSection(Section):
-    """Stages `score`, `allocate` and `rewrite`."""
-
-    ratio: float
-    """Share of the decoder's attention and FFN weights that goes, in (0, 1)."""
-    metric: MetricName = "wifv"
-    structure: StructureName = "al-am"
-    compensation: CompensationName = "bias"
-    remove_heads: int = Field(default=0, ge=0)
-    """Query heads that go, for the structures al-mm and ul-mm."""
 
 
 class ExportSection(Section):
@@ -125,8 +97,8 @@ class Recipe(Section):
 
     model: str
     device: Literal["cpu", "cuda"] = "cpu"
-    calibrate: CalibrateSection
-    prune: PruneSection
+    calibrate: CalibrationText
+    prune: PruneOptions
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
     build: BuildSection = BuildSection()

@@ -64,7 +64,7 @@ def removed_units(
             "the reference code prunes query, key and value heads by one mask and knows no grouped queries; "
             "use --statistics welford for this model"
         )
-    heads = np.stack([layer.kv_groups.numpy() for layer in scores])
+    heads = np.stack([layer.query_heads.numpy() for layer in scores])
     channels = np.stack([layer.ffn_channels.numpy() for layer in scores])
     head_count, channel_count = _counts(shape, ratio, structure, remove_heads)
     if structure == "al-am":

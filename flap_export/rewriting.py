@@ -16,9 +16,11 @@ from flap_export.families import Family, Projection, Space
 from flap_export.loading import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.shapes import DecoderShape
-from flap_export.statistics import CalibrationStatistics, CutSpace
+from flap_export.statistics import CUT_SPACES, CutSpace
 
-Compensation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Restore = Callable[[int, CutSpace, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""What becomes of a layer's restoring projection: from layer, space, weight [H, C] and kept channels int64 [K] to its
+weight [H, K] and what is added to its bias, [H] or None."""
 Kept = Mapping[Space, Tensor | None]
 """Per space the kept channels, int64; None where all stay."""
 
@@ -26,16 +28,14 @@ Kept = Mapping[Space, Tensor | None]
 def rewrite(
     checkpoint: Checkpoint,
     plan: PruningPlan,
-    statistics: CalibrationStatistics,
-    compensation: Compensation | None,
+    restore: Restore,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the pruned model's tensors by name, in the checkpoint's dtypes.
 
     Args:
         checkpoint: the dense model; its weights are read from disk one at a time.
         plan: what every layer keeps.
-        statistics: the mean inputs that compensation needs.
-        compensation: see `flap_export.compensation`; None leaves biases as they are.
+        restore: what the projections that lose inputs become, see `flap_export.compensation`.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -48,7 +48,7 @@ def rewrite(
             yield name, checkpoint.weights.finite(name)
     for index, layer_plan in enumerate(plan.layers):
         kept = kept_channels(layer_plan, checkpoint.shape)
-        yield from _rewrite_layer(checkpoint, f"{prefix}{index}.", kept, statistics, compensation, index)
+        yield from _rewrite_layer(checkpoint, f"{prefix}{index}.", kept, restore, index)
 
 
 def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
@@ -71,14 +71,9 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
 
 
 def _rewrite_layer(
-    checkpoint: Checkpoint,
-    prefix: str,
-    kept: Kept,
-    statistics: CalibrationStatistics,
-    compensation: Compensation | None,
-    index: int,
+    checkpoint: Checkpoint, prefix: str, kept: Kept, restore: Restore, index: int
 ) -> Iterator[tuple[str, Tensor]]:
-    weights = checkpoint.weights
+    weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
     for name in [name for name in weights if name.startswith(prefix)]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
@@ -86,15 +81,48 @@ def _rewrite_layer(
             if not _leaves_with_attention(path, checkpoint.family, kept):
                 yield name, weights.finite(name)
             continue
-        tensor = cut(weights.finite(name), projection, kind, kept, _widths(checkpoint.shape, index))
-        if kind == "bias" and projection.restores:
+        check_kind(projection, kind)
+        if projection.restores:
             continue
+        tensor = cut(weights.finite(name), projection, kind, kept, widths)
         if tensor.numel():
             yield name, tensor
-    for space in ("query", "ffn"):
-        bias = _output_bias(checkpoint, prefix, space, kept, statistics, compensation, index)
-        if bias is not None:
-            yield f"{prefix}{checkpoint.family.restoring(space).path}.bias", bias
+    for space in CUT_SPACES:
+        yield from _restoring(
+            checkpoint, f"{prefix}{checkpoint.family.restoring(space).path}", space, kept, restore, index
+        )
+
+
+def _restoring(
+    checkpoint: Checkpoint, path: str, space: CutSpace, kept: Kept, restore: Restore, index: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The projection that maps `space` back to the residual stream; its bias is the dense one plus what is added."""
+    weights, channels = checkpoint.weights, kept[space]
+    weight = weights.finite(f"{path}.weight")
+    bias = weights.finite(f"{path}.bias") if f"{path}.bias" in weights else None
+    if channels is not None:
+        dtype = weight.dtype
+        restored, added = restore(index, space, weight, channels)
+        weight = restored.to(dtype).contiguous()
+        if added is not None:
+            bias = (added if bias is None else bias.to(torch.float64) + added).to(dtype)
+    if weight.numel():
+        yield f"{path}.weight", weight
+    if bias is not None:
+        yield f"{path}.bias", bias
+
+
+def check_kind(projection: Projection, kind: str) -> None:
+    """Whether a projection's tensor is a weight or a bias.
+
+    Raises:
+        ModelError: it is neither (a quantised checkpoint).
+    """
+    if kind not in ("weight", "bias"):
+        raise ModelError(
+            f"projection '{projection.path}' has a tensor '{kind}' beside weight and bias; quantised checkpoints "
+            "cannot be pruned, start from the full-precision one"
+        )
 
 
 def _leaves_with_attention(path: str, family: Family, kept: Kept) -> bool:
@@ -122,15 +150,7 @@ def cut(tensor: Tensor, projection: Projection, kind: str, kept: Kept, widths: M
         kind: "weight" or "bias".
         kept: channels that stay, per space.
         widths: dense size of every space.
-
-    Raises:
-        ModelError: the projection has a tensor that is neither weight nor bias (a quantised checkpoint).
     """
-    if kind not in ("weight", "bias"):
-        raise ModelError(
-            f"projection '{projection.path}' has a tensor '{kind}' beside weight and bias; quantised checkpoints "
-            "cannot be pruned, start from the full-precision one"
-        )
     rows = _stacked([kept[space] for space in projection.outputs], [widths[space] for space in projection.outputs])
     if rows is not None:
         tensor = tensor[rows]
@@ -151,26 +171,3 @@ def _stacked(kept: list[Tensor | None], widths: list[int]) -> Tensor | None:
             for channels, width, start in zip(kept, widths, starts, strict=True)
         ]
     )
-
-
-def _output_bias(
-    checkpoint: Checkpoint,
-    prefix: str,
-    space: CutSpace,
-    kept: Kept,
-    statistics: CalibrationStatistics,
-    compensation: Compensation | None,
-    index: int,
-) -> Tensor | None:
-    """The bias of o_proj or down_proj: the dense one, if any, plus the compensation, if any."""
-    name = f"{prefix}{checkpoint.family.restoring(space).path}"
-    dense = checkpoint.weights.finite(f"{name}.bias") if f"{name}.bias" in checkpoint.weights else None
-    channels = kept[space]
-    if compensation is None or channels is None:
-        return dense
-    weight, site = checkpoint.weights.finite(f"{name}.weight"), statistics.sites[index, space]
-    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
-    is_removed[channels] = False
-    added = compensation(weight, is_removed.nonzero().flatten(), site.mean)
-    total = added if dense is None else dense.to(torch.float64) + added
-    return total.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Stage `score`: an importance per KV group and FFN channel. Pure arithmetic on calibration statistics.
+"""Stage `score`: an importance per query head and FFN channel. Pure arithmetic on calibration statistics.
 
 X_j is input channel j of a restoring projection over all calibration tokens, W its weight (FLAP, equations 4 to 6).
 A new metric is one function and one row of `METRICS`.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flap_export.errors import PlanError, check_choice
 from flap_export.shapes import DecoderShape, LayerShape
-from flap_export.statistics import CalibrationStatistics, SiteStatistics
+from flap_export.statistics import CalibrationStatistics, CutSpace, SiteStatistics
 
 MetricName = Literal["wifv", "ifv", "wifn"]
 ALIKE_WITHIN: Final = 1e-12
@@ -45,8 +45,8 @@ METRICS: Final[Mapping[MetricName, Callable[[SiteStatistics], Tensor]]] = {"wifv
 class LayerScores:
     """Standardised importance of one layer's units; higher is kept longer."""
 
-    kv_groups: Tensor
-    """float64 [K]: a KV head with its g query heads."""
+    query_heads: Tensor
+    """float64 [Q]"""
     ffn_channels: Tensor
     """float64 [F]"""
 
@@ -73,18 +73,19 @@ def score(
     """
     check_choice("metric", metric, METRICS)
     power = 2 if square_attention else 1
-    return tuple(_layer_scores(statistics, shape, METRICS[metric], power, i) for i in range(len(shape.layers)))
+    return tuple(layer_scores(statistics.sites, shape, METRICS[metric], i, power) for i in range(len(shape.layers)))
 
 
-def _layer_scores(
-    statistics: CalibrationStatistics,
+def layer_scores(
+    statistics: Mapping[tuple[int, CutSpace], SiteStatistics],
     shape: DecoderShape,
     metric: Callable[[SiteStatistics], Tensor],
-    attention_power: int,
     index: int,
+    attention_power: int = 1,
 ) -> LayerScores:
+    """Standardised scores of one layer's units; see `score`."""
     layer = shape.layers[index]
-    sites = [statistics.sites.get((index, "query")), statistics.sites.get((index, "ffn"))]
+    sites = [statistics.get((index, "query")), statistics.get((index, "ffn"))]
     widths = [site.mean.numel() if site else None for site in sites]
     if widths != [layer.query_heads * shape.head_dim, layer.ffn_channels]:
         raise PlanError(
@@ -92,7 +93,7 @@ def _layer_scores(
             f"{layer.query_heads * shape.head_dim} and {layer.ffn_channels}; calibrate this model"
         )
     attention, ffn = (metric(site) for site in sites if site is not None)
-    return LayerScores(group_means(standardised(attention**attention_power), layer), standardised(ffn))
+    return LayerScores(head_means(standardised(attention**attention_power), layer), standardised(ffn))
 
 
 def standardised(scores: Tensor) -> Tensor:
@@ -106,6 +107,6 @@ def standardised(scores: Tensor) -> Tensor:
     return centred / scores.std(unbiased=True)
 
 
-def group_means(channel_scores: Tensor, layer: LayerShape) -> Tensor:
-    """Mean over the g D channels of every KV group: [Q D] -> [K]."""
-    return channel_scores.view(layer.kv_heads, -1).mean(dim=1)
+def head_means(channel_scores: Tensor, layer: LayerShape) -> Tensor:
+    """Mean over the D channels of every query head: [Q D] -> [Q]."""
+    return channel_scores.view(layer.query_heads, -1).mean(dim=1)

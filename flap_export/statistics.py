@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flap_export.errors import InputError
-from flap_export.storage import new_file
+from flap_export.storage import load_tensors, save_tensors
 
 STATISTICS_NAME: Final = "statistics.safetensors"
-SCHEMA_VERSION: Final = 1
+KIND: Final = "calibration statistics"
+SCHEMA_VERSION: Final = 2
 
 CutSpace = Literal["query", "ffn"]
 StatisticsName = Literal["welford", "reference"]
@@ -54,6 +52,8 @@ class CalibrationStatistics:
     source: str
     sequences: int
     sequence_length: int
+    seed: int
+    """Chose the sequences of a longer text: with it the same ones can be read again."""
     kind: StatisticsName
     sites: Mapping[tuple[int, CutSpace], SiteStatistics]
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -62,22 +62,13 @@ class CalibrationStatistics:
     def save(self, path: Path) -> None:
         """Write as safetensors, under a temporary name first."""
         tensors = {
-            f"layers.{layer}.{space}.{name}": getattr(site, name).contiguous()
+            f"layers.{layer}.{space}.{name}": getattr(site, name)
             for (layer, space), site in self.sites.items()
             for name in _FIELDS
         }
-        header = {
-            "schema_version": SCHEMA_VERSION,
-            "model": self.model,
-            "source": self.source,
-            "sequences": self.sequences,
-            "sequence_length": self.sequence_length,
-            "kind": self.kind,
-            "layers": len({layer for layer, _ in self.sites}),
-            "digests": dict(self.digests),
-        }
-        with new_file(path) as partial:
-            save_file(tensors, partial, metadata={"statistics": json.dumps(header)})
+        header = {name: getattr(self, name) for name in _HEADER}
+        layers = len({layer for layer, _ in self.sites})
+        save_tensors(path, KIND, SCHEMA_VERSION, tensors, {**header, "layers": layers})
 
     @classmethod
     def load(cls, path: Path) -> CalibrationStatistics:
@@ -86,27 +77,16 @@ class CalibrationStatistics:
         Raises:
             InputError: no such file, or not calibration statistics.
         """
+        tensors, header = load_tensors(path, KIND, SCHEMA_VERSION)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["statistics"])
-                if header["schema_version"] != SCHEMA_VERSION:
-                    raise ValueError(f"schema version {header['schema_version']}, expected {SCHEMA_VERSION}")
-                keys = [(layer, space) for layer in range(header["layers"]) for space in CUT_SPACES]
-                sites = {key: _read_site(file, *key) for key in keys}
-        except FileNotFoundError as error:
-            raise InputError(f"no calibration statistics at '{path}'") from error
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"'{path}' holds no calibration statistics; calibrate again") from error
-        return cls(
-            model=header["model"],
-            source=header["source"],
-            sequences=header["sequences"],
-            sequence_length=header["sequence_length"],
-            kind=header["kind"],
-            sites=sites,
-            digests=header["digests"],
-        )
+            sites = {
+                (layer, space): SiteStatistics(*(tensors[f"layers.{layer}.{space}.{name}"] for name in _FIELDS))
+                for layer in range(header["layers"])
+                for space in CUT_SPACES
+            }
+            return cls(**{name: header[name] for name in _HEADER}, sites=sites)
+        except KeyError as error:
+            raise InputError(f"'{path}' lacks {error}; calibrate again") from error
 
 
-def _read_site(file: Any, layer: int, space: CutSpace) -> SiteStatistics:
-    return SiteStatistics(*(file.get_tensor(f"layers.{layer}.{space}.{name}") for name in _FIELDS))
+_HEADER: Final = ("model", "source", "sequences", "sequence_length", "seed", "kind", "digests")

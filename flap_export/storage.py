@@ -8,10 +8,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -22,10 +22,33 @@ READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
 
 
+V = TypeVar("V", bound="Value")
+
+
 class Value(BaseModel):
     """A frozen, typed part of a record. NaN and infinity are saved as strings, so that files stay strict JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
+
+
+def validated(kind: type[V], values: Mapping[str, Any]) -> V:
+    """Make a value from what a user gave.
+
+    Raises:
+        InputError: a field is unknown or holds something it cannot; the message names it.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name, context = ".".join(map(str, problem["loc"])), problem.get("ctx", {})
+        if problem["type"] == "literal_error":
+            known = context["expected"].replace("'", "").replace(" or ", ", ")
+            raise InputError(f"{name} must be one of {known}, got {problem['input']!r}") from error
+        if problem["type"] == "extra_forbidden":
+            raise InputError(f"there is no option {name}; known are {', '.join(kind.model_fields)}") from error
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
+        raise InputError(f"{name} is {problem['input']!r}: {message}") from error
 
 
 class Record(Value):
@@ -118,6 +141,35 @@ def writing_errors(path: Path) -> Iterator[None]:
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; choose another --output") from error
         raise
+
+
+def save_tensors(path: Path, kind: str, schema_version: int, tensors: Mapping[str, Any], header: Any) -> None:
+    """Write tensors and a JSON header of some kind as safetensors, under a temporary name first."""
+    from safetensors.torch import save_file
+
+    text = json.dumps({"schema_version": schema_version, **header})
+    with new_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={kind: text})
+
+
+def load_tensors(path: Path, kind: str, schema_version: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and header that `save_tensors` wrote.
+
+    Raises:
+        InputError: no such file, another kind of file, or another schema version.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[kind])
+            if header["schema_version"] != schema_version:
+                raise ValueError(f"schema version {header['schema_version']}, expected {schema_version}")
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"no {kind} at '{path}'") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'{path}' holds no {kind} of this version ({error}); calibrate again") from error
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tiny import ALL_FAMILIES, tiny_config
 from transformers import AutoModelForCausalLM
 
-from flap_export.allocation import STRUCTURES, StructureName, allocate, group_parameters
-from flap_export.errors import BudgetError
+from flap_export.allocation import STRUCTURES, StructureName, allocate
+from flap_export.errors import BudgetError, PlanError
 from flap_export.families import FAMILIES, shape_from_config
+from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, ffn_steps
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape, LayerShape
@@ -47,8 +48,18 @@ def problems(draw: st.DrawFn) -> tuple[DecoderShape, tuple[LayerScores, ...], fl
     def scores(count: int) -> torch.Tensor:
         return torch.tensor(draw(st.lists(values, min_size=count, max_size=count)), dtype=torch.float64)
 
-    layers = tuple(LayerScores(scores(layer.kv_heads), scores(layer.ffn_channels)) for layer in shape.layers)
+    layers = tuple(LayerScores(scores(layer.query_heads), scores(layer.ffn_channels)) for layer in shape.layers)
     return shape, layers, draw(st.floats(0.01, 0.99))
+
+
+def group_scores(layer: LayerShape, scores: LayerScores) -> list[float]:
+    """A KV group scores as the mean of its query heads."""
+    means: list[float] = scores.query_heads.numpy().reshape(layer.kv_heads, -1).mean(axis=1).tolist()
+    return means
+
+
+def group_parameters(shape: DecoderShape, layer: LayerShape) -> int:
+    return int(attention_costs(shape, layer, "groups")[0])
 
 
 def weights_of(shape: DecoderShape, plans: Sequence[LayerPlan]) -> int:
@@ -120,10 +131,10 @@ def test_al_am_removes_the_lowest_scores_of_every_cost(
     by_cost: dict[int, tuple[list[float], list[float]]] = {}
     for plan, layer, layer_scores in zip(result[0], shape.layers, scores, strict=True):
         for kept, values, cost in (
-            (plan.kv_heads, layer_scores.kv_groups, group_parameters(shape, layer)),
-            (plan.ffn_channels, layer_scores.ffn_channels, shape.ffn_channel_parameters),
+            (plan.kv_heads, group_scores(layer, layer_scores), group_parameters(shape, layer)),
+            (plan.ffn_channels, layer_scores.ffn_channels.tolist(), shape.ffn_channel_parameters),
         ):
-            for unit, value in enumerate(values.tolist()):
+            for unit, value in enumerate(values):
                 by_cost.setdefault(cost, ([], []))[unit in kept].append(value)
     for removed, kept in by_cost.values():
         assert not removed or not kept or max(removed) <= min(kept)
@@ -138,6 +149,7 @@ def test_al_am_is_optimal_where_every_unit_costs_the_same(
     shape = shape.model_copy(update={"head_dim": 3, "ffn_matrices": 12})
     layer = shape.layers[0].model_copy(update={"query_heads": shape.layers[0].kv_heads})
     shape = shape.model_copy(update={"layers": (layer,) * len(shape.layers)})
+    scores = tuple(LayerScores(each.query_heads[: layer.kv_heads], each.ffn_channels) for each in scores)
     assert group_parameters(shape, layer) == shape.ffn_channel_parameters
     result = tried(shape, scores, ratio, "al-am")
     if result is not None:
@@ -156,10 +168,13 @@ def test_ul_um_takes_the_lowest_scores_and_the_same_counts_everywhere(
     if result is None:
         return
     assert len({(len(plan.kv_heads), len(plan.query_heads), len(plan.ffn_channels)) for plan in result[0]}) == 1
-    for plan, layer_scores in zip(result[0], scores, strict=True):
-        for kept, values in ((plan.kv_heads, layer_scores.kv_groups), (plan.ffn_channels, layer_scores.ffn_channels)):
-            removed = [value for unit, value in enumerate(values.tolist()) if unit not in kept]
-            assert not removed or not kept or max(removed) <= min(values[list(kept)].tolist())
+    for plan, layer, layer_scores in zip(result[0], shape.layers, scores, strict=True):
+        for kept, values in (
+            (plan.kv_heads, group_scores(layer, layer_scores)),
+            (plan.ffn_channels, layer_scores.ffn_channels.tolist()),
+        ):
+            removed = [value for unit, value in enumerate(values) if unit not in kept]
+            assert not removed or not kept or max(removed) <= min(values[unit] for unit in kept)
 
 
 @given(shape=shapes(), ratio=st.floats(0.05, 0.95), structure=st.sampled_from(list(STRUCTURES)))
@@ -167,7 +182,7 @@ def test_equal_scores_are_decided_by_order(shape: DecoderShape, ratio: float, st
     """Always the same plan, which removes from the front."""
     scores = tuple(
         LayerScores(
-            torch.zeros(layer.kv_heads, dtype=torch.float64), torch.zeros(layer.ffn_channels, dtype=torch.float64)
+            torch.zeros(layer.query_heads, dtype=torch.float64), torch.zeros(layer.ffn_channels, dtype=torch.float64)
         )
         for layer in shape.layers
     )
@@ -182,7 +197,7 @@ def test_equal_scores_are_decided_by_order(shape: DecoderShape, ratio: float, st
 def test_all_heads_may_go() -> None:
     """Attention that scores below every channel leaves entirely, with its query heads."""
     shape = shape_of(heads=4, kv_heads=2, head_dim=2, hidden=4, channels=30, layers=2)
-    scores = tuple(LayerScores(torch.tensor([-9.0, -8.0]), torch.arange(30.0)) for _ in range(2))
+    scores = tuple(LayerScores(torch.tensor([-9.0, -9.0, -8.0, -8.0]), torch.arange(30.0)) for _ in range(2))
     attention = 2 * shape.attention_parameters(shape.layers[0]) / shape.decoder_parameters
     layers, ratio = allocate(scores, shape, attention + 1e-6, "al-am")
     assert ratio.achieved == pytest.approx(attention)
@@ -193,7 +208,7 @@ def test_all_heads_may_go() -> None:
 def test_a_group_that_does_not_fit_is_passed_over_for_channels() -> None:
     """The group scores lowest but costs more than the whole budget; reached exactly by channels instead."""
     shape = shape_of(heads=4, kv_heads=2, head_dim=8, hidden=4, channels=40, layers=1)
-    scores = (LayerScores(torch.tensor([-9.0, 50.0]), torch.arange(40.0)),)
+    scores = (LayerScores(torch.tensor([-9.0, -9.0, 50.0, 50.0]), torch.arange(40.0)),)
     share = 5 * shape.ffn_channel_parameters / shape.decoder_parameters
     layers, ratio = allocate(scores, shape, share, "al-am")
     assert layers[0].kv_heads == (0, 1)
@@ -204,7 +219,7 @@ def test_a_group_that_does_not_fit_is_passed_over_for_channels() -> None:
 
 def test_a_budget_that_channels_cannot_fill_says_so() -> None:
     shape = shape_of(heads=4, kv_heads=1, head_dim=64, hidden=4, channels=2, layers=1)
-    scores = (LayerScores(torch.tensor([0.0]), torch.tensor([1.0, 2.0])),)
+    scores = (LayerScores(torch.zeros(4), torch.tensor([1.0, 2.0])),)
     _, ratio = allocate(scores, shape, 0.5, "al-am")
     assert ratio.achieved < 0.1
     assert ratio.reason is not None
@@ -271,7 +286,8 @@ def shape_of(*, heads: int, kv_heads: int, head_dim: int, hidden: int, channels:
 def mixed_shape() -> tuple[DecoderShape, tuple[LayerScores, ...]]:
     shape = shape_of(heads=4, kv_heads=2, head_dim=2, hidden=4, channels=60, layers=2)
     scores = tuple(
-        LayerScores(torch.tensor([1.0, 2.0]) * (index + 1), torch.arange(60.0) * (index + 1)) for index in range(2)
+        LayerScores(torch.tensor([1.0, 1.0, 2.0, 2.0]) * (index + 1), torch.arange(60.0) * (index + 1))
+        for index in range(2)
     )
     return shape, scores
 
@@ -310,3 +326,67 @@ def test_a_budget_that_channels_cannot_meet_is_refused(
     shape, scores = mixed_shape()
     with pytest.raises(BudgetError, match=rf"the budget cannot be met.*remove {remedy} heads"):
         allocate(scores, shape, ratio, structure, remove_heads=heads)
+
+
+@pytest.mark.parametrize("head_units", HEAD_UNITS)
+@pytest.mark.parametrize("align_channels", [1, 4, 7])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@given(problem=problems())
+def test_shapes_stay_regular(
+    structure: StructureName,
+    align_channels: int,
+    head_units: HeadUnits,
+    problem: tuple[DecoderShape, tuple[LayerScores, ...], float],
+) -> None:
+    """Every group of a layer keeps the same number of query heads, widths are aligned, and the ratio is counted."""
+    shape, scores, ratio = problem
+    try:
+        layers, found = allocate(scores, shape, ratio, structure, head_units=head_units, align_channels=align_channels)
+    except BudgetError:
+        return
+    total = dense_weights(shape)
+    assert found.achieved == (total - weights_of(shape, layers)) / total
+    PruningPlan(model="m", family="llama", ratio=found, layers=layers).check(shape)
+    for plan, layer in zip(layers, shape.layers, strict=True):
+        assert len(plan.ffn_channels) % align_channels == 0 or len(plan.ffn_channels) == layer.ffn_channels
+        if head_units == "queries" and plan.query_heads:
+            assert len(plan.kv_heads) == layer.kv_heads
+
+
+@given(problem=problems(), align_channels=st.sampled_from([2, 3, 5]))
+def test_alignment_keeps_the_budget_to_half_a_step(
+    problem: tuple[DecoderShape, tuple[LayerScores, ...], float], align_channels: int
+) -> None:
+    shape, scores, ratio = problem
+    try:
+        layers, found = allocate(scores, shape, ratio, "al-am", align_channels=align_channels)
+    except BudgetError:
+        return
+    some_left = any(plan.ffn_channels for plan in layers)
+    step = align_channels * shape.ffn_channel_parameters
+    if some_left and found.achieved < ratio:
+        assert (ratio - found.achieved) * shape.decoder_parameters <= step
+    assert (found.achieved - ratio) * shape.decoder_parameters <= step / 2 + 1e-6
+
+
+def test_one_query_head_of_every_group_goes_at_a_time() -> None:
+    shape = shape_of(heads=6, kv_heads=2, head_dim=2, hidden=4, channels=60, layers=1)
+    scores = (LayerScores(torch.tensor([3.0, 1.0, 2.0, 7.0, 9.0, 8.0]), 100 + torch.arange(60.0)),)
+    share = 2 * 2 * 2 * 4 / shape.decoder_parameters
+    layers, ratio = allocate(scores, shape, share, head_units="queries")
+    assert layers[0].query_heads == (0, 2, 4, 5)
+    assert layers[0].kv_heads == (0, 1)
+    assert (ratio.achieved, ratio.reason) == (pytest.approx(share), None)
+
+
+@pytest.mark.parametrize(
+    ("channels", "align", "gone"), [(5, 1, [1, 2, 3, 4, 5]), (10, 4, [2, 6, 10]), (8, 4, [4, 8]), (3, 4, [3])]
+)
+def test_what_is_left_after_a_step_is_a_multiple(channels: int, align: int, gone: list[int]) -> None:
+    assert ffn_steps(channels, align).tolist() == gone
+
+
+def test_an_alignment_must_be_positive() -> None:
+    shape, scores = mixed_shape()
+    with pytest.raises(PlanError, match="--align-channels must be at least 1, got 0"):
+        allocate(scores, shape, 0.3, align_channels=0)

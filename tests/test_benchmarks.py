@@ -18,7 +18,7 @@ import torch
 
 from flap_export.loading import load_model, open_checkpoint
 
-SCRIPTS = ("export_cost", "gpu", "onnxruntime_cpu", "pruned_vs_dense")
+SCRIPTS = ("export_cost", "gpu", "onnxruntime_cpu", "prune_memory", "pruned_vs_dense")
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flap_export.compensation import COMPENSATIONS, bias_compensation
+from flap_export.compensation import bias_compensation
 
 
 def test_the_bias_is_the_removed_channels_mean_contribution() -> None:
@@ -27,8 +27,3 @@ def test_half_precision_weights_are_summed_in_float64(dtype: torch.dtype) -> Non
         torch.ones(1, channels, dtype=dtype), torch.arange(channels), torch.ones(channels, dtype=torch.float64)
     )
     assert bias.tolist() == [channels]
-
-
-def test_the_table() -> None:
-    assert COMPENSATIONS["none"] is None
-    assert COMPENSATIONS["bias"] is bias_compensation

@@ -5,42 +5,32 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tokens_of
 from torch import Tensor, nn
 
 from flap_export import layerwise
-from flap_export.errors import OutputError
-from flap_export.layerwise import run_layers
+from flap_export.errors import ModelError, OutputError
+from flap_export.layerwise import streamed
 from flap_export.loading import Checkpoint, meta_model, open_checkpoint
 
 
 def streamed_outputs(
     checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype = torch.float32, **options: Any
 ) -> list[Tensor]:
-    """Outputs of every layer, [sequences, length, H] each, put together from the chunks."""
-    outputs: list[list[Tensor]] = []
-
-    @contextmanager
-    def visit(index: int, layer: nn.Module) -> Iterator[None]:
-        assert index == len(outputs)
-        outputs.append([])
-
-        def note(_: nn.Module, __: Any, output: Any) -> None:
-            outputs[index].append((output[0] if isinstance(output, tuple) else output).clone())
-
-        hook = layer.register_forward_hook(note)
-        yield
-        hook.remove()
-
-    run_layers(checkpoint, tokens, visit, dtype=dtype, device="cpu", **options)
-    return [torch.cat(chunks) for chunks in outputs]
+    """Outputs of every layer, [sequences, length, H] each."""
+    outputs: list[Tensor] = []
+    with streamed(checkpoint, tokens, dtype=dtype, device="cpu", **options) as stream:
+        for index, visited in enumerate(stream):
+            assert visited.index == index
+            visited.propagate()
+            outputs.append(stream.hidden.clone())
+    return outputs
 
 
 @torch.no_grad()
@@ -98,27 +88,70 @@ def test_one_layer_is_in_memory_at_a_time(tied: bool, tmp_path: Path, monkeypatc
     monkeypatch.setattr(layerwise, "meta_model", remember)
     path = tiny_checkpoint("llama", tmp_path / "dense", num_hidden_layers=3, tie_word_embeddings=tied)
     present: list[set[str]] = []
-
-    @contextmanager
-    def visit(index: int, layer: nn.Module) -> Iterator[None]:
-        names = {name for name, parameter in models[0].named_parameters() if not parameter.is_meta}
-        present.append({name.split(".")[2] if ".layers." in name else name for name in names})
-        assert all(not parameter.is_meta for parameter in layer.parameters())
-        yield
-
     steps: list[tuple[str, int, int]] = []
-    run_layers(
+    with streamed(
         open_checkpoint(path),
         tokens_of(2, 5),
-        visit,
         dtype=torch.float32,
         device="cpu",
         progress=lambda what, done, total: steps.append((what, done, total)),
-    )
+    ) as stream:
+        for visited in stream:
+            names = {name for name, parameter in models[0].named_parameters() if not parameter.is_meta}
+            present.append({name.split(".")[2] if ".layers." in name else name for name in names})
+            assert all(not parameter.is_meta for parameter in visited.layer.parameters())
+            visited.propagate()
     assert len(models) == 1
     assert present == [{"0"}, {"1"}, {"2"}]
     assert all(parameter.is_meta for parameter in models[0].parameters())
     assert steps == [("layers", 1, 3), ("layers", 2, 3), ("layers", 3, 3)]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_models_own_head_gives_the_logits(family: str, tmp_path: Path) -> None:
+    """Norms, caps and factors around the layers included; tied or not."""
+    for tied in (False, True):
+        path = tiny_checkpoint(family, tmp_path / str(tied), tie_word_embeddings=tied)
+        tokens = tokens_of(5, 9)
+        with streamed(open_checkpoint(path), tokens, dtype=torch.float32, device="cpu", chunk_sequences=2) as stream:
+            for visited in stream:
+                visited.propagate()
+            found = torch.cat(list(stream.logits(stream.hidden)))
+            first = torch.cat(list(stream.logits(stream.hidden[:2])))
+            expected = plain_model(path, torch.float32)(input_ids=tokens, use_cache=False).logits
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(first, expected[:2], atol=2e-5, rtol=1e-5)
+
+
+def test_other_inputs_take_the_same_way(tmp_path: Path) -> None:
+    """States that branched off before are carried on beside the model's own."""
+    path = tiny_checkpoint("llama", tmp_path / "dense")
+    tokens = tokens_of(5, 7)
+    with streamed(open_checkpoint(path), tokens, dtype=torch.float32, device="cpu", chunk_sequences=2) as stream:
+        branch = stream.new_states(4)
+        branch.copy_(stream.hidden[:4])
+        for visited in stream:
+            visited.propagate()
+            visited.propagate(branch)
+        torch.testing.assert_close(branch, stream.hidden[:4], atol=0, rtol=0)
+
+
+def test_weights_may_be_read_while_a_layer_computes(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path / "dense", num_hidden_layers=4)
+    checkpoint, tokens = open_checkpoint(path), tokens_of(2, 5)
+    for one, other in zip(
+        streamed_outputs(checkpoint, tokens, prefetch=True), streamed_outputs(checkpoint, tokens), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_damaged_weights_are_an_error_of_the_reading_thread_too(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path / "dense")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        streamed_outputs(open_checkpoint(path), tokens_of(1, 3), prefetch=True)
 
 
 def test_hidden_states_lie_in_a_file_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,12 +159,10 @@ def test_hidden_states_lie_in_a_file_that_goes_away(tmp_path: Path, monkeypatch:
     (tmp_path / "temporary").mkdir()
     path = tiny_checkpoint("llama", tmp_path / "dense")
     sizes: list[int] = []
-
-    def visit(index: int, layer: nn.Module) -> Any:
-        sizes.extend(file.stat().st_size for file in (tmp_path / "temporary").rglob("hidden_states"))
-        return nullcontext()
-
-    run_layers(open_checkpoint(path), tokens_of(3, 5), visit, dtype=torch.float32, device="cpu")
+    with streamed(open_checkpoint(path), tokens_of(3, 5), dtype=torch.float32, device="cpu") as stream:
+        for visited in stream:
+            sizes.extend(file.stat().st_size for file in (tmp_path / "temporary").rglob("hidden_states*"))
+            visited.propagate()
     assert sizes == [3 * 5 * 32 * 4] * 2
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -144,5 +175,5 @@ def test_a_temporary_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     path = tiny_checkpoint("llama", tmp_path / "dense")
     with pytest.raises(OutputError, match="the disk is full while writing"):
-        run_layers(open_checkpoint(path), tokens_of(1, 3), lambda *_: nullcontext(), dtype=torch.float32, device="cpu")
+        streamed_outputs(open_checkpoint(path), tokens_of(1, 3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["dense"]

@@ -107,7 +107,7 @@ def test_the_recipe_fits_the_model(name: str, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     scores = [
         LayerScores(
-            torch.randn(layer.kv_heads, generator=random, dtype=torch.float64),
+            torch.randn(layer.query_heads, generator=random, dtype=torch.float64),
             torch.randn(layer.ffn_channels, generator=random, dtype=torch.float64),
         )
         for layer in shape.layers

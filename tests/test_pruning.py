@@ -11,9 +11,11 @@ import torch
 from tiny import ALL_FAMILIES, save_tokens, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
 
 from flap_export.errors import BudgetError, InputError, ModelError, OutputError
+from flap_export.evidence import Evidence
 from flap_export.exporting import export
 from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
 from flap_export.manifest import verify
+from flap_export.methods import PruneOptions
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune, prune_with
 from flap_export.statistics import CalibrationStatistics
@@ -45,8 +47,7 @@ def test_saved_statistics_give_the_same_checkpoint(tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
     source = save_tokens(tmp_path / "ids.npy", tokens_of(4, 9))
     prune(dense, tmp_path / "a", ratio=0.3, calibration=source)
-    statistics = CalibrationStatistics.load(tmp_path / "a" / "statistics.safetensors")
-    prune_with(dense, tmp_path / "b", statistics, ratio=0.3)
+    prune_with(dense, tmp_path / "b", Evidence.load(tmp_path / "a"), PruneOptions(ratio=0.3))
     for name in ("model.safetensors", "plan.json", "config.json", "modeling_pruned.py"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -55,7 +56,7 @@ def test_an_older_checkpoint_is_replaced(tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
     statistics = tiny_statistics(dense, tmp_path)
     for ratio in (0.5, 0.2):
-        prune_with(dense, tmp_path / "out", statistics, ratio=ratio)
+        prune_with(dense, tmp_path / "out", Evidence.of(statistics), PruneOptions(ratio=ratio))
     assert PruningPlan.load(tmp_path / "out" / "plan.json").ratio.requested == 0.2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.npy", "dense", "out"]
 
@@ -77,15 +78,15 @@ def test_the_dense_model_is_never_the_output(tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
     before = (dense / "model.safetensors").read_bytes()
     with pytest.raises(OutputError, match="holds something else"):
-        prune_with(dense, dense, tiny_statistics(dense, tmp_path), ratio=0.2)
+        prune_with(dense, dense, Evidence.of(tiny_statistics(dense, tmp_path)), PruneOptions(ratio=0.2))
     assert (dense / "model.safetensors").read_bytes() == before
 
 
 def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
     other = tiny_checkpoint("llama", tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match=r"statistics are of other weights than .*other.*calibrate again"):
-        prune_with(other, tmp_path / "out", tiny_statistics(dense, tmp_path), ratio=0.2)
+    with pytest.raises(InputError, match=r"gathered is of other weights than .*other.*calibrate again"):
+        prune_with(other, tmp_path / "out", Evidence.of(tiny_statistics(dense, tmp_path)), PruneOptions(ratio=0.2))
     assert not (tmp_path / "out").exists()
 
 
@@ -107,11 +108,13 @@ def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("flap_export.checkpoint.save_file", refuse)
     with pytest.raises(OutputError, match="the disk is full"):
-        prune_with(dense, tmp_path / "out", statistics, ratio=0.2)
+        prune_with(dense, tmp_path / "out", Evidence.of(statistics), PruneOptions(ratio=0.2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.npy", "dense"]
 
 
-@pytest.mark.parametrize("option", ["metric", "structure", "compensation", "statistics", "dtype"])
+@pytest.mark.parametrize(
+    "option", ["method", "metric", "structure", "compensation", "head_units", "statistics", "dtype"]
+)
 def test_unknown_names_are_refused_with_the_known_ones(option: str, tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path / "dense")
     source = save_tokens(tmp_path / "ids.npy", tokens_of(4, 9))

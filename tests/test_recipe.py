@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from flap_export.errors import RecipeError
+from flap_export.methods import resolved
 from flap_export.recipe import Recipe, load_recipe, recipe_from
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def test_there_are_recipes() -> None:
 def test_the_smallest_recipe_has_the_papers_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, SMALLEST))
     assert recipe == recipe_from(SMALLEST)
-    prune = recipe.prune
+    prune = resolved(recipe.prune)
     assert (prune.metric, prune.structure, prune.compensation) == ("wifv", "al-am", "bias")
     assert recipe.model == "org/model"
     assert recipe.calibrate.samples is None

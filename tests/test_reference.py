@@ -16,7 +16,9 @@ from tiny import save_tokens, tiny_checkpoint, tokens_of
 from flap_export.calibration import calibrate
 from flap_export.errors import BudgetError
 from flap_export.evaluation import evaluate
+from flap_export.evidence import Evidence
 from flap_export.loading import open_checkpoint
+from flap_export.methods import PruneOptions
 from flap_export.pruning import make_plan, prune_with
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import CalibrationStatistics
@@ -35,13 +37,13 @@ def statistics() -> CalibrationStatistics:
     return calibrate(DATA / "model", str(DATA / "calibration_tokens.npy"), statistics="reference")
 
 
-def options(run: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "ratio": run["ratio"],
-        "metric": run["metric"].lower(),
-        "structure": run["structure"].lower(),
-        "remove_heads": run["remove_heads"],
-    }
+def options(run: dict[str, Any]) -> PruneOptions:
+    return PruneOptions(
+        ratio=run["ratio"],
+        metric=run["metric"].lower(),
+        structure=run["structure"].lower(),
+        remove_heads=run["remove_heads"],
+    )
 
 
 def test_there_are_24_runs() -> None:
@@ -50,7 +52,7 @@ def test_there_are_24_runs() -> None:
 
 @pytest.mark.parametrize("run", EXPECTED["runs"], ids=named)
 def test_the_same_units_are_kept(run: dict[str, Any], statistics: CalibrationStatistics) -> None:
-    plan = make_plan(open_checkpoint(DATA / "model"), statistics, compensation="bias", **options(run))
+    plan = make_plan(open_checkpoint(DATA / "model"), Evidence.of(statistics), options(run))
     assert [list(layer.kv_heads) for layer in plan.layers] == run["kept_heads"]
     assert [list(layer.query_heads) for layer in plan.layers] == run["kept_heads"]
     assert [list(layer.ffn_channels) for layer in plan.layers] == run["kept_channels"]
@@ -58,7 +60,7 @@ def test_the_same_units_are_kept(run: dict[str, Any], statistics: CalibrationSta
 
 @pytest.mark.parametrize("run", EXPECTED["runs"], ids=named)
 def test_the_same_perplexity_is_reached(run: dict[str, Any], statistics: CalibrationStatistics, tmp_path: Path) -> None:
-    prune_with(DATA / "model", tmp_path / "pruned", statistics, **options(run))
+    prune_with(DATA / "model", tmp_path / "pruned", Evidence.of(statistics), options(run))
     np.save(tmp_path / "windows.npy", np.load(DATA / "evaluation_tokens.npy").reshape(-1, 128))
     quality = evaluate(tmp_path / "pruned", [str(tmp_path / "windows.npy")], batch_size=64)
     assert math.isclose(quality.sources[0].perplexity, run["perplexity"], rel_tol=1e-3)
@@ -67,7 +69,7 @@ def test_the_same_perplexity_is_reached(run: dict[str, Any], statistics: Calibra
 def test_the_same_biases_compensate(statistics: CalibrationStatistics, tmp_path: Path) -> None:
     expected = load_file(DATA / "expected_bias.safetensors")
     for run in [run for run in EXPECTED["runs"] if run["structure"] == "AL-AM"]:
-        prune_with(DATA / "model", tmp_path / named(run), statistics, **options(run))
+        prune_with(DATA / "model", tmp_path / named(run), Evidence.of(statistics), options(run))
         weights, prefix = Weights(tmp_path / named(run)), f"{run['metric']}_AL-AM_{run['ratio']}/"
         biases = {name.removeprefix(prefix): bias for name, bias in expected.items() if name.startswith(prefix)}
         assert biases
@@ -91,4 +93,4 @@ def test_grouped_queries_are_refused(tmp_path: Path) -> None:
     source = save_tokens(tmp_path / "ids.npy", tokens_of(4, 9))
     gathered = calibrate(path, source, statistics="reference")
     with pytest.raises(BudgetError, match="no grouped queries"):
-        prune_with(path, tmp_path / "out", gathered, ratio=0.2)
+        prune_with(path, tmp_path / "out", Evidence.of(gathered), PruneOptions(ratio=0.2))

@@ -21,12 +21,12 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from flap_export.compensation import bias_compensation
 from flap_export.errors import ModelError, PlanError
 from flap_export.families import FAMILIES, Family
 from flap_export.loading import Checkpoint, load_model, open_checkpoint
 from flap_export.plan import PruningPlan
-from flap_export.rewriting import cut, kept_channels, rewrite
+from flap_export.restoring import cut_only, mean_restorer
+from flap_export.rewriting import check_kind, cut, kept_channels, rewrite
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -101,7 +101,7 @@ def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: di
     dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4, dtype=torch.bfloat16, **overrides)
     checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
     plan = uneven_plan(checkpoint)
-    yielded = list(rewrite(checkpoint, plan, statistics, bias_compensation))
+    yielded = list(rewrite(checkpoint, plan, mean_restorer(statistics)))
     found = dict(yielded)
     assert len(found) == len(yielded), "a tensor was given twice, and may land in two shards"
     expected = expected_tensors(checkpoint, plan, statistics)
@@ -191,11 +191,11 @@ def test_a_decoder_without_any_head_or_channel(family: str, compensation: Any, t
 
 def test_the_plan_is_checked_before_anything_is_yielded(tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
-    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    checkpoint = open_checkpoint(dense)
     plan = keep_all_plan(checkpoint)
     short = plan.model_copy(update={"layers": plan.layers[:1]})
     with pytest.raises(PlanError, match="1 layers, the model 2"):
-        next(rewrite(checkpoint, short, statistics, None))
+        next(rewrite(checkpoint, short, cut_only))
 
 
 def test_kept_channels_are_whole_heads(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_quantised_projections_are_refused() -> None:
     projection = FAMILIES["llama"].projection("self_attn.q_proj")
     assert projection is not None
     with pytest.raises(ModelError, match=r"self_attn\.q_proj.*'qweight'.*quantised.*full-precision"):
-        cut(torch.zeros(2, 2), projection, "qweight", {}, {})
+        check_kind(projection, "qweight")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)

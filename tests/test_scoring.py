@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from flap_export.errors import PlanError
 from flap_export.loading import open_checkpoint
 from flap_export.moments import Moments
-from flap_export.scoring import METRICS, MetricName, group_means, score, standardised
+from flap_export.scoring import METRICS, MetricName, head_means, score, standardised
 from flap_export.shapes import LayerShape
 from flap_export.statistics import CalibrationStatistics, SiteStatistics
 
@@ -68,9 +68,9 @@ def test_scores_follow_the_formulas(metric: MetricName, checkpoint: Path, statis
         torch.testing.assert_close(layer.ffn_channels, expected, rtol=1e-4, atol=1e-4)
         attention = brute_force(metric, *activations[index, "query"])
         attention = (attention - attention.mean()) / attention.std()
-        # Two KV groups of two heads of eight channels.
-        expected = torch.stack([attention[:16].mean(), attention[16:].mean()])
-        torch.testing.assert_close(layer.kv_groups, expected, rtol=1e-4, atol=1e-4)
+        # Four heads of eight channels.
+        expected = torch.stack([head.mean() for head in attention.split(8)])
+        torch.testing.assert_close(layer.query_heads, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_metrics_differ(checkpoint: Path, statistics: CalibrationStatistics) -> None:
@@ -92,9 +92,9 @@ def test_identical_scores_are_standardised_to_zero(value: float, count: int) -> 
     assert standardised(torch.full((count,), value, dtype=torch.float64)).tolist() == [0.0] * count
 
 
-def test_group_means_take_whole_groups() -> None:
+def test_head_means_take_whole_heads() -> None:
     layer = LayerShape(query_heads=4, kv_heads=2, ffn_channels=1)
-    assert group_means(torch.arange(12.0), layer).tolist() == [2.5, 8.5]
+    assert head_means(torch.arange(12.0), layer).tolist() == [1.0, 4.0, 7.0, 10.0]
 
 
 def test_statistics_of_another_shape_are_refused(checkpoint: Path, statistics: CalibrationStatistics) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flap_export.calibration import calibrate
 from flap_export.checkpoint import MAX_SHARD_BYTES, write_checkpoint
-from flap_export.compensation import COMPENSATIONS, CompensationName
 from flap_export.families import FAMILIES
 from flap_export.loading import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
+from flap_export.restoring import cut_only, mean_restorer
 from flap_export.rewriting import rewrite
 from flap_export.rope import both_rope_forms
 from flap_export.statistics import CalibrationStatistics
@@ -204,14 +204,14 @@ def save_pruned(
     directory: Path,
     statistics: CalibrationStatistics,
     *,
-    compensation: CompensationName = "bias",
+    compensation: Literal["none", "bias"] = "bias",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Cut `dense` as `plan` says, whatever the scores would have been."""
-    checkpoint, restore = open_checkpoint(dense), COMPENSATIONS[compensation]
-    shape = plan.pruned_shape(checkpoint.shape, compensated=restore is not None)
+    checkpoint = open_checkpoint(dense)
+    shape = plan.pruned_shape(checkpoint.shape, compensated=compensation != "none")
     directory.mkdir(parents=True)
-    tensors = rewrite(checkpoint, plan, statistics, restore)
+    tensors = rewrite(checkpoint, plan, cut_only if compensation == "none" else mean_restorer(statistics))
     write_checkpoint(directory, checkpoint, plan, shape, tensors, max_shard_bytes=max_shard_bytes)
     return directory
 

@@ -90,11 +90,26 @@ def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
     output: Output,
     ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.")],
-    calibration: Annotated[str, typer.Option(help="Text source to calibrate on.")],
-    metric: Annotated[str, typer.Option(help="wifv, ifv or wifn.")] = "wifv",
-    structure: Annotated[str, typer.Option(help="al-am, al-mm, ul-mm or ul-um.")] = "al-am",
-    compensation: Annotated[str, typer.Option(help="none or bias.")] = "bias",
+    calibration: Annotated[
+        str | None, typer.Option(help="Text source to calibrate on; magnitude and random do without.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="flap, obs, wanda-sp, llm-pruner, magnitude or random.")] = "flap",
+    metric: Annotated[str | None, typer.Option(help="wifv, ifv or wifn; the method's own by default.")] = None,
+    structure: Annotated[str | None, typer.Option(help="al-am, al-mm, ul-mm or ul-um; the method's own.")] = None,
+    square_attention: Annotated[
+        bool | None,
+        typer.Option(help="Square attention scores; by default with the statistics `reference`, whose code does."),
+    ] = None,
+    compensation: Annotated[str | None, typer.Option(help="none, bias or least-squares; the method's own.")] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Fit least squares to what the already pruned layers give.")
+    ] = False,
     remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm.")] = 0,
+    head_units: Annotated[str, typer.Option(help="groups (whole KV groups) or queries (one head of each).")] = "groups",
+    align_channels: Annotated[int, typer.Option(min=1, help="FFN widths are multiples of this.")] = 1,
+    layout: Annotated[
+        str, typer.Option(help="uneven, or stock: the same in every layer, loadable by the family's own classes.")
+    ] = "uneven",
     statistics: Annotated[str, typer.Option(help="welford (exact) or reference (the official code's).")] = "welford",
     samples: Samples = None,
     sequence_length: SequenceLength = None,
@@ -110,8 +125,11 @@ def prune(
     from flap_export.calibration import ACCUMULATORS, DTYPES
     from flap_export.cli import summaries
     from flap_export.compensation import COMPENSATIONS
+    from flap_export.ladders import HEAD_UNITS
+    from flap_export.methods import METHODS
     from flap_export.pruning import prune as prune_model
     from flap_export.scoring import METRICS
+    from flap_export.stock import LAYOUTS
 
     with console.progress_bars() as progress:
         plan = prune_model(
@@ -119,23 +137,77 @@ def prune(
             output,
             ratio=ratio,
             calibration=calibration,
+            method=_one_of("method", method, METHODS),
             metric=_one_of("metric", metric, METRICS),
             structure=_one_of("structure", structure, STRUCTURES),
+            square_attention=square_attention,
             compensation=_one_of("compensation", compensation, COMPENSATIONS),
+            sequential=sequential,
             remove_heads=remove_heads,
+            head_units=_one_of("head-units", head_units, HEAD_UNITS),
+            align_channels=align_channels,
+            layout=_one_of("layout", layout, LAYOUTS),
             statistics=_one_of("statistics", statistics, ACCUMULATORS),
             samples=samples,
             sequence_length=sequence_length,
             seed=seed,
             device=device,
-            dtype=None if dtype is None else _one_of("dtype", dtype, DTYPES),
+            dtype=_one_of("dtype", dtype, DTYPES),
             progress=progress,
         )
     _show(plan, [*summaries.of_plan(plan), f"checkpoint: {output}"], json)
 
 
-def _one_of(option: str, value: str, known: Any) -> Any:
-    check_choice(f"--{option}", value, known)
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
+    output: Output,
+    calibration: Annotated[str, typer.Option(help="Text source all methods calibrate on.")],
+    text: Annotated[list[str], typer.Option(help="Text source to evaluate on; repeat for several.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD[,KEY=VALUE]...", help="What to compare, such as flap,metric=ifv; repeat."),
+    ] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Share that goes; repeat (0.1, 0.2, 0.3, 0.5).")] = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    evaluation_samples: Annotated[int | None, typer.Option(min=1, help="Windows evaluated per text (all).")] = None,
+    seed: Seed = 0,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")] = False,
+    device: Device = "cpu",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Pruning methods side by side on one model: a table and a plot of perplexity against ratio."""
+    console.configure_logging(verbose)
+    from flap_export.cli import summaries
+    from flap_export.comparison import compare as compare_methods
+    from flap_export.evidence import CalibrationText
+    from flap_export.methods import METHODS
+
+    variants, ratios = method or list(METHODS), ratio or [0.1, 0.2, 0.3, 0.5]
+    with console.progress_bars() as progress:
+        report = compare_methods(
+            model,
+            output,
+            variants=variants,
+            ratios=ratios,
+            calibration=CalibrationText(
+                source=calibration, samples=samples, sequence_length=sequence_length, seed=seed
+            ),
+            sources=text,
+            samples=evaluation_samples,
+            sequence_length=sequence_length,
+            plot=not no_plot,
+            device=device,
+            progress=progress,
+        )
+    _show(report, [*summaries.of_comparison(report, variants, ratios), f"comparison: {output}"], json)
+
+
+def _one_of(option: str, value: str | None, known: Any) -> Any:
+    if value is not None:
+        check_choice(f"--{option}", value, known)
     return value
 
 

@@ -13,6 +13,7 @@ from flap_export.cli.console import table
 if TYPE_CHECKING:
     from flap_export.benchmarking import LatencyReport
     from flap_export.building import EngineRecord
+    from flap_export.comparison import ComparisonReport
     from flap_export.evaluation import QualityReport
     from flap_export.pipeline import RunResult
     from flap_export.plan import PruningPlan
@@ -70,6 +71,23 @@ def of_quality(quality: QualityReport) -> Iterator[RenderableType]:
             str(source.tokens),
         )
     yield drawn
+
+
+def of_comparison(
+    report: ComparisonReport, variants: Sequence[str], ratios: Sequence[float]
+) -> Iterator[RenderableType]:
+    """One table per text: methods down, ratios across."""
+    for index, source in enumerate(report.sources):
+        drawn = table(f"perplexity on {source}", "method", *(f"{ratio:.0%}" for ratio in ratios))
+        drawn.add_row("dense", *(f"{report.dense_perplexities[index]:.2f}" for _ in ratios))
+        for variant in variants:
+            rows = [report.find(variant, ratio) for ratio in ratios]
+            cells = [f"{row.perplexities[index]:.2f}" if row is not None and row.perplexities else "-" for row in rows]
+            drawn.add_row(escape(variant), *cells)
+        yield drawn
+    for row in report.rows:
+        if row.reason is not None:
+            yield f"  [yellow]{escape(row.variant)} at {row.ratio:.0%}: {escape(row.reason)}[/]"
 
 
 def of_parity(parity: ParityReport) -> Iterator[RenderableType]:

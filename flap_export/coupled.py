@@ -1,0 +1,107 @@
+"""Importance of coupled weights: what a unit's rows and columns, in all projections around it, are worth together.
+
+The baselines beside FLAP score a query head or an FFN channel by all weights that leave with it. A KV head's own
+weights count for its query heads in equal parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from flap_export.families import Projection, Space
+from flap_export.loading import Checkpoint, load_model
+from flap_export.scoring import LayerScores, standardised
+from flap_export.shapes import DecoderShape
+
+GRADIENT_SEQUENCES: Final = 10
+"""LLM-Pruner's number of calibration sequences."""
+
+
+def magnitude_scores(dense: Checkpoint) -> tuple[LayerScores, ...]:
+    """Squared norms, read one tensor at a time.
+
+    Raises:
+        ModelError: a tensor holds NaN.
+    """
+    return _scores(dense, lambda name: dense.weights.finite(name).to(torch.float64).square())
+
+
+def random_scores(shape: DecoderShape, seed: int) -> tuple[LayerScores, ...]:
+    """Scores that say nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count: int) -> Tensor:
+        return torch.randn(count, generator=generator, dtype=torch.float64)
+
+    return tuple(LayerScores(drawn(layer.query_heads), drawn(layer.ffn_channels)) for layer in shape.layers)
+
+
+def taylor_scores(
+    dense: Checkpoint, tokens: Tensor, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[LayerScores, ...]:
+    """First-order Taylor scores, the sum of |w dL/dw| over coupled weights (LLM-Pruner, equation 5).
+
+    Holds the whole model and its gradients in memory.
+
+    Args:
+        dense: the dense model.
+        tokens: calibration tokens int64 [sequences, length], of which the first ten are used.
+        dtype: precision to compute in.
+        device: where.
+
+    Raises:
+        ModelError: weights are missing or hold NaN.
+    """
+    model = load_model(dense.directory, dtype=dtype, device=device)
+    restoring = {f"{p.path}.weight" for p in dense.family.projections}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(f"{dense.family.layers}.") and _below_layer(name, dense) in restoring)
+    with torch.enable_grad():
+        for sequence in tokens[:GRADIENT_SEQUENCES].to(device):
+            logits = model(input_ids=sequence.unsqueeze(0), use_cache=False).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits.float(), sequence[1:]).backward()  # type: ignore[no-untyped-call]
+
+    def salience(name: str) -> Tensor:
+        weight = model.get_parameter(name)
+        assert weight.grad is not None, name
+        return (weight.detach() * weight.grad).abs().to("cpu", torch.float64)
+
+    return _scores(dense, salience)
+
+
+def _below_layer(name: str, dense: Checkpoint) -> str:
+    return name.removeprefix(f"{dense.family.layers}.").partition(".")[2]
+
+
+def _scores(dense: Checkpoint, importance: Callable[[str], Tensor]) -> tuple[LayerScores, ...]:
+    """Standardised scores from an importance [out, in] of every weight, by its name."""
+    return tuple(_layer_scores(dense, index, importance) for index in range(len(dense.shape.layers)))
+
+
+def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Tensor]) -> LayerScores:
+    layer, size = dense.shape.layers[index], dense.shape.head_dim
+    widths: dict[Space, int] = {
+        "hidden": dense.shape.hidden_size,
+        "query": layer.query_heads * size,
+        "kv": layer.kv_heads * size,
+        "ffn": layer.ffn_channels,
+    }
+    totals = {space: torch.zeros(width, dtype=torch.float64) for space, width in widths.items()}
+    for projection in dense.family.projections:
+        values = importance(f"{dense.family.layers}.{index}.{projection.path}.weight")
+        _add_rows(totals, projection, values.sum(dim=1), widths)
+        totals[projection.inputs] += values.sum(dim=0)
+    group_size = layer.query_heads // layer.kv_heads
+    heads = totals["query"].view(layer.query_heads, size).sum(dim=1)
+    shared = totals["kv"].view(layer.kv_heads, size).sum(dim=1) / group_size
+    return LayerScores(standardised(heads + shared.repeat_interleave(group_size)), standardised(totals["ffn"]))
+
+
+def _add_rows(totals: dict[Space, Tensor], projection: Projection, rows: Tensor, widths: dict[Space, int]) -> None:
+    sizes: Sequence[int] = [widths[space] for space in projection.outputs]
+    for space, part in zip(projection.outputs, torch.split(rows, list(sizes)), strict=True):
+        totals[space] += part

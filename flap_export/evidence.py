@@ -1,0 +1,264 @@
+"""Stage `calibrate` for any method: gather what decides which units go, and keep it for further ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flap_export.allocation import allocate
+from flap_export.calibration import (
+    RemovedChannels,
+    Sites,
+    calibrate,
+    calibration_windows,
+    compute_dtype,
+    open_dense,
+)
+from flap_export.compensation import complement
+from flap_export.coupled import magnitude_scores, random_scores, taylor_scores
+from flap_export.errors import InputError
+from flap_export.layerwise import Progress, no_progress
+from flap_export.loading import Checkpoint
+from flap_export.measuring import measure
+from flap_export.methods import PruneOptions, resolved
+from flap_export.rewriting import kept_channels
+from flap_export.scoring import METRICS, LayerScores, layer_scores
+from flap_export.sensitivity import SENSITIVITY_NAME, Sensitivity
+from flap_export.statistics import CUT_SPACES, STATISTICS_NAME, CalibrationStatistics, CutSpace, StatisticsName
+from flap_export.storage import Record, Value, load_tensors, save_tensors
+
+EVIDENCE_NAME: Final = "evidence.json"
+SCORES_NAME: Final = "scores.safetensors"
+_SCORES_VERSION: Final = 1
+_ANY_RATIO: Final = 0.5
+
+
+class CalibrationText(Value):
+    """What a model is calibrated on, and how."""
+
+    source: str
+    """A text source, see `flap_export.text`."""
+    samples: int | None = Field(default=None, gt=0)
+    """Sequences; None takes up to 1024 of what the source holds."""
+    sequence_length: int | None = Field(default=None, gt=1)
+    """Tokens of one sequence; None is 128, or the shape of a token array."""
+    seed: int = 0
+    """Chooses the sequences of a longer text."""
+    statistics: StatisticsName = "welford"
+    """Exact, or as the official code computes them; see `flap_export.reference`."""
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    """Precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU."""
+
+
+class _EvidenceRecord(Record):
+    """What `Evidence` holds beside tensors."""
+
+    kind: ClassVar[str] = "evidence"
+
+    text: CalibrationText | None
+    digests: dict[str, str]
+    scored_layers: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class Evidence:
+    """What a method goes by, and where it came from."""
+
+    text: CalibrationText | None
+    """What was calibrated on, with the numbers of sequences and tokens that were used."""
+    digests: Mapping[str, str]
+    """SHA-256 of the weights and of the calibration tokens."""
+    statistics: CalibrationStatistics | None = None
+    sensitivity: Sensitivity | None = None
+    scores: tuple[LayerScores, ...] | None = None
+
+    @classmethod
+    def of(cls, statistics: CalibrationStatistics) -> Evidence:
+        """What FLAP goes by."""
+        text = CalibrationText(
+            source=statistics.source,
+            samples=statistics.sequences,
+            sequence_length=statistics.sequence_length,
+            seed=statistics.seed,
+            statistics=statistics.kind,
+        )
+        return cls(text, statistics.digests, statistics)
+
+    def save(self, folder: Path) -> None:
+        """Write what is there into a folder."""
+        if self.statistics is not None:
+            self.statistics.save(folder / STATISTICS_NAME)
+        if self.sensitivity is not None:
+            self.sensitivity.save(folder / SENSITIVITY_NAME)
+        if self.scores is not None:
+            save_tensors(folder / SCORES_NAME, "scores", _SCORES_VERSION, _score_tensors(self.scores), {})
+        layers = len(self.scores or ())
+        _EvidenceRecord(text=self.text, digests=dict(self.digests), scored_layers=layers).save(folder / EVIDENCE_NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> Evidence:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            InputError: it holds nothing of the kind.
+        """
+        record = _EvidenceRecord.load(folder / EVIDENCE_NAME)
+        statistics, sensitivity, scores = (folder / name for name in (STATISTICS_NAME, SENSITIVITY_NAME, SCORES_NAME))
+        return cls(
+            record.text,
+            record.digests,
+            CalibrationStatistics.load(statistics) if statistics.is_file() else None,
+            Sensitivity.load(sensitivity) if sensitivity.is_file() else None,
+            _loaded_scores(scores, record.scored_layers) if record.scored_layers else None,
+        )
+
+
+def _score_tensors(scores: Sequence[LayerScores]) -> dict[str, Tensor]:
+    return {
+        f"layers.{index}.{name}": getattr(layer, name)
+        for index, layer in enumerate(scores)
+        for name in ("query_heads", "ffn_channels")
+    }
+
+
+def _loaded_scores(path: Path, layers: int) -> tuple[LayerScores, ...]:
+    tensors, _ = load_tensors(path, "scores", _SCORES_VERSION)
+    return tuple(
+        LayerScores(tensors[f"layers.{index}.query_heads"], tensors[f"layers.{index}.ffn_channels"])
+        for index in range(layers)
+    )
+
+
+def gather(
+    model: str | Path,
+    text: CalibrationText | None,
+    options: PruneOptions,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Evidence:
+    """Calibrate a dense model for a method.
+
+    Args:
+        model: a dense model directory or hub name.
+        text: what to calibrate on; methods that look at weights only, without compensation, do without.
+        options: resolved, see `flap_export.methods`.
+        device: where to compute.
+        progress: told after every layer.
+
+    Raises:
+        InputError: one of its kinds, for an unusable model or text, or a text that is missing.
+    """
+    if text is None:
+        if options.row.needs_text or options.compensation != "none":
+            raise InputError(
+                f"the method {options.method} with compensation {options.compensation} calibrates on text; "
+                "name one with --calibration"
+            )
+        dense = open_dense(model)
+        return Evidence(None, {"weights": dense.weights.digest}, scores=_scores(dense, None, options, device))
+    dense, windows = calibration_windows(model, text.source, text.samples, text.sequence_length, text.seed, text.dtype)
+    sequences, length = windows.tokens.shape
+    used = text.model_copy(update={"samples": sequences, "sequence_length": length})
+    digests = {"weights": dense.weights.digest, "calibration": windows.digest}
+    basis, tokens = options.row.basis, torch.from_numpy(windows.tokens)
+    by_statistics = basis == "statistics" or options.compensation == "bias"
+    by_scores = basis not in ("statistics", "sensitivity")
+    return Evidence(
+        used,
+        digests,
+        _statistics(model, text, options, device, progress) if by_statistics else None,
+        _measured(model, text, options, device, progress) if basis == "sensitivity" else None,
+        _scores(dense, tokens, options, device, text.dtype) if by_scores else None,
+    )
+
+
+def evidence_options(options: PruneOptions) -> PruneOptions:
+    """Of the options those that `gather` depends on; equal ones can share evidence, whatever the ratio."""
+    filled = resolved(options)
+    if filled.row.propagates_pruned:
+        return filled
+    return PruneOptions(
+        ratio=_ANY_RATIO,
+        method=filled.method,
+        compensation="bias" if filled.compensation == "bias" else "none",
+        head_units=filled.head_units,
+        seed=filled.seed if filled.method == "random" else 0,
+    )
+
+
+def _scores(
+    dense: Checkpoint, tokens: Tensor | None, options: PruneOptions, device: str, dtype: str | None = None
+) -> tuple[LayerScores, ...]:
+    if options.row.basis == "weights":
+        return magnitude_scores(dense)
+    if options.row.basis == "chance":
+        return random_scores(dense.shape, options.seed)
+    assert tokens is not None
+    return taylor_scores(dense, tokens, dtype=compute_dtype(dense, dtype, device), device=device)
+
+
+def _measured(
+    model: str | Path, text: CalibrationText, options: PruneOptions, device: str, progress: Progress
+) -> Sensitivity:
+    return measure(
+        model,
+        text.source,
+        samples=text.samples,
+        sequence_length=text.sequence_length,
+        seed=text.seed,
+        head_units=options.head_units,
+        device=device,
+        dtype=text.dtype,
+        progress=progress,
+    )
+
+
+def _statistics(
+    model: str | Path, text: CalibrationText, options: PruneOptions, device: str, progress: Progress
+) -> CalibrationStatistics:
+    return calibrate(
+        model,
+        text.source,
+        samples=text.samples,
+        sequence_length=text.sequence_length,
+        seed=text.seed,
+        statistics=text.statistics,
+        device=device,
+        dtype=text.dtype,
+        removed=_uniform_removal(open_dense(model), options) if options.row.propagates_pruned else None,
+        progress=progress,
+    )
+
+
+def _uniform_removal(dense: Checkpoint, options: PruneOptions) -> RemovedChannels:
+    """The share of each layer that goes, decided by that layer alone."""
+    assert options.metric is not None
+    assert options.structure is not None
+    metric, structure = options.metric, options.structure
+
+    def removed(index: int, sites: Sites) -> dict[CutSpace, Tensor]:
+        alone = dense.shape.model_copy(update={"layers": (dense.shape.layers[index],)})
+        scores = layer_scores(sites, dense.shape, METRICS[metric], index)
+        plans, _ = allocate(
+            (scores,),
+            alone,
+            options.ratio,
+            structure,
+            head_units=options.head_units,
+            align_channels=options.align_channels,
+        )
+        kept = kept_channels(plans[0], alone)
+        widths = {space: len(sites[index, space].mean) for space in CUT_SPACES}
+        return {
+            space: complement(channels, widths[space]) for space in CUT_SPACES if (channels := kept[space]) is not None
+        }
+
+    return removed

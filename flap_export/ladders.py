@@ -1,0 +1,160 @@
+"""In which order every module of every layer loses its units, and what each step costs. Pure.
+
+A ladder is one module's ranking: how far down it a layer goes is all that allocation decides, and a searched pruning
+rate is a cut point in it. Steps are nested, so that a layer's shapes stay regular after any number of them:
+
+    attention   a whole KV group (a KV head with its g query heads, (2 g + 2) H D weights), or one query head of every
+                group (2 H D each; the last ones take the KV heads along)
+    FFN         one channel (3 H weights when gated), or as many as bring the width to the next multiple
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flap_export.errors import PlanError
+from flap_export.plan import LayerPlan
+from flap_export.scoring import LayerScores
+from flap_export.shapes import DecoderShape, LayerShape
+
+HeadUnits = Literal["groups", "queries"]
+HEAD_UNITS: Final[tuple[HeadUnits, ...]] = ("groups", "queries")
+
+
+@final
+@dataclass(frozen=True)
+class Ladder:
+    """The order in which one module loses its elements: query heads, or FFN channels."""
+
+    order: NDArray[np.int64]
+    """Every element once, the first to go first; [N]."""
+    gone: NDArray[np.int64]
+    """How many elements are gone after each step; [S]."""
+    costs: NDArray[np.int64]
+    """Weights that each step removes; [S]."""
+    scores: NDArray[np.float64]
+    """Importance of what each step removes, ascending; [S]."""
+
+    def kept(self, steps: int) -> tuple[int, ...]:
+        """The elements that stay after `steps` steps, ascending."""
+        removed = int(self.gone[steps - 1]) if steps else 0
+        return tuple(sorted(self.order[removed:].tolist()))
+
+    def removed(self, steps: int) -> NDArray[np.int64]:
+        """The elements that are gone after `steps` steps, in the order they went."""
+        return self.order[: int(self.gone[steps - 1]) if steps else 0]
+
+
+@final
+@dataclass(frozen=True)
+class LayerLadders:
+    """Both ladders of one layer."""
+
+    attention: Ladder
+    ffn: Ladder
+
+
+def ladders_from_scores(
+    scores: Sequence[LayerScores],
+    shape: DecoderShape,
+    *,
+    head_units: HeadUnits = "groups",
+    align_channels: int = 1,
+) -> tuple[LayerLadders, ...]:
+    """Rank the units of every module by their scores; equal scores keep their order.
+
+    Args:
+        scores: per layer.
+        shape: the dense decoder.
+        head_units: whether attention loses whole KV groups, or one query head of every group at a time.
+        align_channels: FFN widths that are left are multiples of this, or the dense width.
+
+    Raises:
+        PlanError: `align_channels` is not positive.
+    """
+    check_alignment(align_channels)
+    return tuple(
+        LayerLadders(
+            _attention_ladder(layer_scores.query_heads.numpy(), shape, layer, head_units),
+            ffn_ladder(layer_scores.ffn_channels.numpy(), shape, align_channels),
+        )
+        for layer, layer_scores in zip(shape.layers, scores, strict=True)
+    )
+
+
+def check_alignment(align_channels: int) -> None:
+    """Whether FFN widths can be multiples of `align_channels`.
+
+    Raises:
+        PlanError: they cannot.
+    """
+    if align_channels < 1:
+        raise PlanError(f"--align-channels must be at least 1, got {align_channels}")
+
+
+def attention_costs(shape: DecoderShape, layer: LayerShape, head_units: HeadUnits) -> NDArray[np.int64]:
+    """Weights of every step of an attention ladder, [K] for groups and [g] for query heads."""
+    per_group = layer.query_heads // layer.kv_heads
+    if head_units == "groups":
+        return np.full(layer.kv_heads, per_group * shape.query_head_parameters + shape.kv_head_parameters)
+    costs = np.full(per_group, layer.kv_heads * shape.query_head_parameters)
+    costs[-1] += layer.kv_heads * shape.kv_head_parameters
+    return costs
+
+
+def _attention_ladder(
+    scores: NDArray[np.float64], shape: DecoderShape, layer: LayerShape, head_units: HeadUnits
+) -> Ladder:
+    heads = np.arange(layer.query_heads).reshape(layer.kv_heads, -1)
+    by_group = scores.reshape(heads.shape)
+    if head_units == "queries":
+        # Round r takes the r-th lowest head of every group.
+        lowest_first = np.argsort(by_group, axis=1, kind="stable")
+        heads = np.take_along_axis(heads, lowest_first, axis=1).T
+        by_group = np.take_along_axis(by_group, lowest_first, axis=1).T
+    return ladder_of_rows(heads, by_group.mean(axis=1), attention_costs(shape, layer, head_units))
+
+
+def ladder_of_rows(rows: NDArray[np.int64], scores: NDArray[np.float64], costs: NDArray[np.int64]) -> Ladder:
+    """A ladder whose steps take one row of elements [S, n] each, lowest score first.
+
+    Args:
+        rows: elements that go together.
+        scores: of every row, [S].
+        costs: of the steps, in the order of the ladder; [S].
+    """
+    order = np.argsort(scores, kind="stable")
+    return Ladder(rows[order].ravel(), (np.arange(len(rows)) + 1) * rows.shape[1], costs, scores[order])
+
+
+def ffn_ladder(scores: NDArray[np.float64], shape: DecoderShape, align_channels: int = 1) -> Ladder:
+    """Channels by ascending score; a step's score is the mean of its channels'."""
+    order = np.argsort(scores, kind="stable")
+    gone = ffn_steps(len(scores), align_channels)
+    counts = np.diff(gone, prepend=0)
+    means = np.add.reduceat(scores[order], gone - counts) / counts
+    return Ladder(order, gone, counts * shape.ffn_channel_parameters, means)
+
+
+def ffn_steps(channels: int, align_channels: int) -> NDArray[np.int64]:
+    """How many channels are gone after each step, so that what is left is a multiple of `align_channels`."""
+    left = np.arange((channels - 1) // align_channels, -1, -1) * align_channels
+    return channels - left
+
+
+def layer_plan(index: int, shape: DecoderShape, ladders: LayerLadders, attention: int, ffn: int) -> LayerPlan:
+    """What layer `index` keeps after so many steps of its two ladders."""
+    layer = shape.layers[index]
+    query_heads = ladders.attention.kept(attention)
+    group_size = layer.query_heads // layer.kv_heads
+    return LayerPlan(
+        layer=index,
+        query_heads=query_heads,
+        kv_heads=tuple(sorted({head // group_size for head in query_heads})),
+        ffn_channels=ladders.ffn.kept(ffn),
+    )

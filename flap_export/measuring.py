@@ -1,0 +1,245 @@
+"""Stage `measure`: what every module of every layer costs the model when it shrinks, measured in one pass.
+
+In each layer the inputs of both restoring projections are observed, their units are ordered by second-order
+elimination, and at a few levels of removal the refitted module takes the place of the dense one. What it gives branches
+off and is carried through the remaining, dense layers beside the model's own hidden states; at the end stands the KL
+divergence between the dense logits and those of every branch. Between the levels the loss follows the projection's
+output error, to which it is nearly proportional.
+
+Memory holds one layer, one covariance per projection and one chunk; branches lie in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from flap_export.calibration import calibration_windows, compute_dtype
+from flap_export.compensation import Restored, least_squares
+from flap_export.elimination import RIDGE, Elimination, eliminate
+from flap_export.errors import ModelError, check_choice
+from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs
+from flap_export.layerwise import LayerPass, LayerStream, Progress, no_progress, streamed
+from flap_export.loading import Checkpoint
+from flap_export.restoring import SiteInputs, observed, replace, restoring_module
+from flap_export.sensitivity import ModuleSensitivity, Sensitivity, interpolated_losses
+from flap_export.shapes import DecoderShape
+from flap_export.statistics import CUT_SPACES, CutSpace
+
+LEVELS: Final = (0.15, 0.35, 0.55, 0.75, 0.9, 1.0)
+"""Shares of a module's units at whose removal the loss is measured."""
+BRANCH_SEQUENCES: Final = 32
+"""Calibration sequences that branches carry."""
+
+
+def measure(
+    model: str | Path,
+    source: str,
+    *,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    head_units: HeadUnits = "groups",
+    levels: Sequence[float] = LEVELS,
+    device: str = "cpu",
+    dtype: str | None = None,
+    chunk_sequences: int = 8,
+    progress: Progress = no_progress,
+) -> Sensitivity:
+    """Order the units of every module and measure what their removal costs.
+
+    Args:
+        model: a dense model directory or hub name.
+        source: a text source, see `flap_export.text`.
+        samples: sequences to use; None takes up to 1024 of what the source holds.
+        sequence_length: tokens of one sequence; None is 128, or the shape of a token array.
+        seed: chooses the sequences of a longer text.
+        head_units: whole KV groups, or one query head of every group; see `flap_export.ladders`.
+        levels: ascending shares of a module's units at whose removal the loss is measured.
+        device: where to compute.
+        dtype: precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU.
+        chunk_sequences: sequences in memory at a time.
+        progress: told after every layer.
+
+    Raises:
+        ModelError: the model is unusable, or its activations overflow.
+        TextError: the source is unusable or shorter than asked.
+    """
+    check_choice("head units", head_units, HEAD_UNITS)
+    dense, windows = calibration_windows(model, source, samples, sequence_length, seed, dtype)
+    tokens = torch.from_numpy(windows.tokens)
+    branches: dict[tuple[int, CutSpace], list[_Branch]] = {}
+    eliminations: dict[tuple[int, CutSpace], Elimination] = {}
+    with streamed(
+        dense,
+        tokens,
+        dtype=compute_dtype(dense, dtype, device),
+        device=device,
+        chunk_sequences=chunk_sequences,
+        progress=progress,
+    ) as stream:
+        for visited in stream:
+            earlier = [branch for found in branches.values() for branch in found]
+            for space, elimination, found in _branched(dense, stream, visited, head_units, levels, device):
+                eliminations[visited.index, space], branches[visited.index, space] = elimination, found
+            for branch in earlier:
+                visited.propagate(branch.hidden)
+        losses = _divergences(stream, branches, progress)
+    sequences, length = windows.tokens.shape
+    return Sensitivity(
+        model=dense.name,
+        source=source,
+        sequences=sequences,
+        sequence_length=length,
+        seed=seed,
+        head_units=head_units,
+        modules={
+            key: _module(dense.shape, key, head_units, elimination, losses[key])
+            for key, elimination in eliminations.items()
+        },
+        digests={"weights": dense.weights.digest, "calibration": windows.digest},
+    )
+
+
+@final
+@dataclass(frozen=True)
+class _Branch:
+    """The model with one module cut to one level."""
+
+    steps: int
+    hidden: Tensor
+    """[sequences, length, H]"""
+
+
+def _branched(
+    dense: Checkpoint,
+    stream: LayerStream,
+    visited: LayerPass,
+    head_units: HeadUnits,
+    levels: Sequence[float],
+    device: str,
+) -> Iterator[tuple[CutSpace, Elimination, list[_Branch]]]:
+    """Observe a layer, order its units, and let cut versions of it branch off; the dense states move on."""
+    count = min(len(visited.hidden), BRANCH_SEQUENCES)
+    inputs = visited.hidden[:count].clone()
+    with observed(dense, visited, CUT_SPACES, visited.hidden.shape[1], device) as sites:
+        visited.propagate()
+    for space in CUT_SPACES:
+        site = sites.pop(space)
+        site.moments.update(site.take_held_out())
+        _check_finite(site, visited.index, dense.family.restoring(space).path)
+        module = restoring_module(dense, visited.layer, space)
+        weight = module.get_parameter("weight").to(site.moments.mean.dtype)
+        units, groups = _units(dense.shape, visited.index, space, head_units)
+        covariance = site.moments.products / max(site.moments.count, 1)
+        elimination = eliminate(weight, covariance, units, groups=groups)
+        del covariance
+        per_step = len(elimination.order) // _step_count(dense.shape, visited.index, space, head_units)
+        found = []
+        for steps in _levels(len(elimination.order) // per_step, levels):
+            removed = units[elimination.order[: steps * per_step]].flatten()
+            kept = _without(removed, weight.shape[1]).to(device)
+            with _replaced(dense, visited, space, kept, least_squares(weight, kept, site.moments, RIDGE)):
+                hidden = stream.new_states(count)
+                for rows, output in visited.outputs(inputs):
+                    hidden[rows] = output.to("cpu")
+            found.append(_Branch(steps, hidden))
+        yield space, elimination, found
+
+
+def _check_finite(site: SiteInputs, layer: int, path: str) -> None:
+    if not bool(torch.isfinite(site.moments.mean).all() and torch.isfinite(site.moments.products.diagonal()).all()):
+        raise ModelError(
+            f"layer {layer}: what enters {path} is NaN or infinite; the model overflows in this precision, "
+            "set --dtype float32"
+        )
+
+
+def _units(shape: DecoderShape, index: int, space: CutSpace, head_units: HeadUnits) -> tuple[Tensor, Tensor | None]:
+    """Input channels of every unit [U, n], and the group each belongs to where one of every group goes at a time."""
+    layer = shape.layers[index]
+    if space == "ffn":
+        return torch.arange(layer.ffn_channels).unsqueeze(1), None
+    heads = torch.arange(layer.query_heads * shape.head_dim).view(layer.query_heads, shape.head_dim)
+    if head_units == "groups":
+        return heads.view(layer.kv_heads, -1), None
+    return heads, torch.arange(layer.query_heads) // (layer.query_heads // layer.kv_heads)
+
+
+def _step_count(shape: DecoderShape, index: int, space: CutSpace, head_units: HeadUnits) -> int:
+    layer = shape.layers[index]
+    return layer.ffn_channels if space == "ffn" else len(attention_costs(shape, layer, head_units))
+
+
+def _levels(steps: int, levels: Sequence[float]) -> list[int]:
+    """Distinct positive numbers of steps, the last of them all."""
+    return sorted({min(max(round(level * steps), 1), steps) for level in levels} | {steps})
+
+
+def _without(removed: Tensor, channels: int) -> Tensor:
+    stays = torch.ones(channels, dtype=torch.bool)
+    stays[removed] = False
+    return stays.nonzero().flatten()
+
+
+@contextmanager
+def _replaced(
+    dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, restored: Restored
+) -> Iterator[None]:
+    """Let a layer compute with a restored projection, and with its own again afterwards."""
+    module = restoring_module(dense, visited.layer, space)
+    own = dict(module._parameters)
+    replace(dense, visited, space, kept, restored)
+    try:
+        yield
+    finally:
+        for name, parameter in own.items():
+            module.register_parameter(name, parameter)
+
+
+def _divergences(
+    stream: LayerStream, branches: Mapping[tuple[int, CutSpace], list[_Branch]], progress: Progress
+) -> dict[tuple[int, CutSpace], dict[int, float]]:
+    """KL divergence of every branch from the dense model, nats per token, by steps taken."""
+    count = min(len(stream.hidden), BRANCH_SEQUENCES)
+    dense = [torch.log_softmax(logits.float(), dim=-1) for logits in stream.logits(stream.hidden[:count])]
+    found: dict[tuple[int, CutSpace], dict[int, float]] = {}
+    for done, (key, module_branches) in enumerate(branches.items()):
+        found[key] = {branch.steps: _divergence(dense, stream.logits(branch.hidden)) for branch in module_branches}
+        progress("losses", done + 1, len(branches))
+    return found
+
+
+def _divergence(dense: Sequence[Tensor], branch: Iterator[Tensor]) -> float:
+    total, tokens = 0.0, 0
+    for reference, logits in zip(dense, branch, strict=True):
+        other = torch.log_softmax(logits.float(), dim=-1)
+        total += float((reference.exp() * (reference - other)).sum(dtype=torch.float64))
+        tokens += reference.shape[0] * reference.shape[1]
+    return max(total / tokens, 0.0)
+
+
+def _module(
+    shape: DecoderShape,
+    key: tuple[int, CutSpace],
+    head_units: HeadUnits,
+    elimination: Elimination,
+    measured: Mapping[int, float],
+) -> ModuleSensitivity:
+    index, space = key
+    layer, order = shape.layers[index], elimination.order
+    steps = _step_count(shape, index, space, head_units)
+    per_step = len(order) // steps
+    errors = elimination.losses[per_step - 1 :: per_step]
+    if space == "query" and head_units == "groups":
+        # A group stands for its query heads.
+        size = layer.query_heads // layer.kv_heads
+        order, per_step = (order.unsqueeze(1) * size + torch.arange(size)).flatten(), size
+    losses = interpolated_losses(errors.numpy(), measured)
+    return ModuleSensitivity(order, (torch.arange(steps) + 1) * per_step, torch.from_numpy(losses))

@@ -1,0 +1,204 @@
+"""Stage `restore`: refit the kept columns of every pruned projection by least squares, one layer at a time.
+
+Runs once the plan is known. Covariances are streamed; what is held at a time is one layer, one covariance matrix per
+projection and the held-out inputs that choose the ridge. The restored weights go to a folder, to be read when the
+checkpoint is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flap_export.compensation import Restored, best_ridge, bias_compensation, complement, least_squares
+from flap_export.layerwise import LayerPass, Progress, no_progress, streamed
+from flap_export.loading import Checkpoint
+from flap_export.moments import RunningComoments
+from flap_export.plan import PruningPlan
+from flap_export.rewriting import Restore, kept_channels
+from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace
+from flap_export.storage import writing_errors
+
+HELD_OUT_EVERY: Final = 8
+"""One sequence in so many chooses the ridge before it joins the covariance."""
+HELD_OUT_SEQUENCES: Final = 32
+EXACT_CHANNELS: Final = 4096
+"""Widths up to which covariances are in float64; float32 halves the memory of wider ones."""
+
+
+@final
+class RestoredWeights:
+    """Restored projections in a folder, written and read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def save(self, index: int, space: CutSpace, restored: Restored) -> None:
+        """Keep one."""
+        tensors = {"weight": restored.weight.contiguous().cpu(), "bias": restored.bias.contiguous().cpu()}
+        path = self._path(index, space)
+        with writing_errors(path):
+            save_file(tensors, path)
+
+    def load(self, index: int, space: CutSpace) -> Restored:
+        """What was kept."""
+        return Restored(**load_file(self._path(index, space)))
+
+    def _path(self, index: int, space: CutSpace) -> Path:
+        return self._folder / f"{index}.{space}.safetensors"
+
+
+@final
+class SiteInputs:
+    """What enters one projection: moments of most sequences, and the inputs of those held out."""
+
+    def __init__(self, channels: int, length: int, device: str) -> None:
+        dtype = torch.float64 if channels <= EXACT_CHANNELS else torch.float32
+        self.moments = RunningComoments(channels, dtype=dtype, device=device)
+        self._length, self._seen = length, 0
+        self._held_out: list[Tensor] = []
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in a chunk of whole sequences."""
+        sequences = inputs.reshape(-1, self._length, inputs.shape[-1])
+        turns = range(self._seen, self._seen + len(sequences))
+        self._seen += len(sequences)
+        held_out = [row for row, turn in enumerate(turns) if turn % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+        held_out = held_out[: HELD_OUT_SEQUENCES - len(self._held_out)]
+        self._held_out += [sequences[row].to(self.moments.mean.dtype) for row in held_out]
+        self.moments.update(sequences[[row for row in range(len(sequences)) if row not in held_out]])
+
+    def take_held_out(self) -> Tensor:
+        """The inputs held out so far, [tokens, C]; they join the moments when they are given back."""
+        taken, self._held_out = self._held_out, []
+        return torch.cat(taken) if taken else self.moments.mean.new_empty(0, self.moments.mean.numel())
+
+
+def restore(
+    dense: Checkpoint,
+    plan: PruningPlan,
+    tokens: Tensor,
+    folder: Path,
+    *,
+    sequential: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    chunk_sequences: int = 8,
+    progress: Progress = no_progress,
+) -> RestoredWeights:
+    """Fit what the kept columns of every pruned o_proj and down_proj become.
+
+    Args:
+        dense: the dense model.
+        plan: what every layer keeps.
+        tokens: calibration tokens, int64 [sequences, length].
+        folder: where the restored weights go, about as large as the pruned checkpoint's projections.
+        sequential: fit to the inputs that the already pruned layers give, instead of the dense model's.
+        dtype: precision to run the model in.
+        device: where.
+        chunk_sequences: sequences in memory at a time.
+        progress: told after every layer.
+
+    Raises:
+        ModelError: weights are missing or hold NaN.
+        OutputError: the disk is full.
+    """
+    kept = [kept_channels(layer, dense.shape) for layer in plan.layers]
+    restored = RestoredWeights(folder)
+    length = tokens.shape[1]
+    with streamed(
+        dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
+    ) as stream:
+        for visited in stream:
+            cut = {space: channels for space in CUT_SPACES if (channels := kept[visited.index][space]) is not None}
+            # The FFN's inputs depend on what attention became: in sequence, each is observed on its own.
+            rounds = [[space] for space in cut] if sequential else [list(cut)]
+            for spaces in rounds:
+                with observed(dense, visited, spaces, length, device) as inputs:
+                    visited.observe() if sequential else visited.propagate()
+                for space in spaces:
+                    fitted = _fit(dense, visited, space, cut[space].to(device), inputs.pop(space))
+                    restored.save(visited.index, space, fitted)
+                    if sequential:
+                        replace(dense, visited, space, cut[space].to(device), fitted)
+            if sequential:
+                visited.propagate()
+    return restored
+
+
+@contextmanager
+def observed(
+    dense: Checkpoint, visited: LayerPass, spaces: Sequence[CutSpace], length: int, device: str
+) -> Iterator[dict[CutSpace, SiteInputs]]:
+    """Gather what enters the restoring projections of `spaces` while the layer runs."""
+    inputs, hooks = {}, []
+
+    def observe(site: SiteInputs, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        site.update(arguments[0])
+
+    for space in spaces:
+        module = restoring_module(dense, visited.layer, space)
+        inputs[space] = SiteInputs(module.get_parameter("weight").shape[1], length, device)
+        hooks.append(module.register_forward_pre_hook(partial(observe, inputs[space])))
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def restoring_module(dense: Checkpoint, layer: nn.Module, space: CutSpace) -> nn.Module:
+    """The projection of `layer` that maps `space` back to the residual stream."""
+    return layer.get_submodule(dense.family.restoring(space).path)
+
+
+def _fit(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, inputs: SiteInputs) -> Restored:
+    moments, held_out = inputs.moments, inputs.take_held_out()
+    weight = restoring_module(dense, visited.layer, space).get_parameter("weight").to(moments.mean.dtype)
+    ridge = best_ridge(weight, kept, moments, held_out)
+    moments.update(held_out)
+    return least_squares(weight, kept, moments, ridge)
+
+
+def replace(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, restored: Restored) -> None:
+    """Let the layer compute with a restored projection; columns that are gone are zero."""
+    module = restoring_module(dense, visited.layer, space)
+    old = module.get_parameter("weight")
+    weight = torch.zeros_like(old)
+    weight[:, kept] = restored.weight.to(old.dtype)
+    bias = restored.bias.to(old.dtype)
+    own = module._parameters.get("bias")
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    module.register_parameter("bias", nn.Parameter(bias if own is None else own + bias, requires_grad=False))
+
+
+def cut_only(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Restore nothing."""
+    return weight[:, kept], None
+
+
+def mean_restorer(statistics: CalibrationStatistics) -> Restore:
+    """Restore the mean of what was removed, by a bias."""
+
+    def restored(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        removed = complement(kept, weight.shape[1])
+        return weight[:, kept], bias_compensation(weight, removed, statistics.sites[index, space].mean)
+
+    return restored
+
+
+def fitted_restorer(fitted: RestoredWeights) -> Restore:
+    """Put in what was fitted."""
+
+    def restored(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = fitted.load(index, space)
+        return found.weight, found.bias
+
+    return restored

@@ -1,0 +1,113 @@
+"""Pruned checkpoints in a family's own classes: the same counts in every layer, so that every serving stack loads them.
+
+A plan can take this layout when all layers kept as many heads and channels, the number of heads divides the hidden
+size, which transformers checks, and the family's classes have a place for every bias that compensation adds. Where a
+configuration's flag gives all projections around a space a bias, those that need none get zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from flap_export.checkpoint import MAX_SHARD_BYTES, copy_companions, read_config, write_shards
+from flap_export.errors import PlanError
+from flap_export.loading import Checkpoint, config_from, meta_model, parameter_names
+from flap_export.plan import PLAN_NAME, PruningPlan
+from flap_export.rope import both_rope_forms
+from flap_export.shapes import DecoderShape, LayerShape
+
+Layout = Literal["uneven", "stock"]
+LAYOUTS: Final[tuple[Layout, ...]] = ("uneven", "stock")
+
+
+def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
+    """Numbers of query heads that the family's own class takes."""
+    heads = dense.shape.layers[0].query_heads
+    if dense.family.plain_heads:
+        return (heads,)
+    return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
+
+
+def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
+    """The dense configuration with the pruned counts, and the flags for the biases that were added.
+
+    Raises:
+        PlanError: layers differ, lost everything, or the family's class has no place for a bias.
+    """
+    family, layer = dense.family, shape.layers[0]
+    if any(other != layer for other in shape.layers):
+        raise PlanError(
+            "--layout stock needs the same counts in every layer; use --structure ul-um or ul-mm, or --layout uneven"
+        )
+    if not layer.query_heads or not layer.ffn_channels:
+        raise PlanError("--layout stock needs heads and FFN channels in every layer; ask for a lower ratio")
+    if layer.query_heads not in allowed_heads(dense):
+        raise PlanError(
+            f"--layout stock: {family.model_type}'s class takes {', '.join(map(str, allowed_heads(dense)))} query "
+            f"heads at a hidden size of {shape.hidden_size}, the plan keeps {layer.query_heads}; keep one of these"
+        )
+    config = {**both_rope_forms(read_config(dense)), **_counts(dense, layer)}
+    for space, added, there in (
+        ("query", layer.attention_bias, dense.shape.layers[0].attention_bias),
+        ("ffn", layer.ffn_bias, dense.shape.layers[0].ffn_bias),
+    ):
+        if added and not there:
+            if space not in family.bias_flags:
+                raise PlanError(
+                    f"--layout stock: {family.model_type}'s class has no place for a bias of "
+                    f"{family.restoring('query' if space == 'query' else 'ffn').path}; use --compensation none, or "
+                    "--layout uneven"
+                )
+            config[family.bias_flags["query" if space == "query" else "ffn"]] = True
+    return config
+
+
+def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
+    counts = {"num_attention_heads": layer.query_heads, dense.family.ffn_width: layer.ffn_channels}
+    if dense.family.plain_heads:
+        return counts
+    return {**counts, "num_key_value_heads": layer.kv_heads, "head_dim": dense.shape.head_dim}
+
+
+def write_stock_checkpoint(
+    directory: Path,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    shape: DecoderShape,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a checkpoint of the family's own class into an empty directory; see `write_checkpoint`.
+
+    Raises:
+        PlanError: the plan does not fit that class.
+    """
+    config = stock_config(dense, shape)
+    target = dataclasses.replace(dense, config=config_from(config, dense.family, directory), shape=shape)
+    write_shards(directory, _with_zero_biases(target, tensors), max_shard_bytes)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    plan.save(directory / PLAN_NAME)
+    copy_companions(dense.directory, directory)
+
+
+def _with_zero_biases(target: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, and zeros for the biases that only the flags ask for."""
+    written: set[str] = set()
+    dtype = torch.float32
+    for name, tensor in tensors:
+        written.add(name)
+        dtype = tensor.dtype
+        yield name, tensor
+    model = meta_model(target, torch.float32)
+    for name in parameter_names(model, target):
+        if name not in written:
+            assert name.endswith(".bias"), name
+            yield name, torch.zeros(model.get_parameter(name).shape, dtype=dtype)
