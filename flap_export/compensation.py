@@ -80,6 +80,7 @@ def _factor(correlation: Tensor, ridge: float) -> Tensor:
 
     Of fewer tokens than channels the matrix itself is singular.
     """
+    assert bool(torch.isfinite(correlation.diagonal()).all()), "no ridge mends NaN"
     diagonal, grown = correlation.diagonal(), 0.0
     while True:
         diagonal.add_(ridge - grown)

@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from flap_export.errors import ModelError
 from flap_export.families import Projection, Space
 from flap_export.loading import Checkpoint, load_model
 from flap_export.scoring import LayerScores, standardised
@@ -54,7 +55,7 @@ def taylor_scores(
         device: where.
 
     Raises:
-        ModelError: weights are missing or hold NaN.
+        ModelError: weights are missing or hold NaN, or the gradients overflow.
     """
     model = load_model(dense.directory, dtype=dtype, device=device)
     restoring = {f"{p.path}.weight" for p in dense.family.projections}
@@ -70,7 +71,14 @@ def taylor_scores(
         assert weight.grad is not None, name
         return (weight.detach() * weight.grad).abs().to("cpu", torch.float64)
 
-    return _scores(dense, salience)
+    scores = _scores(dense, salience)
+    for index, layer in enumerate(scores):
+        if not bool(torch.isfinite(layer.query_heads).all() and torch.isfinite(layer.ffn_channels).all()):
+            raise ModelError(
+                f"layer {index}: gradients are NaN or infinite; the model overflows in this precision, "
+                "set --dtype float32"
+            )
+    return scores
 
 
 def _below_layer(name: str, dense: Checkpoint) -> str:

@@ -75,7 +75,7 @@ class _State:
         channels = units.flatten().to(weight.device)
         variances = covariance.diagonal()
         # A channel that never varies costs nothing to remove; any positive number makes the matrix regular.
-        floor = variances.mean().clamp_min(torch.finfo(weight.dtype).tiny) * 1e-12
+        floor = (variances.mean() * 1e-12).clamp_min(torch.finfo(weight.dtype).tiny ** 0.5)
         variances.add_(ridge * variances + floor)
         self._weight = weight[:, channels].clone()
         covariance = (

@@ -22,7 +22,7 @@ from flap_export.calibration import (
 )
 from flap_export.compensation import complement
 from flap_export.coupled import magnitude_scores, random_scores, taylor_scores
-from flap_export.errors import InputError
+from flap_export.errors import InputError, TextError
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint
 from flap_export.measuring import measure
@@ -166,6 +166,8 @@ def gather(
         return Evidence(None, {"weights": dense.weights.digest}, scores=_scores(dense, None, options, device))
     dense, windows = calibration_windows(model, text.source, text.samples, text.sequence_length, text.seed, text.dtype)
     sequences, length = windows.tokens.shape
+    if length < 2:
+        raise TextError(f"text source '{text.source}' gives sequences of one token; calibration needs at least two")
     used = text.model_copy(update={"samples": sequences, "sequence_length": length})
     digests = {"weights": dense.weights.digest, "calibration": windows.digest}
     basis, tokens = options.row.basis, torch.from_numpy(windows.tokens)
@@ -233,25 +235,29 @@ def _statistics(
         statistics=text.statistics,
         device=device,
         dtype=text.dtype,
-        removed=_uniform_removal(open_dense(model), options) if options.row.propagates_pruned else None,
+        removed=_uniform_removal(open_dense(model), options, text.statistics)
+        if options.row.propagates_pruned
+        else None,
         progress=progress,
     )
 
 
-def _uniform_removal(dense: Checkpoint, options: PruneOptions) -> RemovedChannels:
+def _uniform_removal(dense: Checkpoint, options: PruneOptions, statistics: StatisticsName) -> RemovedChannels:
     """The share of each layer that goes, decided by that layer alone."""
     assert options.metric is not None
     assert options.structure is not None
-    metric, structure = options.metric, options.structure
+    metric, structure, follows_code = options.metric, options.structure, statistics == "reference"
+    squares = follows_code if options.square_attention is None else options.square_attention
 
     def removed(index: int, sites: Sites) -> dict[CutSpace, Tensor]:
         alone = dense.shape.model_copy(update={"layers": (dense.shape.layers[index],)})
-        scores = layer_scores(sites, dense.shape, METRICS[metric], index)
+        scores = layer_scores(sites, dense.shape, METRICS[metric], index, 2 if squares else 1)
         plans, _ = allocate(
             (scores,),
             alone,
             options.ratio,
             structure,
+            selection="reference" if follows_code else "exact",
             head_units=options.head_units,
             align_channels=options.align_channels,
         )

@@ -105,7 +105,7 @@ class LayerPass:
 
         Args:
             hidden: other inputs [sequences, length, H] than those that reach the layer, of as many of its first
-                sequences as there are.
+                sequences as there are; whole chunks, whose sizes the masks have.
 
         Yields:
             The chunk's sequences, and the layer's outputs for them on the device.

@@ -23,11 +23,11 @@ from torch import Tensor
 from flap_export.calibration import calibration_windows, compute_dtype
 from flap_export.compensation import Restored, least_squares
 from flap_export.elimination import RIDGE, Elimination, eliminate
-from flap_export.errors import ModelError, check_choice
+from flap_export.errors import check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs
 from flap_export.layerwise import LayerPass, LayerStream, Progress, no_progress, streamed
 from flap_export.loading import Checkpoint
-from flap_export.restoring import SiteInputs, observed, replace, restoring_module
+from flap_export.restoring import check_finite, observed, replace, restoring_module
 from flap_export.sensitivity import ModuleSensitivity, Sensitivity, interpolated_losses
 from flap_export.shapes import DecoderShape
 from flap_export.statistics import CUT_SPACES, CutSpace
@@ -35,7 +35,7 @@ from flap_export.statistics import CUT_SPACES, CutSpace
 LEVELS: Final = (0.15, 0.35, 0.55, 0.75, 0.9, 1.0)
 """Shares of a module's units at whose removal the loss is measured."""
 BRANCH_SEQUENCES: Final = 32
-"""Calibration sequences that branches carry."""
+"""Calibration sequences that branches carry at least, if there are as many; they are whole chunks."""
 
 
 def measure(
@@ -126,14 +126,16 @@ def _branched(
     device: str,
 ) -> Iterator[tuple[CutSpace, Elimination, list[_Branch]]]:
     """Observe a layer, order its units, and let cut versions of it branch off; the dense states move on."""
-    count = min(len(visited.hidden), BRANCH_SEQUENCES)
+    # Masks are made for the size of a chunk.
+    ends = [chunk.rows.stop for chunk in visited.chunks]
+    count = next((end for end in ends if end >= BRANCH_SEQUENCES), ends[-1])
     inputs = visited.hidden[:count].clone()
     with observed(dense, visited, CUT_SPACES, visited.hidden.shape[1], device) as sites:
         visited.propagate()
     for space in CUT_SPACES:
         site = sites.pop(space)
         site.moments.update(site.take_held_out())
-        _check_finite(site, visited.index, dense.family.restoring(space).path)
+        check_finite(site, visited.index, dense.family.restoring(space).path)
         module = restoring_module(dense, visited.layer, space)
         weight = module.get_parameter("weight").to(site.moments.mean.dtype)
         units, groups = _units(dense.shape, visited.index, space, head_units)
@@ -151,14 +153,6 @@ def _branched(
                     hidden[rows] = output.to("cpu")
             found.append(_Branch(steps, hidden))
         yield space, elimination, found
-
-
-def _check_finite(site: SiteInputs, layer: int, path: str) -> None:
-    if not bool(torch.isfinite(site.moments.mean).all() and torch.isfinite(site.moments.products.diagonal()).all()):
-        raise ModelError(
-            f"layer {layer}: what enters {path} is NaN or infinite; the model overflows in this precision, "
-            "set --dtype float32"
-        )
 
 
 def _units(shape: DecoderShape, index: int, space: CutSpace, head_units: HeadUnits) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +201,7 @@ def _divergences(
     stream: LayerStream, branches: Mapping[tuple[int, CutSpace], list[_Branch]], progress: Progress
 ) -> dict[tuple[int, CutSpace], dict[int, float]]:
     """KL divergence of every branch from the dense model, nats per token, by steps taken."""
-    count = min(len(stream.hidden), BRANCH_SEQUENCES)
+    count = next((len(branch.hidden) for found in branches.values() for branch in found), 0)
     dense = [torch.log_softmax(logits.float(), dim=-1) for logits in stream.logits(stream.hidden[:count])]
     found: dict[tuple[int, CutSpace], dict[int, float]] = {}
     for done, (key, module_branches) in enumerate(branches.items()):

@@ -145,10 +145,13 @@ def make_plan(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> P
 
     Raises:
         BudgetError: the budget cannot be met.
+        InputError: the evidence is another method's.
         PlanError: the evidence is of another model.
     """
     options = resolved(options)
-    if evidence.sensitivity is not None and options.row.basis == "sensitivity":
+    if options.row.basis == "sensitivity":
+        if evidence.sensitivity is None:
+            raise _other_method(options)
         if evidence.sensitivity.head_units != options.head_units:
             raise InputError(
                 f"the losses were measured for the head units {evidence.sensitivity.head_units}, asked are "
@@ -192,11 +195,14 @@ def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> 
     follows_code = evidence.statistics is not None and evidence.statistics.kind == "reference"
     selection: Selection = "reference" if follows_code else "exact"
     scores = evidence.scores
-    if scores is None:
-        assert evidence.statistics is not None
+    if options.row.basis == "statistics":
         assert options.metric is not None
+        if evidence.statistics is None:
+            raise _other_method(options)
         squares = follows_code if options.square_attention is None else options.square_attention
         scores = score(evidence.statistics, shape, options.metric, square_attention=squares)
+    if scores is None:
+        raise _other_method(options)
     if options.row.spares_ends:
         return _between_ends(shape, scores, options)
     assert options.structure is not None
@@ -211,6 +217,10 @@ def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> 
         align_channels=options.align_channels,
         allowed_heads=_allowed_heads(dense, options),
     )
+
+
+def _other_method(options: PruneOptions) -> InputError:
+    return InputError(f"what was gathered is not what the method {options.method} goes by; calibrate again with it")
 
 
 def _between_ends(

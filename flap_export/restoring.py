@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flap_export.compensation import Restored, best_ridge, bias_compensation, complement, least_squares
+from flap_export.errors import ModelError
 from flap_export.layerwise import LayerPass, Progress, no_progress, streamed
 from flap_export.loading import Checkpoint
 from flap_export.moments import RunningComoments
@@ -107,7 +108,7 @@ def restore(
         progress: told after every layer.
 
     Raises:
-        ModelError: weights are missing or hold NaN.
+        ModelError: weights are missing or hold NaN, or the activations overflow.
         OutputError: the disk is full.
     """
     kept = [kept_channels(layer, dense.shape) for layer in plan.layers]
@@ -161,10 +162,26 @@ def restoring_module(dense: Checkpoint, layer: nn.Module, space: CutSpace) -> nn
 
 def _fit(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, inputs: SiteInputs) -> Restored:
     moments, held_out = inputs.moments, inputs.take_held_out()
+    check_finite(inputs, visited.index, dense.family.restoring(space).path)
     weight = restoring_module(dense, visited.layer, space).get_parameter("weight").to(moments.mean.dtype)
     ridge = best_ridge(weight, kept, moments, held_out)
     moments.update(held_out)
+    check_finite(inputs, visited.index, dense.family.restoring(space).path)
     return least_squares(weight, kept, moments, ridge)
+
+
+def check_finite(inputs: SiteInputs, layer: int, path: str) -> None:
+    """Whether what entered a projection was finite.
+
+    Raises:
+        ModelError: it was not.
+    """
+    moments = inputs.moments
+    if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.products.diagonal()).all()):
+        raise ModelError(
+            f"layer {layer}: what enters {path} is NaN or infinite; the model overflows in this precision, "
+            "set --dtype float32"
+        )
 
 
 def replace(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, restored: Restored) -> None:

@@ -108,7 +108,8 @@ def _ffn_ladder(module: ModuleSensitivity, shape: DecoderShape, align_channels: 
 def interpolated_losses(errors: NDArray[np.float64], measured: Mapping[int, float]) -> NDArray[np.float64]:
     """The loss after every step, from the output error after every step and the loss after a few.
 
-    Loss over error changes slowly with the number of steps; its logarithm is interpolated linearly.
+    Loss over error changes slowly with the number of steps; its logarithm is interpolated linearly. No loss exceeds the
+    next measured one: where errors are nearly zero the ratio is noise.
 
     Args:
         errors: output error after each step, [S].
@@ -119,6 +120,9 @@ def interpolated_losses(errors: NDArray[np.float64], measured: Mapping[int, floa
     """
     tiny = np.finfo(np.float64).tiny
     known = sorted(measured)
-    ratios = [np.log(max(measured[steps], tiny) / max(errors[steps - 1], tiny)) for steps in known]
+    levels = np.log(np.maximum.accumulate([max(measured[steps], tiny) for steps in known]))
+    growth = np.log(np.maximum(errors, tiny))
     taken = np.arange(1, len(errors) + 1)
-    return np.maximum.accumulate(np.exp(np.interp(taken, known, ratios)) * np.maximum(errors, tiny))
+    losses = np.interp(taken, known, levels - growth[np.array(known) - 1]) + growth
+    next_measured = np.append(levels, np.inf)[np.searchsorted(known, taken)]
+    return np.maximum.accumulate(np.exp(np.minimum(losses, next_measured)))

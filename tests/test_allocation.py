@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,10 +15,10 @@ from hypothesis import strategies as st
 from tiny import ALL_FAMILIES, tiny_config
 from transformers import AutoModelForCausalLM
 
-from flap_export.allocation import STRUCTURES, StructureName, allocate
+from flap_export.allocation import STRUCTURES, StructureName, _least_loss, allocate, allocate_by_loss
 from flap_export.errors import BudgetError, PlanError
 from flap_export.families import FAMILIES, shape_from_config
-from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, ffn_steps
+from flap_export.ladders import HEAD_UNITS, HeadUnits, Ladder, LayerLadders, attention_costs, ffn_steps
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape, LayerShape
@@ -390,3 +393,179 @@ def test_an_alignment_must_be_positive() -> None:
     shape, scores = mixed_shape()
     with pytest.raises(PlanError, match="--align-channels must be at least 1, got 0"):
         allocate(scores, shape, 0.3, align_channels=0)
+
+
+@st.composite
+def ladder_problems(draw: st.DrawFn, *, convex: bool) -> tuple[DecoderShape, tuple[LayerLadders, ...], float]:
+    """Few steps, so that every combination can be tried; losses rise ever faster where they are convex."""
+    kv_heads = draw(st.integers(1, 2))
+    layer = LayerShape(query_heads=2 * kv_heads, kv_heads=kv_heads, ffn_channels=draw(st.integers(1, 4)))
+    shape = shape_of(heads=2, kv_heads=1, head_dim=draw(st.sampled_from([1, 2])), hidden=4, channels=1, layers=1)
+    shape = shape.model_copy(update={"layers": (layer,) * draw(st.integers(1, 2))})
+    rises = st.floats(0, 5, allow_subnormal=False) | st.just(0.0)
+
+    def ladder(order: int, gone: np.ndarray, costs: np.ndarray) -> Ladder:
+        added = np.array(draw(st.lists(rises, min_size=len(gone), max_size=len(gone))))
+        return Ladder(np.arange(order), gone, costs, np.sort(added / costs) * costs if convex else added)
+
+    groups = 2 * (np.arange(kv_heads) + 1)
+    ffn = np.arange(layer.ffn_channels) + 1
+    ladders = tuple(
+        LayerLadders(
+            ladder(layer.query_heads, groups, attention_costs(shape, layer, "groups")),
+            ladder(layer.ffn_channels, ffn, np.full(layer.ffn_channels, shape.ffn_channel_parameters)),
+        )
+        for _ in shape.layers
+    )
+    return shape, ladders, draw(st.floats(0.02, 0.98))
+
+
+def choices(ladders: Sequence[LayerLadders], most: float) -> Iterator[tuple[float, int]]:
+    """Loss and cost of every combination of steps that costs at most so much."""
+    modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
+    sums = [
+        [(float(m.scores[:taken].sum()), int(m.costs[:taken].sum())) for taken in range(len(m.costs) + 1)]
+        for m in modules
+    ]
+    for combination in itertools.product(*sums):
+        cost = sum(cost for _, cost in combination)
+        if cost <= most:
+            yield sum(loss for loss, _ in combination), cost
+
+
+def loss_of(ladders: Sequence[LayerLadders], layers: Sequence[LayerPlan], shape: DecoderShape) -> float:
+    total = 0.0
+    for plan, ladder, full in zip(layers, ladders, shape.layers, strict=True):
+        for module, gone in (
+            (ladder.attention, full.query_heads - len(plan.query_heads)),
+            (ladder.ffn, full.ffn_channels - len(plan.ffn_channels)),
+        ):
+            total += float(module.scores[: int(np.searchsorted(module.gone, gone, side="right"))].sum())
+    return total
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@given(data=st.data())
+def test_the_least_loss_keeps_within_the_budget_and_leaves_no_room(convex: bool, data: st.DataObject) -> None:
+    shape, ladders, ratio = data.draw(ladder_problems(convex=convex))
+    try:
+        layers, found = allocate_by_loss(ladders, shape, ratio)
+    except BudgetError:
+        return
+    total = dense_weights(shape)
+    removed = total - weights_of(shape, layers)
+    smallest = min(int(m.costs.min()) for layer in ladders for m in (layer.attention, layer.ffn))
+    assert removed <= ratio * total + smallest / 2
+    steps_left = [
+        cost
+        for plan, ladder in zip(layers, ladders, strict=True)
+        for cost, left in (
+            (int(ladder.attention.costs[-1]), plan.kv_heads),
+            (int(ladder.ffn.costs[-1]), plan.ffn_channels),
+        )
+        if left
+    ]
+    assert all(removed + cost > ratio * total + smallest / 2 for cost in steps_left)
+    assert found.achieved == removed / total
+
+
+@given(problem=ladder_problems(convex=True))
+def test_convex_losses_are_least_for_what_is_removed_with_equal_costs(
+    problem: tuple[DecoderShape, tuple[LayerLadders, ...], float],
+) -> None:
+    """Where all steps cost the same, no other choice that removes as much loses less."""
+    shape, ladders, ratio = problem
+    unit = shape.ffn_channel_parameters
+    ladders = tuple(
+        LayerLadders(dataclasses.replace(layer.attention, costs=np.full(len(layer.attention.costs), unit)), layer.ffn)
+        for layer in ladders
+    )
+    modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
+    budget = ratio * unit * sum(len(ladder.costs) for ladder in modules)
+    taken = _least_loss([(np.sort(m.scores), m.costs) for m in modules], budget)
+    ladders = tuple(
+        LayerLadders(*(dataclasses.replace(m, scores=np.sort(m.scores)) for m in (layer.attention, layer.ffn)))
+        for layer in ladders
+    )
+    cost = unit * sum(taken)
+    assert abs(cost - budget) <= unit / 2 + 1e-9
+    least = min(loss for loss, other in choices(ladders, cost) if other == cost)
+    found = sum(float(np.sort(m.scores)[:steps].sum()) for m, steps in zip(modules, taken, strict=True))
+    assert found == pytest.approx(least, rel=1e-9, abs=1e-12)
+
+
+@given(problem=ladder_problems(convex=True))
+def test_convex_losses_stay_within_one_step_of_the_best(
+    problem: tuple[DecoderShape, tuple[LayerLadders, ...], float],
+) -> None:
+    """Costs that differ leave a rest; what loses more than the best choice within the budget loses one step more."""
+    shape, ladders, ratio = problem
+    try:
+        layers, _ = allocate_by_loss(ladders, shape, ratio)
+    except BudgetError:
+        return
+    cost = dense_weights(shape) - weights_of(shape, layers)
+    best = min(loss for loss, other in choices(ladders, cost) if other == cost)
+    dearest = max(float(m.scores.max()) for layer in ladders for m in (layer.attention, layer.ffn))
+    assert best - 1e-9 <= loss_of(ladders, layers, shape) <= best + 2 * dearest + 1e-9
+
+
+def two_modules(attention: list[float], ffn: list[float]) -> tuple[DecoderShape, tuple[LayerLadders, ...]]:
+    """One layer; a group costs as much as four channels."""
+    shape = shape_of(heads=len(attention), kv_heads=len(attention), head_dim=3, hidden=4, channels=len(ffn), layers=1)
+    costs = attention_costs(shape, shape.layers[0], "groups")
+    gone = np.arange(len(attention)) + 1
+    return shape, (
+        LayerLadders(
+            Ladder(np.arange(len(attention)), gone, costs, np.array(attention)),
+            Ladder(np.arange(len(ffn)), np.arange(len(ffn)) + 1, np.full(len(ffn), 12), np.array(ffn)),
+        ),
+    )
+
+
+def test_a_step_that_frees_cheaper_ones_is_taken() -> None:
+    """The first channel is dear, but all together they cost less per weight than a head."""
+    shape, ladders = two_modules([4.0, 9.0], [3.0, 0, 0, 0, 9, 9, 9, 9])
+    layers, ratio = allocate_by_loss(ladders, shape, 4 * 12 / shape.decoder_parameters)
+    assert (layers[0].kv_heads, layers[0].ffn_channels) == ((0, 1), (4, 5, 6, 7))
+    assert ratio.reason is None
+
+
+def test_nothing_to_lose_still_meets_the_budget() -> None:
+    shape, ladders = two_modules([0.0, 0.0], [0.0] * 40)
+    for ratio in (0.03, 0.5, 0.97):
+        _, found = allocate_by_loss(ladders, shape, ratio)
+        assert abs(found.achieved - ratio) * shape.decoder_parameters <= 6
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_the_scale_of_losses_does_not_matter(scale: float) -> None:
+    shape, ladders = two_modules([1.0, 5.0], [0.1 * 1.3**channel for channel in range(20)])
+    scaled = tuple(
+        LayerLadders(*(dataclasses.replace(m, scores=scale * m.scores) for m in (layer.attention, layer.ffn)))
+        for layer in ladders
+    )
+    assert allocate_by_loss(scaled, shape, 0.4) == allocate_by_loss(ladders, shape, 0.4)
+
+
+def test_ratios_at_the_ends_of_the_least_loss() -> None:
+    shape, ladders = two_modules([1.0, 1.0], [1.0] * 40)
+    with pytest.raises(BudgetError, match="removes nothing"):
+        allocate_by_loss(ladders, shape, 1e-6)
+    with pytest.raises(BudgetError, match="would remove every head and channel"):
+        allocate_by_loss(ladders, shape, 1 - 1e-9)
+    with pytest.raises(BudgetError, match="strictly between 0 and 1"):
+        allocate_by_loss(ladders, shape, 1.0)
+    assert allocate_by_loss(ladders, shape, 1 - 12 / shape.decoder_parameters)[1].reason is None
+
+
+def test_the_aligned_least_loss_says_why_it_misses() -> None:
+    shape, ladders = two_modules([9.0, 9.0], [1.0] * 40)
+    aligned = tuple(
+        LayerLadders(layer.attention, Ladder(np.arange(40), ffn_steps(40, 8), np.full(5, 8 * 12), np.ones(5)))
+        for layer in ladders
+    )
+    layers, ratio = allocate_by_loss(aligned, shape, 11 * 12 / shape.decoder_parameters, align_channels=8)
+    assert len(layers[0].ffn_channels) == 32
+    assert ratio.reason is not None
+    assert "multiples of 8" in ratio.reason

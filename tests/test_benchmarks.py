@@ -18,7 +18,15 @@ import torch
 
 from flap_export.loading import load_model, open_checkpoint
 
-SCRIPTS = ("export_cost", "gpu", "onnxruntime_cpu", "prune_memory", "pruned_vs_dense")
+SCRIPTS = (
+    "export_cost",
+    "gpu",
+    "methods",
+    "onnxruntime_cpu",
+    "prune_memory",
+    "pruned_vs_dense",
+    "reference_differences",
+)
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 

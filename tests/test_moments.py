@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 
-from flap_export.moments import Moments
+from flap_export.moments import Moments, RunningComoments
 
 VALUES = arrays(
     np.float32,
@@ -76,3 +76,44 @@ def test_the_empty_set_is_neutral() -> None:
     both = empty.merged(empty)
     assert both.count == 0
     assert both.variance.tolist() == [0, 0]
+
+
+def comoments(chunks: Sequence[Tensor], channels: int, dtype: torch.dtype = torch.float64) -> RunningComoments:
+    running = RunningComoments(channels, dtype=dtype)
+    for chunk in chunks:
+        running.update(chunk)
+    return running
+
+
+@given(VALUES, st.lists(st.integers(0, 12), max_size=4), st.sampled_from([0.0, 1e6]))
+def test_any_chunking_gives_the_covariance(values: np.ndarray, cuts: list[int], shift: float) -> None:
+    """Empty chunks change nothing; a mean far above the deviation costs no digits."""
+    exact = values.astype(np.float64)
+    deviation = exact.std(axis=0).max() or 1.0
+    exact = exact + shift * deviation
+    chunks = torch.from_numpy(exact).tensor_split(sorted(min(cut, len(values)) for cut in cuts))
+    running = comoments(chunks, values.shape[1])
+    centred = exact - exact.mean(axis=0)
+    assert running.count == len(values)
+    scale = np.abs(exact).max() + 1e-30
+    np.testing.assert_allclose(running.mean.numpy(), exact.mean(axis=0), rtol=1e-12, atol=1e-12 * scale)
+    # Rounding the inputs' mean, 1e6 deviations away, leaves 1e-10 of a deviation.
+    tolerance = 1e-8 * len(values) * np.square(centred).max() + (1e-15 * scale) ** 2 * len(values)
+    np.testing.assert_allclose(running.products.numpy(), centred.T @ centred, rtol=0, atol=tolerance + 1e-12)
+
+
+def test_leading_dimensions_are_all_tokens() -> None:
+    values = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole, parts = comoments([values], 4), comoments([values[0], values[1]], 4)
+    assert whole.count == parts.count == 6
+    torch.testing.assert_close(whole.products, parts.products)
+    torch.testing.assert_close(whole.products, torch.cov(values.double().flatten(0, 1).T, correction=0) * 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_chunks_are_multiplied_in_the_wider_dtype(dtype: torch.dtype) -> None:
+    values = (1000 + torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) * 8).to(dtype)
+    running = comoments(values.split(100), 3, torch.float32)
+    assert running.products.dtype == running.mean.dtype == torch.float32
+    expected = torch.cov(values.double().T, correction=0) * 300
+    torch.testing.assert_close(running.products.double(), expected, rtol=1e-3, atol=10.0)
