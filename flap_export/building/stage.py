@@ -165,7 +165,8 @@ class _Builder:
         file = directory / ENGINES[kind]
         with memoryview(serialized) as content, file.open("wb") as target:
             target.write(content)
-        if has_gpu():
+        # Another GPU's engine cannot be opened here.
+        if not self.targets:
             write_text(directory / INSPECTION_NAME.format(kind), inspected(file, self.trt))
         logger.info("built %s: %d layers, %d bytes", file.name, network[1].num_layers, file.stat().st_size)
         return Engine(

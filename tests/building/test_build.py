@@ -282,3 +282,23 @@ def test_the_command_exits_3_without_a_gpu(onnx_folder: Path, tmp_path: Path) ->
     done = command("build", str(onnx_folder), "-o", str(tmp_path / "engine"), "--backend", "tensorrt-rtx")
     assert (done.returncode, done.stdout) == (3, "")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_gpu_at_hand_is_inspected(onnx_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its target is the current one, and the dump lies beside the engine; the GPU is a stand-in."""
+    seen: list[str] = []
+    real = trt.Builder.build_serialized_network
+
+    def for_an_a100(self: Any, network: Any, config: Any) -> Any:
+        seen.append(config.get_compute_capability(0).name)
+        config.set_compute_capability(trt.ComputeCapability.SM80, 0)
+        return real(self, network, config)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", for_an_a100)
+    monkeypatch.setattr("flap_export.building.stage.inspected", lambda file, module: f'{{"of": "{file.name}"}}')
+    record = build(onnx_folder, tmp_path / "engine", backend="tensorrt-rtx")
+    assert (seen, record.targets) == (["CURRENT"], ())
+    dump = (tmp_path / "engine" / "inspection-last.json").read_text(encoding="utf-8")
+    assert json.loads(dump) == {"of": "model-last.engine"}
+    assert "inspection-last.json" in verify(tmp_path / "engine").files
