@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -194,25 +194,41 @@ class LayerStream:
         Args:
             hidden: what the last layer gave, [sequences, length, H].
         """
-        family, layers = self._checkpoint.family, self._layers()
-        around = self._around_layers()
+        for (logits,) in self.joint_logits([hidden]):
+            yield logits
+
+    def joint_logits(self, states: Sequence[Tensor]) -> Iterator[Iterator[Tensor]]:
+        """For one chunk of sequences after the other the logits of several states, made one at a time.
+
+        Args:
+            states: what the last layer gave, or might have given, [sequences, length, H] each.
+        """
+        self._materialize_head()
+        for chunk in self._chunks:
+            if chunk.rows.start >= len(states[0]):
+                break
+            yield (self._chunk_logits(chunk, hidden) for hidden in states)
+
+    def _chunk_logits(self, chunk: _Chunk, hidden: Tensor) -> Tensor:
+        layers, path = self._layers(), self._checkpoint.family.layers
+        states = hidden[chunk.rows].to(self._device)
+        replays = [_Replay(layer, states, self._gives_tuple) for layer in layers]
+        self._model.set_submodule(path, nn.ModuleList(replays))
+        try:
+            tokens = self._tokens[chunk.rows.start : chunk.rows.start + len(states)].to(self._device)
+            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            return logits
+        finally:
+            self._model.set_submodule(path, layers)
+
+    def _materialize_head(self) -> None:
+        family = self._checkpoint.family
+        self._around_layers()
         if self._checkpoint.shape.tied_embeddings:
             embedding, head = (self._model.get_submodule(path) for path in (family.embedding, family.head))
             head.register_parameter("weight", embedding.get_parameter("weight"))
         else:
-            around[family.head] = self._model.get_submodule(family.head)
-            self._materialize({family.head: around[family.head]})
-        for chunk in self._chunks:
-            if chunk.rows.start >= len(hidden):
-                break
-            states = hidden[chunk.rows].to(self._device)
-            replays = [_Replay(layer, states, self._gives_tuple) for layer in layers]
-            self._model.set_submodule(family.layers, nn.ModuleList(replays))
-            try:
-                tokens = self._tokens[chunk.rows.start : chunk.rows.start + len(states)].to(self._device)
-                yield self._model(input_ids=tokens, use_cache=False).logits
-            finally:
-                self._model.set_submodule(family.layers, layers)
+            self._materialize({family.head: self._model.get_submodule(family.head)})
 
     def _reader(self, executor: Executor | None, index: int) -> Callable[[], Iterable[tuple[str, Tensor]]]:
         """How to get the parameters of one layer: read by another thread meanwhile, or when asked."""

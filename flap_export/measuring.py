@@ -201,22 +201,22 @@ def _divergences(
     stream: LayerStream, branches: Mapping[tuple[int, CutSpace], list[_Branch]], progress: Progress
 ) -> dict[tuple[int, CutSpace], dict[int, float]]:
     """KL divergence of every branch from the dense model, nats per token, by steps taken."""
-    count = next((len(branch.hidden) for found in branches.values() for branch in found), 0)
-    dense = [torch.log_softmax(logits.float(), dim=-1) for logits in stream.logits(stream.hidden[:count])]
+    flat = [(key, branch) for key, module_branches in branches.items() for branch in module_branches]
+    states = [stream.hidden[: len(flat[0][1].hidden)], *(branch.hidden for _, branch in flat)]
+    totals, sequences = [0.0] * len(flat), 0
+    for joint in stream.joint_logits(states):
+        reference = torch.log_softmax(next(joint).float(), dim=-1)
+        probabilities = reference.exp()
+        for position, logits in enumerate(joint):
+            missing = reference - torch.log_softmax(logits.float(), dim=-1)
+            totals[position] += float((probabilities * missing).sum(dtype=torch.float64))
+        sequences += len(reference)
+        progress("losses", sequences, len(states[0]))
+    tokens = sequences * states[0].shape[1]
     found: dict[tuple[int, CutSpace], dict[int, float]] = {}
-    for done, (key, module_branches) in enumerate(branches.items()):
-        found[key] = {branch.steps: _divergence(dense, stream.logits(branch.hidden)) for branch in module_branches}
-        progress("losses", done + 1, len(branches))
+    for (key, branch), total in zip(flat, totals, strict=True):
+        found.setdefault(key, {})[branch.steps] = max(total / tokens, 0.0)
     return found
-
-
-def _divergence(dense: Sequence[Tensor], branch: Iterator[Tensor]) -> float:
-    total, tokens = 0.0, 0
-    for reference, logits in zip(dense, branch, strict=True):
-        other = torch.log_softmax(logits.float(), dim=-1)
-        total += float((reference.exp() * (reference - other)).sum(dtype=torch.float64))
-        tokens += reference.shape[0] * reference.shape[1]
-    return max(total / tokens, 0.0)
 
 
 def _module(
