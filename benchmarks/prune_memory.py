@@ -41,7 +41,7 @@ def main() -> None:
     with common.work_directory(arguments) as work:
         made_model(arguments.model, work)
         made_tokens(arguments, work)
-        found = [in_own_process(case, arguments, work) for case in arguments.cases]
+        found = [kept_result(case, arguments, work) for case in arguments.cases]
         shutil.rmtree(work / arguments.model)
     common.show(f"pruning the {arguments.model} shape under {arguments.limit_gb:g} GB", COLUMNS, map(row, found))
     print(f"written to {common.save_result(arguments, conditions, {'cases': found})}")
@@ -106,6 +106,15 @@ def made_tokens(arguments: argparse.Namespace, work: Path) -> None:
     vocabulary = common.LLAMAS[arguments.model]["vocab_size"]
     shape = (arguments.sequences, arguments.sequence_length)
     np.save(work / "tokens.npy", np.random.default_rng(0).integers(0, vocabulary, shape))
+
+
+def kept_result(case: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """One case's numbers; those of an interrupted benchmark are kept in the work directory."""
+    path = work / f"{arguments.model}-{case}.json"
+    if not path.is_file():
+        path.write_text(json.dumps(in_own_process(case, arguments, work)))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def in_own_process(case: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:

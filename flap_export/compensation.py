@@ -7,7 +7,7 @@ linear in the kept inputs, at the same shapes and the same speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
@@ -22,6 +22,8 @@ RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of every kept channel's variance that are tried as its ridge."""
 DEFAULT_RIDGE: Final = 1e-2
 """Where no sequences could be held out to choose by."""
+RIDGE_OUTPUTS: Final = 128
+"""Outputs whose error decides about the ridge."""
 
 
 def bias_compensation(weight: Tensor, removed: Tensor, mean: Tensor) -> Tensor:
@@ -70,8 +72,14 @@ def least_squares(weight: Tensor, kept: Tensor, moments: RunningComoments, ridge
     else:
         scale = _deviations(moments)
         factor = _factor(_correlation(moments, scale, kept, kept), ridge)
-        absorbed = torch.cholesky_solve(_correlation(moments, scale, kept, removed), factor)
-        restored = weight[:, kept] + (weight[:, removed] * scale[removed]) @ absorbed.T / scale[kept]
+        shared = _correlation(moments, scale, kept, removed)
+        scaled = (weight[:, removed] * scale[removed]).T
+        # As many systems are solved as there are removed channels or outputs, whichever are fewer.
+        if scaled.shape[1] < shared.shape[1]:
+            added = torch.cholesky_solve(shared @ scaled, factor)
+        else:
+            added = torch.cholesky_solve(shared, factor) @ scaled
+        restored = weight[:, kept] + added.T / scale[kept]
     return Restored(restored, weight @ moments.mean - restored @ moments.mean[kept])
 
 
@@ -127,18 +135,26 @@ def best_ridge(
 ) -> float:
     """The ridge with the smallest reconstruction error on tokens that are not in `moments`.
 
+    The error is that of a sample of outputs, and it is followed downhill from the default: each ridge tried takes a
+    factorisation.
+
     Args:
         weight: W [out, C].
         kept: int64 [K].
         moments: of the inputs.
         held_out: other inputs, [tokens, C]; none leave the choice at `DEFAULT_RIDGE`.
-        ridges: to choose from.
+        ridges: to choose from, ascending; the default is among them.
     """
     if not len(held_out) or not 0 < len(kept) < weight.shape[1]:
         return DEFAULT_RIDGE
+    sample = weight[:: max(1, len(weight) // RIDGE_OUTPUTS)]
 
-    def errors() -> Iterator[tuple[float, float]]:
-        for ridge in ridges:
-            yield reconstruction_error(weight, least_squares(weight, kept, moments, ridge), kept, held_out), ridge
+    def error(position: int) -> float:
+        return reconstruction_error(sample, least_squares(sample, kept, moments, ridges[position]), kept, held_out)
 
-    return min(errors())[1]
+    best = ridges.index(DEFAULT_RIDGE)
+    least = error(best)
+    for step in (1, -1):
+        while 0 <= best + step < len(ridges) and (found := error(best + step)) < least:
+            best, least = best + step, found
+    return ridges[best]
