@@ -188,11 +188,13 @@ def evidence_options(options: PruneOptions) -> PruneOptions:
     filled = resolved(options)
     if filled.row.propagates_pruned:
         return filled
+    basis = filled.row.basis
     return PruneOptions(
         ratio=_ANY_RATIO,
         method=filled.method,
-        compensation="bias" if filled.compensation == "bias" else "none",
-        head_units=filled.head_units,
+        # A bias needs statistics, which are there where they decide.
+        compensation="bias" if filled.compensation == "bias" or basis == "statistics" else "none",
+        head_units=filled.head_units if basis == "sensitivity" else "groups",
         seed=filled.seed if filled.method == "random" else 0,
     )
 

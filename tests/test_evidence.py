@@ -108,6 +108,7 @@ def test_what_can_share_evidence() -> None:
     assert shares(options(), options(ratio=0.1, metric="ifv", structure="ul-um", align_channels=8))
     assert shares(options("obs"), options("obs", ratio=0.1, align_channels=8, sequential=True))
     assert shares(options("magnitude"), options("magnitude", compensation="least-squares", seed=4))
+    assert shares(options(), options(compensation="least-squares", head_units="queries"))
     assert not shares(options("magnitude"), options("magnitude", compensation="bias"))
     assert not shares(options("obs"), options("obs", head_units="queries"))
     assert not shares(options("random"), options("random", seed=1))
