@@ -72,12 +72,18 @@ def allocate(
         allowed_heads: numbers of query heads a layer may keep, for `ul-um`; None allows any.
 
     Raises:
-        BudgetError: the ratio is outside (0, 1), removes nothing or everything, or `remove_heads` cannot be met.
+        BudgetError: the ratio is outside (0, 1), removes nothing or everything, or `remove_heads` cannot be met; or
+            aligned widths were asked of the official code's choice.
     """
     check_ratio(ratio)
     check_choice("structure", structure, STRUCTURES)
     check_choice("head units", head_units, HEAD_UNITS)
     if selection == "reference":
+        if align_channels > 1:
+            raise BudgetError(
+                "the official code's thresholds know no aligned widths; leave out --align-channels, or use "
+                "--statistics welford"
+            )
         layers = _reference_layers(scores, shape, ratio, structure, remove_heads)
         return layers, achieved_ratio(shape, layers, ratio, _reason(structure, selection, len(layers), align_channels))
     ladders = ladders_from_scores(scores, shape, head_units=head_units, align_channels=align_channels)

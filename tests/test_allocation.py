@@ -569,3 +569,11 @@ def test_the_aligned_least_loss_says_why_it_misses() -> None:
     assert len(layers[0].ffn_channels) == 32
     assert ratio.reason is not None
     assert "multiples of 8" in ratio.reason
+
+
+def test_the_official_choice_knows_no_alignment() -> None:
+    shape = shape_of(heads=2, kv_heads=2, head_dim=2, hidden=4, channels=60, layers=1)
+    scores = (LayerScores(torch.zeros(2), torch.arange(60.0)),)
+    allocate(scores, shape, 0.3, selection="reference")
+    with pytest.raises(BudgetError, match="know no aligned widths; leave out --align-channels"):
+        allocate(scores, shape, 0.3, selection="reference", align_channels=8)
