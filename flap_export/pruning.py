@@ -10,25 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flap_export.allocation import Selection, StructureName, allocate, allocate_by_loss, allocate_ladders
+from flap_export.allocation import StructureName
 from flap_export.calibration import compute_dtype
 from flap_export.checkpoint import write_checkpoint
+from flap_export.choosing import make_plan
 from flap_export.compensation import CompensationName
-from flap_export.errors import BudgetError, InputError, TextError
+from flap_export.errors import InputError, TextError
 from flap_export.evidence import CalibrationText, Evidence, gather
 from flap_export.ladders import HeadUnits
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.manifest import write_manifest
 from flap_export.methods import MethodName, PruneOptions, resolved
-from flap_export.plan import PLAN_NAME, LayerPlan, PruningPlan, Ratio
+from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.restoring import cut_only, fitted_restorer, mean_restorer, restore
 from flap_export.rewriting import Restore, rewrite
-from flap_export.scoring import LayerScores, MetricName, score
-from flap_export.sensitivity import Sensitivity
-from flap_export.shapes import DecoderShape
+from flap_export.scoring import MetricName
 from flap_export.statistics import CalibrationStatistics, StatisticsName
-from flap_export.stock import Layout, allowed_heads, stock_config, write_stock_checkpoint
+from flap_export.stock import Layout, stock_config, write_stock_checkpoint
 from flap_export.storage import check_output, new_directory, validated
 from flap_export.text import read_windows
 
@@ -138,148 +137,6 @@ def prune_with(
         evidence.save(directory)
         write_manifest(directory, digests=plan.digests)
     return plan
-
-
-def make_plan(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> PruningPlan:
-    """Choose what goes, without touching a weight.
-
-    Raises:
-        BudgetError: the budget cannot be met.
-        InputError: the evidence is another method's.
-        PlanError: the evidence is of another model.
-    """
-    options = resolved(options)
-    if options.row.basis == "sensitivity":
-        if evidence.sensitivity is None:
-            raise _other_method(options)
-        if evidence.sensitivity.head_units != options.head_units:
-            raise InputError(
-                f"the losses were measured for the head units {evidence.sensitivity.head_units}, asked are "
-                f"{options.head_units}; measure again"
-            )
-        layers, achieved = _by_losses(dense, evidence.sensitivity, options)
-    else:
-        layers, achieved = _by_scores(dense, evidence, options)
-    return PruningPlan(
-        model=dense.name,
-        family=dense.family.model_type,
-        ratio=achieved,
-        method=_described(options, evidence),
-        layers=layers,
-        digests=dict(evidence.digests),
-    )
-
-
-def _by_losses(
-    dense: Checkpoint, sensitivity: Sensitivity, options: PruneOptions
-) -> tuple[tuple[LayerPlan, ...], Ratio]:
-    ladders, align = sensitivity.ladders(dense.shape, options.align_channels), options.align_channels
-    if options.structure is None:
-        return allocate_by_loss(ladders, dense.shape, options.ratio, align_channels=align)
-    return allocate_ladders(
-        ladders,
-        dense.shape,
-        options.ratio,
-        options.structure,
-        align_channels=align,
-        allowed_heads=_allowed_heads(dense, options),
-    )
-
-
-def _allowed_heads(dense: Checkpoint, options: PruneOptions) -> tuple[int, ...] | None:
-    return allowed_heads(dense) if options.layout == "stock" else None
-
-
-def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> tuple[tuple[LayerPlan, ...], Ratio]:
-    shape = dense.shape
-    follows_code = evidence.statistics is not None and evidence.statistics.kind == "reference"
-    selection: Selection = "reference" if follows_code else "exact"
-    scores = evidence.scores
-    if options.row.basis == "statistics":
-        assert options.metric is not None
-        if evidence.statistics is None:
-            raise _other_method(options)
-        squares = follows_code if options.square_attention is None else options.square_attention
-        scores = score(evidence.statistics, shape, options.metric, square_attention=squares)
-    if scores is None:
-        raise _other_method(options)
-    if options.row.spares_ends:
-        return _between_ends(shape, scores, options)
-    assert options.structure is not None
-    return allocate(
-        scores,
-        shape,
-        options.ratio,
-        options.structure,
-        remove_heads=options.remove_heads,
-        selection=selection,
-        head_units=options.head_units,
-        align_channels=options.align_channels,
-        allowed_heads=_allowed_heads(dense, options),
-    )
-
-
-def _other_method(options: PruneOptions) -> InputError:
-    return InputError(f"what was gathered is not what the method {options.method} goes by; calibrate again with it")
-
-
-def _between_ends(
-    shape: DecoderShape, scores: tuple[LayerScores, ...], options: PruneOptions
-) -> tuple[tuple[LayerPlan, ...], Ratio]:
-    """Allocate within the middle layers; LLM-Pruner spares the first four and the last two of LLaMA-7B's 32."""
-    count = len(shape.layers)
-    first, last = (max(round(count * share), 1) if count > 2 else 0 for share in (4 / 32, 2 / 32))
-    middle = slice(first, count - last)
-    inner = shape.model_copy(update={"layers": shape.layers[middle]})
-    share = options.ratio * shape.decoder_parameters / inner.decoder_parameters
-    if share >= 1:
-        raise BudgetError(
-            f"{options.method} spares the first {first} and the last {last} of {count} layers, the others hold less "
-            f"than a ratio of {options.ratio}; ask for less"
-        )
-    assert options.structure is not None
-    plans, found = allocate(
-        scores[middle],
-        inner,
-        share,
-        options.structure,
-        remove_heads=options.remove_heads,
-        head_units=options.head_units,
-        align_channels=options.align_channels,
-    )
-    achieved = found.achieved * inner.decoder_parameters / shape.decoder_parameters
-    whole = [
-        LayerPlan(
-            layer=index,
-            query_heads=tuple(range(layer.query_heads)),
-            kv_heads=tuple(range(layer.kv_heads)),
-            ffn_channels=tuple(range(layer.ffn_channels)),
-        )
-        for index, layer in enumerate(shape.layers)
-    ]
-    whole[middle] = [plan.model_copy(update={"layer": first + plan.layer}) for plan in plans]
-    return tuple(whole), Ratio(requested=options.ratio, achieved=achieved, reason=found.reason)
-
-
-def _described(options: PruneOptions, evidence: Evidence) -> dict[str, str | int | float | bool | None]:
-    text = evidence.text
-    return {
-        "method": options.method,
-        "metric": options.metric,
-        "structure": options.structure,
-        "square_attention": options.square_attention,
-        "compensation": options.compensation,
-        "sequential": options.sequential,
-        "remove_heads": options.remove_heads if (options.structure or "").endswith("-mm") else None,
-        "head_units": options.head_units,
-        "align_channels": options.align_channels,
-        "layout": options.layout,
-        "seed": options.seed if options.method == "random" else None,
-        "statistics": evidence.statistics.kind if evidence.statistics is not None else None,
-        "calibration": text.source if text is not None else None,
-        "samples": text.samples if text is not None else None,
-        "sequence_length": text.sequence_length if text is not None else None,
-    }
 
 
 @contextmanager

@@ -50,6 +50,7 @@ STAGES = (
     "measuring",
     "coupled",
     "evidence",
+    "choosing",
     "pruning",
     "exporting",
     "building",

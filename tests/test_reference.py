@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.calibration import calibrate
+from flap_export.choosing import make_plan
 from flap_export.errors import BudgetError
 from flap_export.evaluation import evaluate
 from flap_export.evidence import Evidence
 from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions
-from flap_export.pruning import make_plan, prune_with
+from flap_export.pruning import prune_with
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import CalibrationStatistics
 from flap_export.weights import Weights
