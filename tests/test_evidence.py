@@ -173,7 +173,13 @@ def test_the_plan_from_the_statistics_is_what_was_masked(
     """The choice layer by layer, and that of the whole model from what was gathered, are one."""
     from flap_export import calibration
 
-    sizes = {"num_attention_heads": 8} if given.get("head_units") == "queries" else {}
+    # Enough heads of their own that another rule chooses others; queries of two groups where they leave one by one.
+    groups = 2 if given.get("head_units") == "queries" else 8
+    sizes = {
+        "num_attention_heads": 8,
+        "hidden_size": 64,
+        **({} if family == "opt" else {"num_key_value_heads": groups}),
+    }
     path = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=3, **sizes)
     zeroed: list[dict[str, list[int]]] = []
     real = calibration._zero_columns
