@@ -11,11 +11,12 @@ import torch
 from refitting import inputs_of, site
 from tiny import plain_model, save_tokens, tiny_checkpoint, tokens_of
 
+from flap_export.choosing import make_plan
 from flap_export.errors import InputError, TextError
 from flap_export.evidence import CalibrationText, Evidence, evidence_options, gather
 from flap_export.loading import open_checkpoint
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
-from flap_export.pruning import make_plan, prune_with
+from flap_export.pruning import prune_with
 from flap_export.rewriting import kept_channels
 from flap_export.statistics import CUT_SPACES
 
