@@ -325,13 +325,18 @@ def _filled(
 def _check_rest(task: _Task, rest: float) -> None:
     """Whether the FFN channels can make up the `rest` of the budget, in weights."""
     available = sum(task.shape.ffn_parameters(layer) for layer in task.shape.layers)
-    channel = task.shape.ffn_channel_parameters
+    channel = _smallest_unit(task.shape)
     if not -channel / 2 <= rest <= available + channel / 2:
         more = "more" if rest > 0 else "fewer"
         raise BudgetError(
             f"the budget cannot be met: beside {task.remove_heads} query heads, {rest:.0f} weights of FFN channels "
             f"would have to go, and there are {available}; remove {more} heads (--remove-heads)"
         )
+
+
+def _smallest_unit(shape: DecoderShape) -> int:
+    """Weights of the least that can go: one FFN channel, or one of every expert."""
+    return min((shape.ffn_unit_parameters(layer) for layer in shape.layers), default=shape.ffn_channel_parameters)
 
 
 def _check_heads(task: _Task, found: int) -> None:
@@ -341,6 +346,10 @@ def _check_heads(task: _Task, found: int) -> None:
             f"{task.remove_heads} query heads cannot be removed as whole units of {together} in this structure, only "
             f"{found}; set --remove-heads {found}"
         )
+
+
+def _of_every(shape: DecoderShape) -> str:
+    return " of every expert" if any(layer.experts for layer in shape.layers) else ""
 
 
 def achieved_ratio(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, reason: str) -> Ratio:
@@ -355,17 +364,17 @@ def achieved_ratio(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: floa
     Raises:
         BudgetError: the plan removes nothing, or everything.
     """
-    total, unit = shape.decoder_parameters, shape.ffn_channel_parameters
+    total, unit = shape.decoder_parameters, _smallest_unit(shape)
     kept = sum(
         len(plan.query_heads) * shape.query_head_parameters
         + len(plan.kv_heads) * shape.kv_head_parameters
-        + len(plan.ffn_channels) * unit
-        for plan in layers
+        + plan.ffn_width * shape.ffn_unit_parameters(layer)
+        for plan, layer in zip(layers, shape.layers, strict=True)
     )
     if kept == total:
         raise BudgetError(
-            f"a ratio of {ratio} removes nothing: the smallest unit, one FFN channel, is {unit / total:.2g} of the "
-            "decoder's weights; ask for more than half of that"
+            f"a ratio of {ratio} removes nothing: the smallest unit, one FFN channel{_of_every(shape)}, is "
+            f"{unit / total:.2g} of the decoder's weights; ask for more than half of that"
         )
     if kept == 0:
         raise BudgetError(f"a ratio of {ratio} would remove every head and channel of the decoder; ask for less")

@@ -11,12 +11,19 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from flap_export.errors import ModelError, check_choice
+from flap_export.errors import InputError, ModelError, check_choice
 from flap_export.layerwise import Progress, no_progress, streamed
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.moments import RunningMoments
 from flap_export.reference import ReferenceMoments
-from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace, SiteStatistics, StatisticsName
+from flap_export.statistics import (
+    CUT_SPACES,
+    CalibrationStatistics,
+    CutSpace,
+    SiteStatistics,
+    StatisticsName,
+    stacked_sites,
+)
 from flap_export.text import TokenWindows, read_windows
 
 DEFAULT_SAMPLES = 1024
@@ -73,6 +80,11 @@ def calibrate(
     """
     check_choice("statistics", statistics, ACCUMULATORS)
     checkpoint, windows = calibration_windows(model, source, samples, sequence_length, seed, dtype)
+    if statistics == "reference" and checkpoint.family.experts:
+        raise InputError(
+            f"--statistics reference reproduces code that knows no mixtures of experts, and {checkpoint.name} is one; "
+            "use --statistics welford"
+        )
     sites: dict[tuple[int, CutSpace], SiteStatistics] = {}
     sequences, length = windows.tokens.shape
     with streamed(
@@ -87,7 +99,7 @@ def calibrate(
             with _observed(checkpoint, statistics, length, sites, visited.index, visited.layer):
                 visited.observe() if removed else visited.propagate()
             if removed is not None:
-                _zero_columns(checkpoint, visited.layer, removed(visited.index, sites))
+                _zero_columns(checkpoint, visited.index, visited.layer, removed(visited.index, sites))
                 visited.propagate()
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
     return CalibrationStatistics(checkpoint.name, source, sequences, length, seed, statistics, sites, digests)
@@ -146,31 +158,53 @@ def _observed(
     layer: nn.Module,
 ) -> Iterator[None]:
     """Gather the statistics of one layer while it runs."""
-    restoring = {space: layer.get_submodule(checkpoint.family.restoring(space).path) for space in CUT_SPACES}
-    running: dict[CutSpace, RunningMoments | ReferenceMoments] = {
-        space: ACCUMULATORS[kind](module.get_parameter("weight").shape[1]) for space, module in restoring.items()
+    running = {
+        space: [
+            ACCUMULATORS[kind](module.get_parameter("weight").shape[1])
+            for module in _restoring_modules(checkpoint, index, layer, space)
+        ]
+        for space in CUT_SPACES
     }
 
-    def observe(space: CutSpace, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # OPT's FFN sees all tokens of a chunk in one row.
-        running[space].update(inputs[0].reshape(-1, length, inputs[0].shape[-1]))
+    def observe(found: RunningMoments | ReferenceMoments, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # OPT's FFN sees all tokens of a chunk in one row, an expert any number of them.
+        tokens = inputs[0].flatten(0, -2)
+        found.update(tokens.view(-1, length if len(tokens) % length == 0 else len(tokens), tokens.shape[-1]))
 
-    hooks = [module.register_forward_pre_hook(partial(observe, space)) for space, module in restoring.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(observe, found))
+        for space in CUT_SPACES
+        for found, module in zip(running[space], _restoring_modules(checkpoint, index, layer, space), strict=True)
+    ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    for space, module in restoring.items():
-        sites[index, space] = _site(running[space], module.get_parameter("weight").to(torch.float64))
+    for space in CUT_SPACES:
+        modules = _restoring_modules(checkpoint, index, layer, space)
+        found = [
+            _site(moments, module.get_parameter("weight").to(torch.float64))
+            for moments, module in zip(running[space], modules, strict=True)
+        ]
+        mixed = space == "ffn" and bool(checkpoint.shape.layers[index].experts)
+        sites[index, space] = stacked_sites(found) if mixed else found[0]
         _check_finite(sites[index, space], index, checkpoint.family.restoring(space).path)
 
 
-def _zero_columns(checkpoint: Checkpoint, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
-    """Let the restoring projections ignore channels."""
+def _restoring_modules(checkpoint: Checkpoint, index: int, layer: nn.Module, space: CutSpace) -> list[nn.Module]:
+    """The projections of a layer that map `space` back to the residual stream: one, or one of every expert."""
+    paths = checkpoint.family.restoring_paths(space, checkpoint.shape.layers[index])
+    return [layer.get_submodule(path) for path in paths]
+
+
+def _zero_columns(checkpoint: Checkpoint, index: int, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
+    """Let the restoring projections ignore channels, [R] or [E, R]."""
     for space, channels in removed.items():
-        weight = layer.get_submodule(checkpoint.family.restoring(space).path).get_parameter("weight")
-        weight[:, channels.to(weight.device)] = 0
+        modules = _restoring_modules(checkpoint, index, layer, space)
+        for module, own in zip(modules, channels if channels.ndim == 2 else [channels], strict=True):
+            weight = module.get_parameter("weight")
+            weight[:, own.to(weight.device)] = 0
 
 
 def _site(running: RunningMoments | ReferenceMoments, weight: Tensor) -> SiteStatistics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flap_export.allocation import Selection, allocate, allocate_by_loss, allocate_ladders
 from flap_export.errors import BudgetError, InputError
 from flap_export.evidence import Evidence
+from flap_export.ladders import ffn_plan
 from flap_export.loading import Checkpoint
 from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
@@ -127,7 +128,7 @@ def _between_ends(
             layer=index,
             query_heads=tuple(range(layer.query_heads)),
             kv_heads=tuple(range(layer.kv_heads)),
-            ffn_channels=tuple(range(layer.ffn_channels)),
+            **ffn_plan(range(layer.ffns * layer.ffn_channels), layer),
         )
         for index, layer in enumerate(shape.layers)
     ]

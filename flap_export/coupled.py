@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flap_export.errors import ModelError
-from flap_export.families import Projection, Space
+from flap_export.families import Projection, Space, experts_of
 from flap_export.loading import Checkpoint, load_model
 from flap_export.scoring import LayerScores, standardised
 from flap_export.shapes import DecoderShape
@@ -38,7 +38,10 @@ def random_scores(shape: DecoderShape, seed: int) -> tuple[LayerScores, ...]:
     def drawn(count: int) -> Tensor:
         return torch.randn(count, generator=generator, dtype=torch.float64)
 
-    return tuple(LayerScores(drawn(layer.query_heads), drawn(layer.ffn_channels)) for layer in shape.layers)
+    return tuple(
+        LayerScores(drawn(layer.query_heads), drawn(layer.ffns * layer.ffn_channels).view(layer.ffn_scores))
+        for layer in shape.layers
+    )
 
 
 def taylor_scores(
@@ -58,9 +61,9 @@ def taylor_scores(
         ModelError: weights are missing or hold NaN, or the gradients overflow.
     """
     model = load_model(dense.directory, dtype=dtype, device=device)
-    restoring = {f"{p.path}.weight" for p in dense.family.projections}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(f"{dense.family.layers}.") and _below_layer(name, dense) in restoring)
+        in_layer = name.startswith(f"{dense.family.layers}.")
+        parameter.requires_grad_(in_layer and dense.family.projection(_below_layer(name, dense)) is not None)
     with torch.enable_grad():
         for sequence in tokens[:GRADIENT_SEQUENCES].to(device):
             logits = model(input_ids=sequence.unsqueeze(0), use_cache=False).logits[0, :-1]
@@ -68,7 +71,9 @@ def taylor_scores(
 
     def salience(name: str) -> Tensor:
         weight = model.get_parameter(name)
-        assert weight.grad is not None, name
+        if weight.grad is None:
+            # An expert that got no token.
+            return torch.zeros(weight.shape, dtype=torch.float64)
         return (weight.detach() * weight.grad).abs().to("cpu", torch.float64)
 
     scores = _scores(dense, salience)
@@ -82,7 +87,7 @@ def taylor_scores(
 
 
 def _below_layer(name: str, dense: Checkpoint) -> str:
-    return name.removeprefix(f"{dense.family.layers}.").partition(".")[2]
+    return name.removeprefix(f"{dense.family.layers}.").partition(".")[2].removesuffix(".weight")
 
 
 def _scores(dense: Checkpoint, importance: Callable[[str], Tensor]) -> tuple[LayerScores, ...]:
@@ -99,14 +104,19 @@ def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Ten
         "ffn": layer.ffn_channels,
     }
     totals = {space: torch.zeros(width, dtype=torch.float64) for space, width in widths.items()}
+    by_expert = [torch.zeros_like(totals["ffn"]) for _ in range(layer.ffns)]
     for projection in dense.family.projections:
-        values = importance(f"{dense.family.layers}.{index}.{projection.path}.weight")
-        _add_rows(totals, projection, values.sum(dim=1), widths)
-        totals[projection.inputs] += values.sum(dim=0)
+        space: Space = "ffn" if "ffn" in (projection.inputs, *projection.outputs) else "query"
+        for expert in experts_of(space, layer):
+            own = {**totals, "ffn": by_expert[expert or 0]}
+            values = importance(f"{dense.family.layers}.{index}.{projection.at(expert)}.weight")
+            _add_rows(own, projection, values.sum(dim=1), widths)
+            own[projection.inputs] += values.sum(dim=0)
+    ffn = torch.stack(by_expert) if layer.experts else by_expert[0]
     group_size = layer.query_heads // layer.kv_heads
     heads = totals["query"].view(layer.query_heads, size).sum(dim=1)
     shared = totals["kv"].view(layer.kv_heads, size).sum(dim=1) / group_size
-    return LayerScores(standardised(heads + shared.repeat_interleave(group_size)), standardised(totals["ffn"]))
+    return LayerScores(standardised(heads + shared.repeat_interleave(group_size)), standardised(ffn))
 
 
 def _add_rows(totals: dict[Space, Tensor], projection: Projection, rows: Tensor, widths: dict[Space, int]) -> None:

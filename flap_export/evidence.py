@@ -266,9 +266,13 @@ def _uniform_removal(dense: Checkpoint, options: PruneOptions, statistics: Stati
             allowed_heads=allowed_heads(dense) if options.layout == "stock" else None,
         )
         kept = kept_channels(plans[0], alone)
-        widths = {space: len(sites[index, space].mean) for space in CUT_SPACES}
+        widths = {space: sites[index, space].mean.shape[-1] for space in CUT_SPACES}
         return {
-            space: complement(channels, widths[space]) for space in CUT_SPACES if (channels := kept[space]) is not None
+            space: complement(channels, widths[space])
+            if channels.ndim == 1
+            else torch.stack([complement(own, widths[space]) for own in channels])
+            for space in CUT_SPACES
+            if (channels := kept[space]) is not None
         }
 
     return removed

@@ -5,11 +5,15 @@ weights follows from these spaces; a further family is a further row of `FAMILIE
 
     hidden   the residual stream, never cut
     query    Q heads of D channels        kv   K heads of D channels        ffn   F channels
+
+In a mixture of experts every expert has an `ffn` space of its own; `*` in a path stands for the expert's number, as
+checkpoints have it. Routers are no projections: they read and write what is never cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +22,8 @@ from flap_export.shapes import DecoderShape, LayerShape
 
 Space = Literal["hidden", "query", "kv", "ffn"]
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+EVERY_EXPERT = "*"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Projection:
     def restores(self) -> bool:
         """Whether it maps a cut space back to the residual stream, so that compensation goes here."""
         return self.inputs != "hidden" and self.outputs == ("hidden",)
+
+    def at(self, expert: int | None) -> str:
+        """The path in one expert, or in a plain FFN."""
+        return self.path if expert is None else self.path.replace(EVERY_EXPERT, str(expert))
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,10 @@ class Family:
     ffn_matrices: int = 3
     ffn_width: str = "intermediate_size"
     """Configuration field that holds F."""
+    experts: str | None = None
+    """Configuration field that holds E, in mixtures of experts."""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """Parts of tensors' names in checkpoints, and what the model calls them."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
     norm: Norm = Norm()
@@ -73,12 +87,18 @@ class Family:
     """What configuration fields must hold: one of these values, or the same as another field."""
 
     def projection(self, path: str) -> Projection | None:
-        """The projection at `path` below a layer, or None."""
-        return next((projection for projection in self.projections if projection.path == path), None)
+        """The projection at `path` below a layer, in whichever expert, or None."""
+        general = _NUMBER.sub(EVERY_EXPERT, path)
+        return next((projection for projection in self.projections if projection.path == general), None)
 
     def restoring(self, space: Space) -> Projection:
         """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""
         return next(p for p in self.projections if p.restores and p.inputs == space)
+
+    def restoring_paths(self, space: Space, layer: LayerShape) -> list[str]:
+        """Where the restoring projections of `space` are: one, or that of every expert in turn."""
+        restoring = self.restoring(space)
+        return [restoring.at(expert) for expert in experts_of(space, layer)]
 
 
 _SEPARATE_PROJECTIONS = (
@@ -106,6 +126,18 @@ _OPT_PROJECTIONS = (
     Projection("fc1", "hidden", ("ffn",)),
     Projection("fc2", "ffn", ("hidden",)),
 )
+
+
+def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
+    """Separate attention projections, and a mixture of gated experts."""
+    return (
+        *_SEPARATE_PROJECTIONS[:4],
+        Projection(f"mlp.experts.*.{gate}", "hidden", ("ffn",)),
+        Projection(f"mlp.experts.*.{up}", "hidden", ("ffn",)),
+        Projection(f"mlp.experts.*.{down}", "ffn", ("hidden",)),
+    )
+
+
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
@@ -134,6 +166,13 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
         Family(
+            "mixtral",
+            "Mixtral",
+            _with_experts("w1", "w3", "w2"),
+            experts="num_local_experts",
+            stored_names={".block_sparse_moe.": ".mlp."},
+        ),
+        Family(
             "opt",
             "OPT",
             _OPT_PROJECTIONS,
@@ -149,8 +188,28 @@ FAMILIES: dict[str, Family] = {
         Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
         Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            _with_experts("gate_proj", "up_proj", "down_proj"),
+            ffn_width="moe_intermediate_size",
+            experts="num_experts",
+            bias_flags={"query": "attention_bias"},
+            requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+        ),
     )
 }
+
+
+def expert_at(path: str) -> int | None:
+    """The number of the expert that a path below a layer leads into, or None."""
+    number = _NUMBER.search(path)
+    return None if number is None else int(number.group())
+
+
+def experts_of(space: Space, layer: LayerShape) -> Sequence[int | None]:
+    """The experts that have a `space` of their own each; (None,) where there is but one."""
+    return range(layer.experts) if space == "ffn" and layer.experts else (None,)
 
 
 def family_of(model_type: str) -> Family:
@@ -209,6 +268,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         ffn_channels=getattr(config, family.ffn_width),
         attention_bias=_has_bias(config, family, "query"),
         ffn_bias=_has_bias(config, family, "ffn"),
+        experts=getattr(config, family.experts) if family.experts else 0,
     )
     return DecoderShape(
         hidden_size=config.hidden_size,

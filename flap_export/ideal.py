@@ -33,16 +33,20 @@ def read_parameters(shape: DecoderShape) -> int:
     """Parameters every call reads, once for the whole batch.
 
     Attention and FFN weights, output biases, two norms of H per layer (none before an emptied block), the last norm
-    and the head, V H. The embedding is not among them: a call reads n rows of it. A tied head is the embedding's own
-    matrix and is read whole, once.
+    and the head, V H. Of a mixture the router, E H, and all experts: the exported graph computes every one of them and
+    weighs those that were not chosen with zero, because standard operators can read no expert by its number without
+    copying it for every token. The embedding is not among them: a call reads n rows of it. A tied head is the
+    embedding's own matrix and is read whole, once.
     """
     vectors = sum(_vectors(layer) for layer in shape.layers) + 1
     return shape.decoder_parameters + shape.head_parameters + vectors * shape.hidden_size
 
 
 def _vectors(layer: LayerShape) -> int:
-    """Vectors of H that one layer reads: norms and output biases."""
-    return bool(layer.query_heads) + bool(layer.ffn_channels) + layer.attention_bias + layer.ffn_bias
+    """Vectors of H that one layer reads: norms, output biases and the router's rows."""
+    norms = bool(layer.query_heads) + bool(layer.ffn_channels or (layer.experts and layer.ffn_bias))
+    router = layer.experts if layer.ffn_channels or layer.ffn_bias else 0
+    return norms + layer.attention_bias + layer.ffns * layer.ffn_bias + router
 
 
 def weight_bytes(shape: DecoderShape, bytes_per_weight: float) -> float:
@@ -72,7 +76,8 @@ def call_flops(
                                      p = n c + n (n + 1) / 2 pairs of a query and a key it may see
         head          2 m V H        m = 1 with logits `last`, n with `all`
 
-    all of it B times. Norms, rotary embeddings, softmax and activations are left out.
+    all of it B times. Norms, rotary embeddings, softmax, activations and routers are left out; all experts of a mixture
+    are counted, see `read_parameters`.
     """
     pairs = new_tokens * context_length + new_tokens * (new_tokens + 1) // 2
     query_channels = sum(layer.query_heads * shape.head_dim for layer in shape.layers)

@@ -6,13 +6,16 @@ rate is a cut point in it. Steps are nested, so that a layer's shapes stay regul
     attention   a whole KV group (a KV head with its g query heads, (2 g + 2) H D weights), or one query head of every
                 group (2 H D each; the last ones take the KV heads along)
     FFN         one channel (3 H weights when gated), or as many as bring the width to the next multiple
+    experts     the same of every expert at a time, each its own lowest (3 E H weights)
+
+Element c of expert e is numbered e F + c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +84,7 @@ def ladders_from_scores(
     return tuple(
         LayerLadders(
             _attention_ladder(layer_scores.query_heads.numpy(), shape, layer, head_units),
-            ffn_ladder(layer_scores.ffn_channels.numpy(), shape, align_channels),
+            ffn_ladder(layer_scores.ffn_channels.numpy(), shape, layer, align_channels),
         )
         for layer, layer_scores in zip(shape.layers, scores, strict=True)
     )
@@ -132,13 +135,23 @@ def ladder_of_rows(rows: NDArray[np.int64], scores: NDArray[np.float64], costs: 
     return Ladder(rows[order].ravel(), (np.arange(len(rows)) + 1) * rows.shape[1], costs, scores[order])
 
 
-def ffn_ladder(scores: NDArray[np.float64], shape: DecoderShape, align_channels: int = 1) -> Ladder:
-    """Channels by ascending score; a step's score is the mean of its channels'."""
-    order = np.argsort(scores, kind="stable")
-    gone = ffn_steps(len(scores), align_channels)
+def ffn_ladder(scores: NDArray[np.float64], shape: DecoderShape, layer: LayerShape, align_channels: int = 1) -> Ladder:
+    """Channels by ascending score, [F] or [E, F]; a step's score is the mean of its channels'."""
+    by_expert = scores.reshape(layer.ffns, -1)
+    lowest_first = np.argsort(by_expert, axis=1, kind="stable")
+    # Row r is the r-th lowest channel of every expert.
+    order = expert_elements(lowest_first)
+    by_rank = np.take_along_axis(by_expert, lowest_first, axis=1).mean(axis=0)
+    gone = ffn_steps(by_expert.shape[1], align_channels)
     counts = np.diff(gone, prepend=0)
-    means = np.add.reduceat(scores[order], gone - counts) / counts
-    return Ladder(order, gone, counts * shape.ffn_channel_parameters, means)
+    means = np.add.reduceat(by_rank, gone - counts) / counts
+    return Ladder(order, gone * layer.ffns, counts * shape.ffn_unit_parameters(layer), means)
+
+
+def expert_elements(orders: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The orders of all experts' channels [E, F] as one of elements [F E]: first the first channel of every expert."""
+    experts, width = orders.shape
+    return np.asarray((orders + np.arange(experts)[:, None] * width).T.ravel(), dtype=np.int64)
 
 
 def ffn_steps(channels: int, align_channels: int) -> NDArray[np.int64]:
@@ -156,5 +169,16 @@ def layer_plan(index: int, shape: DecoderShape, ladders: LayerLadders, attention
         layer=index,
         query_heads=query_heads,
         kv_heads=tuple(sorted({head // group_size for head in query_heads})),
-        ffn_channels=ladders.ffn.kept(ffn),
+        **ffn_plan(ladders.ffn.kept(ffn), layer),
     )
+
+
+def ffn_plan(kept: Sequence[int], layer: LayerShape) -> dict[str, Any]:
+    """The fields of a layer's plan that say which elements of its FFN stay."""
+    if not layer.experts:
+        return {"ffn_channels": tuple(kept)}
+    channels: list[list[int]] = [[] for _ in range(layer.experts)]
+    for element in kept:
+        expert, channel = divmod(element, layer.ffn_channels)
+        channels[expert].append(channel)
+    return {"experts": tuple(map(tuple, channels))}

@@ -42,7 +42,7 @@ class Checkpoint:
     @cached_property
     def weights(self) -> Weights:
         """The tensors on disk."""
-        return Weights(self.directory)
+        return Weights(self.directory, self.family.stored_names)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +170,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
     kernel = checkpoint.family.attention_kernel
     model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
-    if checkpoint.is_pruned:
+    if checkpoint.is_pruned or checkpoint.family.experts:
         section = pruned_section(checkpoint.family, checkpoint.shape)
         resize_decoder(model, checkpoint.family.layers, section, checkpoint.shape.head_dim)
     return model.eval()
@@ -282,10 +282,21 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
 
 
 def _keep_double_precision(model: nn.Module, norm: Norm) -> None:
-    """Let RMS norms compute in float64: transformers' own ones pass through float32, whatever the weights are."""
+    """Let norms and routers compute in float64: transformers' own pass through float32, whatever the weights are."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_double_rms_norm, module, norm)
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = partial(_double_router, module)
+
+
+def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), module.weight)
+    weights, experts = torch.topk(logits.softmax(dim=-1), module.top_k, dim=-1)
+    # Mixtral always does what Qwen3 asks its configuration about.
+    if getattr(module, "norm_topk_prob", True):
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return logits, weights, experts
 
 
 def _double_rms_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:

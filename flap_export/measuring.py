@@ -12,7 +12,7 @@ Memory holds one layer, one covariance per projection and one chunk; branches li
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -21,16 +21,18 @@ import torch
 from torch import Tensor
 
 from flap_export.calibration import calibration_windows, compute_dtype
-from flap_export.compensation import Restored, least_squares
+from flap_export.compensation import least_squares
 from flap_export.elimination import RIDGE, Elimination, eliminate
 from flap_export.errors import check_choice
-from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs
+from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, expert_elements
 from flap_export.layerwise import LayerPass, LayerStream, Progress, no_progress, streamed
 from flap_export.loading import Checkpoint
-from flap_export.restoring import check_finite, observed, replace, restoring_module
+from flap_export.moments import RunningComoments
+from flap_export.restoring import SiteInputs, check_finite, observed, replace, restoring_module
+from flap_export.rewriting import sites_of
 from flap_export.sensitivity import ModuleSensitivity, Sensitivity, interpolated_losses
 from flap_export.shapes import DecoderShape
-from flap_export.statistics import CUT_SPACES, CutSpace
+from flap_export.statistics import CUT_SPACES, CutSpace, Site
 
 LEVELS: Final = (0.15, 0.35, 0.55, 0.75, 0.9, 1.0)
 """Shares of a module's units at whose removal the loss is measured."""
@@ -130,35 +132,57 @@ def _branched(
     ends = [chunk.rows.stop for chunk in visited.chunks]
     count = next((end for end in ends if end >= BRANCH_SEQUENCES), ends[-1])
     inputs = visited.hidden[:count].clone()
-    with observed(dense, visited, CUT_SPACES, visited.hidden.shape[1], device) as sites:
+    with observed(
+        dense, visited, list(sites_of(dense, visited.index)), visited.hidden.shape[1], device
+    ) as observations:
         visited.propagate()
     for space in CUT_SPACES:
-        site = sites.pop(space)
-        site.moments.update(site.take_held_out())
-        check_finite(site, visited.index, dense.family.restoring(space).path)
-        module = restoring_module(dense, visited.layer, space)
-        weight = module.get_parameter("weight").to(site.moments.mean.dtype)
-        units, groups = _units(dense.shape, visited.index, space, head_units)
-        covariance = site.moments.products / max(site.moments.count, 1)
-        elimination = eliminate(weight, covariance, units, groups=groups)
-        del covariance
-        per_step = len(elimination.order) // _step_count(dense.shape, visited.index, space, head_units)
-        found = []
-        for steps in _levels(len(elimination.order) // per_step, levels):
-            removed = units[elimination.order[: steps * per_step]].flatten()
-            kept = _without(removed, weight.shape[1]).to(device)
-            with _replaced(dense, visited, space, kept, least_squares(weight, kept, site.moments, RIDGE)):
+        sites = {site: observations.pop(site) for site in list(observations) if site.space == space}
+        orders = {}
+        for site, found in sites.items():
+            found.moments.update(found.take_held_out())
+            check_finite(found, visited.index, dense.family.restoring(space).path)
+            orders[site] = _ordered(dense, visited, site, found, head_units)
+        steps_of_all = _step_count(dense.shape, visited.index, space, head_units)
+        branches = []
+        for steps in _levels(steps_of_all, levels):
+            with ExitStack() as replacements:
+                for site, elimination in orders.items():
+                    gone = elimination.order[: steps * (len(elimination.order) // steps_of_all)]
+                    removed = _units(dense.shape, site, head_units)[0][gone].flatten()
+                    replacements.enter_context(_cut(dense, visited, site, removed, sites[site].moments))
                 hidden = stream.new_states(count)
                 for rows, output in visited.outputs(inputs):
                     hidden[rows] = output.to("cpu")
-            found.append(_Branch(steps, hidden))
-        yield space, elimination, found
+            branches.append(_Branch(steps, hidden))
+        tokens = [found.moments.count for found in sites.values()]
+        yield space, _together(list(orders.values()), tokens), branches
 
 
-def _units(shape: DecoderShape, index: int, space: CutSpace, head_units: HeadUnits) -> tuple[Tensor, Tensor | None]:
+def _ordered(
+    dense: Checkpoint, visited: LayerPass, site: Site, inputs: SiteInputs, head_units: HeadUnits
+) -> Elimination:
+    """Put the units of one projection in order."""
+    weight = restoring_module(dense, visited.layer, site).get_parameter("weight").to(inputs.moments.mean.dtype)
+    units, groups = _units(dense.shape, site, head_units)
+    return eliminate(weight, inputs.moments.products / max(inputs.moments.count, 1), units, groups=groups)
+
+
+def _together(experts: Sequence[Elimination], tokens: Sequence[int]) -> Elimination:
+    """The eliminations of all experts as one, in which each loses a channel at a time; errors count by their tokens."""
+    if len(experts) == 1:
+        return experts[0]
+    order = torch.from_numpy(expert_elements(torch.stack([expert.order for expert in experts]).numpy()))
+    shares = torch.tensor(tokens, dtype=torch.float64) / max(sum(tokens), 1)
+    losses = sum(share * expert.losses for share, expert in zip(shares, experts, strict=True))
+    assert isinstance(losses, Tensor)
+    return Elimination(order, losses.repeat_interleave(len(experts)))
+
+
+def _units(shape: DecoderShape, site: Site, head_units: HeadUnits) -> tuple[Tensor, Tensor | None]:
     """Input channels of every unit [U, n], and the group each belongs to where one of every group goes at a time."""
-    layer = shape.layers[index]
-    if space == "ffn":
+    layer = shape.layers[site.layer]
+    if site.space == "ffn":
         return torch.arange(layer.ffn_channels).unsqueeze(1), None
     heads = torch.arange(layer.query_heads * shape.head_dim).view(layer.query_heads, shape.head_dim)
     if head_units == "groups":
@@ -183,13 +207,15 @@ def _without(removed: Tensor, channels: int) -> Tensor:
 
 
 @contextmanager
-def _replaced(
-    dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, restored: Restored
+def _cut(
+    dense: Checkpoint, visited: LayerPass, site: Site, removed: Tensor, moments: RunningComoments
 ) -> Iterator[None]:
-    """Let a layer compute with a restored projection, and with its own again afterwards."""
-    module = restoring_module(dense, visited.layer, space)
+    """Let a layer compute with a refitted projection, and with its own again afterwards."""
+    module = restoring_module(dense, visited.layer, site)
     own = dict(module._parameters)
-    replace(dense, visited, space, kept, restored)
+    weight = module.get_parameter("weight").to(moments.mean.dtype)
+    kept = _without(removed, weight.shape[1]).to(weight.device)
+    replace(dense, visited, site, kept, least_squares(weight, kept, moments, RIDGE))
     try:
         yield
     finally:

@@ -4,11 +4,12 @@ This file is self-contained: it needs torch and transformers only and is copied 
 uneven checkpoint, so that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it.
 The two import lines name the family the checkpoint came from. The configuration carries, under `pruned`:
 
-    projections   [path, input space, [output spaces]] of each linear module of a layer
-    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias
+    projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
+    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
-A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost.
+A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost. In a mixture the
+router stays and weighs the biases of its experts.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
 
+EVERY_EXPERT = ".*."
+
 
 class Constant(nn.Module):
     """What is left of a linear module without inputs: its bias [out_features], or zero."""
 
-    def __init__(self, linear: nn.Linear, bias: bool) -> None:
+    def __init__(self, out_features: int, like: Tensor, bias: bool) -> None:
         super().__init__()
-        self.out_features = linear.out_features
-        zeros = torch.zeros(self.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+        self.out_features = out_features
+        zeros = torch.zeros(out_features, dtype=like.dtype, device=like.device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -68,6 +71,63 @@ class EmptyFeedForward(nn.Module):
         """The output bias."""
         output: Tensor = self.get_submodule(self.output)(hidden_states)
         return output
+
+
+class Expert(nn.Module):
+    """A gated FFN, with an output bias where it lost channels; its linear modules are called as in checkpoints."""
+
+    def __init__(self, names: list[str], stacked: Any, width: int, bias: bool) -> None:
+        super().__init__()
+        self.names, self.width, self.act_fn = names, width, stacked.act_fn
+        like, hidden_size = stacked.down_proj, stacked.hidden_dim
+        gate, up, down = names
+        if not width:
+            self.add_module(down, Constant(hidden_size, like, bias))
+            return
+        for name in (gate, up):
+            self.add_module(name, nn.Linear(hidden_size, width, bias=False, device=like.device, dtype=like.dtype))
+        self.add_module(down, nn.Linear(width, hidden_size, bias=bias, device=like.device, dtype=like.dtype))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Tokens [T, H] that were sent to this expert."""
+        gate, up, down = self.names
+        if self.width:
+            gated = self.act_fn(self.get_submodule(gate)(hidden_states))
+            hidden_states = gated * self.get_submodule(up)(hidden_states)
+        output: Tensor = self.get_submodule(down)(hidden_states)
+        return output
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, one module each, in place of transformers' stacked weights."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of what the chosen experts give.
+
+        Args:
+            hidden_states: [T, H]
+            top_k_index: [T, k], the experts chosen for every token.
+            top_k_weights: [T, k]
+        """
+        output = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            choice, token = torch.eq(top_k_index.T, number).nonzero(as_tuple=True)
+            if len(token):
+                weighted = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
+def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: list[Any]) -> None:
+    """Give every expert of a mixture modules of its own, as wide as stated."""
+    paths = [path for path, _, _ in projections if EVERY_EXPERT in path]
+    if not paths:
+        return
+    parent = paths[0].partition(EVERY_EXPERT)[0]
+    stacked: Any = layer.get_submodule(parent)
+    names = [path.partition(EVERY_EXPERT)[2] for path in paths]
+    width, bias = counts["ffn_channels"], counts["ffn_bias"]
+    layer.set_submodule(parent, Experts(Expert(names, stacked, width, bias) for _ in range(counts["experts"])))
 
 
 class OwnCounts:
@@ -112,7 +172,7 @@ def _resized(linear: nn.Linear, in_features: int, out_features: int, bias: bool)
 
 def _empty_projection(linear: nn.Linear, restores: bool, bias: bool) -> nn.Module:
     """What stands for a projection of an FFN without channels whose projections lie in the layer itself."""
-    return Constant(linear, bias) if restores else nn.Identity()
+    return Constant(linear.out_features, linear.weight, bias) if restores else nn.Identity()
 
 
 def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
@@ -125,7 +185,10 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         "ffn": counts["ffn_channels"],
     }
     output_bias = {"query": counts["attention_bias"], "ffn": counts["ffn_bias"]}
+    _separate_experts(layer, counts, pruned["projections"])
     for path, inputs, outputs in pruned["projections"]:
+        if EVERY_EXPERT in path:
+            continue
         parent_path, _, name = path.rpartition(".")
         block = inputs if inputs != "hidden" else ("ffn" if "ffn" in outputs else "query")
         if widths[block] == 0:
@@ -134,7 +197,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                     path, _empty_projection(_linear(layer, path), inputs != "hidden", output_bias[block])
                 )
             elif inputs != "hidden":
-                constant = Constant(_linear(layer, path), output_bias[block])
+                linear = _linear(layer, path)
+                constant = Constant(linear.out_features, linear.weight, output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
                 is_sliding = getattr(parent, "is_sliding", False)
                 emptied = (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from flap_export.errors import PlanError
 from flap_export.shapes import DecoderShape, LayerShape
@@ -20,7 +20,21 @@ class LayerPlan(Value):
     layer: int
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    ffn_channels: tuple[int, ...]
+    ffn_channels: tuple[int, ...] = ()
+    experts: tuple[tuple[int, ...], ...] = ()
+    """Of a mixture, instead of `ffn_channels`: the channels that every expert keeps, as many in each."""
+
+    @property
+    def ffn_width(self) -> int:
+        """Channels of the FFN, or of each of its experts."""
+        return len(self.experts[0] if self.experts else self.ffn_channels)
+
+    @model_serializer(mode="wrap")
+    def _only_its_own_ffn(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A record states a plain FFN's channels or its experts', not both."""
+        fields: dict[str, Any] = serialise(self)
+        fields.pop("ffn_channels" if self.experts else "experts")
+        return fields
 
 
 class Ratio(Value):
@@ -60,14 +74,15 @@ class PruningPlan(Record):
         layers = []
         for kept, full in zip(self.layers, dense.layers, strict=True):
             lost_heads = len(kept.query_heads) < full.query_heads
-            lost_channels = len(kept.ffn_channels) < full.ffn_channels
+            lost_channels = kept.ffn_width < full.ffn_channels
             layers.append(
                 LayerShape(
                     query_heads=len(kept.query_heads),
                     kv_heads=len(kept.kv_heads),
-                    ffn_channels=len(kept.ffn_channels),
+                    ffn_channels=kept.ffn_width,
                     attention_bias=full.attention_bias or (compensated and lost_heads),
                     ffn_bias=full.ffn_bias or (compensated and lost_channels),
+                    experts=full.experts,
                 )
             )
         return dense.model_copy(update={"layers": tuple(layers)})
@@ -85,7 +100,7 @@ class PruningPlan(Record):
                 raise PlanError(f"layer {index}: the plan lists layer {kept.layer} in its place; sort the layers")
             _check_indices(index, "query_heads", kept.query_heads, full.query_heads)
             _check_indices(index, "kv_heads", kept.kv_heads, full.kv_heads)
-            _check_indices(index, "ffn_channels", kept.ffn_channels, full.ffn_channels)
+            _check_ffn(index, kept, full)
             _check_groups(index, kept, full)
 
 
@@ -94,6 +109,22 @@ def _check_indices(layer: int, what: str, kept: tuple[int, ...], available: int)
         raise PlanError(f"layer {layer}: {what} must be ascending and distinct")
     if kept and (kept[0] < 0 or kept[-1] >= available):
         raise PlanError(f"layer {layer}: {what} must lie in 0..{available - 1}, got {kept[0]}..{kept[-1]}")
+
+
+def _check_ffn(layer: int, kept: LayerPlan, full: LayerShape) -> None:
+    if len(kept.experts) != full.experts or (kept.experts and kept.ffn_channels):
+        found = f"{len(kept.experts)} experts" if kept.experts else "ffn_channels alone"
+        raise PlanError(
+            f"layer {layer}: the plan must list the channels of each of the model's {full.experts} experts, got {found}"
+            if full.experts
+            else f"layer {layer}: the plan lists experts, and this model has none; use its own plan"
+        )
+    for expert, channels in enumerate(kept.experts):
+        _check_indices(layer, f"channels of expert {expert}", channels, full.ffn_channels)
+    widths = sorted({len(channels) for channels in kept.experts})
+    if len(widths) > 1:
+        raise PlanError(f"layer {layer}: every expert must keep the same number of channels, got {widths}")
+    _check_indices(layer, "ffn_channels", kept.ffn_channels, full.ffn_channels)
 
 
 def _check_groups(layer: int, kept: LayerPlan, full: LayerShape) -> None:

@@ -59,6 +59,8 @@ def removed_units(
     Raises:
         BudgetError: the model has grouped queries, which the code does not know, or the request makes it fail.
     """
+    if any(layer.experts for layer in shape.layers):
+        raise BudgetError("the reference code knows no mixtures of experts; use --statistics welford for this model")
     if any(layer.query_heads != layer.kv_heads for layer in shape.layers):
         raise BudgetError(
             "the reference code prunes query, key and value heads by one mask and knows no grouped queries; "

@@ -23,13 +23,15 @@ from flap_export.layerwise import LayerPass, Progress, no_progress, streamed
 from flap_export.loading import Checkpoint
 from flap_export.moments import RunningComoments
 from flap_export.plan import PruningPlan
-from flap_export.rewriting import Restore, kept_channels
-from flap_export.statistics import CUT_SPACES, CalibrationStatistics, CutSpace
+from flap_export.rewriting import Restore, kept_channels, of_expert, sites_of
+from flap_export.statistics import CUT_SPACES, CalibrationStatistics, Site
 from flap_export.storage import writing_errors
 
 HELD_OUT_EVERY: Final = 8
 """One sequence in so many chooses the ridge before it joins the covariance."""
 HELD_OUT_SEQUENCES: Final = 32
+HELD_OUT_TOKENS: Final = 2048
+"""Of those sent to one expert."""
 EXACT_CHANNELS: Final = 4096
 """Widths up to which covariances are in float64; float32 halves the memory of wider ones."""
 
@@ -41,19 +43,19 @@ class RestoredWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def save(self, index: int, space: CutSpace, restored: Restored) -> None:
+    def save(self, site: Site, restored: Restored) -> None:
         """Keep one."""
         tensors = {"weight": restored.weight.contiguous().cpu(), "bias": restored.bias.contiguous().cpu()}
-        path = self._path(index, space)
+        path = self._path(site)
         with writing_errors(path):
             save_file(tensors, path)
 
-    def load(self, index: int, space: CutSpace) -> Restored:
+    def load(self, site: Site) -> Restored:
         """What was kept."""
-        return Restored(**load_file(self._path(index, space)))
+        return Restored(**load_file(self._path(site)))
 
-    def _path(self, index: int, space: CutSpace) -> Path:
-        return self._folder / f"{index}.{space}.safetensors"
+    def _path(self, site: Site) -> Path:
+        return self._folder / f"{site.layer}.{site.space}.{site.expert}.safetensors"
 
 
 @final
@@ -64,6 +66,7 @@ class SiteInputs:
         dtype = torch.float64 if channels <= EXACT_CHANNELS else torch.float32
         self.moments = RunningComoments(channels, dtype=dtype, device=device)
         self._length, self._seen = length, 0
+        self._limit = HELD_OUT_SEQUENCES if length > 1 else HELD_OUT_TOKENS
         self._held_out: list[Tensor] = []
 
     def update(self, inputs: Tensor) -> None:
@@ -72,7 +75,7 @@ class SiteInputs:
         turns = range(self._seen, self._seen + len(sequences))
         self._seen += len(sequences)
         held_out = [row for row, turn in enumerate(turns) if turn % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-        held_out = held_out[: HELD_OUT_SEQUENCES - len(self._held_out)]
+        held_out = held_out[: self._limit - len(self._held_out)]
         self._held_out += [sequences[row].to(self.moments.mean.dtype) for row in held_out]
         self.moments.update(sequences[[row for row in range(len(sequences)) if row not in held_out]])
 
@@ -118,17 +121,21 @@ def restore(
         dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
     ) as stream:
         for visited in stream:
-            cut = {space: channels for space in CUT_SPACES if (channels := kept[visited.index][space]) is not None}
+            cut = {
+                site: channels.to(device)
+                for site in sites_of(dense, visited.index)
+                if (channels := of_expert(kept[visited.index][site.space], site.expert)) is not None
+            }
             # The FFN's inputs depend on what attention became: in sequence, each is observed on its own.
-            rounds = [[space] for space in cut] if sequential else [list(cut)]
-            for spaces in rounds:
-                with observed(dense, visited, spaces, length, device) as inputs:
+            rounds = [[s for s in cut if s.space == space] for space in CUT_SPACES] if sequential else [list(cut)]
+            for sites in rounds:
+                with observed(dense, visited, sites, length, device) as inputs:
                     visited.observe() if sequential else visited.propagate()
-                for space in spaces:
-                    fitted = _fit(dense, visited, space, cut[space].to(device), inputs.pop(space))
-                    restored.save(visited.index, space, fitted)
+                for site in sites:
+                    fitted = _fit(dense, visited, site, cut[site], inputs.pop(site))
+                    restored.save(site, fitted)
                     if sequential:
-                        replace(dense, visited, space, cut[space].to(device), fitted)
+                        replace(dense, visited, site, cut[site], fitted)
             if sequential:
                 visited.propagate()
     return restored
@@ -136,18 +143,20 @@ def restore(
 
 @contextmanager
 def observed(
-    dense: Checkpoint, visited: LayerPass, spaces: Sequence[CutSpace], length: int, device: str
-) -> Iterator[dict[CutSpace, SiteInputs]]:
-    """Gather what enters the restoring projections of `spaces` while the layer runs."""
+    dense: Checkpoint, visited: LayerPass, sites: Sequence[Site], length: int, device: str
+) -> Iterator[dict[Site, SiteInputs]]:
+    """Gather what enters the restoring projections at `sites` while the layer runs."""
     inputs, hooks = {}, []
 
-    def observe(site: SiteInputs, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        site.update(arguments[0])
+    def observe(found: SiteInputs, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.update(arguments[0])
 
-    for space in spaces:
-        module = restoring_module(dense, visited.layer, space)
-        inputs[space] = SiteInputs(module.get_parameter("weight").shape[1], length, device)
-        hooks.append(module.register_forward_pre_hook(partial(observe, inputs[space])))
+    for site in sites:
+        module = restoring_module(dense, visited.layer, site)
+        # An expert gets single tokens.
+        own_length = length if site.expert is None else 1
+        inputs[site] = SiteInputs(module.get_parameter("weight").shape[1], own_length, device)
+        hooks.append(module.register_forward_pre_hook(partial(observe, inputs[site])))
     try:
         yield inputs
     finally:
@@ -155,18 +164,18 @@ def observed(
             hook.remove()
 
 
-def restoring_module(dense: Checkpoint, layer: nn.Module, space: CutSpace) -> nn.Module:
-    """The projection of `layer` that maps `space` back to the residual stream."""
-    return layer.get_submodule(dense.family.restoring(space).path)
+def restoring_module(dense: Checkpoint, layer: nn.Module, site: Site) -> nn.Module:
+    """The projection of `layer` that maps a space back to the residual stream."""
+    return layer.get_submodule(dense.family.restoring(site.space).at(site.expert))
 
 
-def _fit(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, inputs: SiteInputs) -> Restored:
+def _fit(dense: Checkpoint, visited: LayerPass, site: Site, kept: Tensor, inputs: SiteInputs) -> Restored:
     moments, held_out = inputs.moments, inputs.take_held_out()
-    check_finite(inputs, visited.index, dense.family.restoring(space).path)
-    weight = restoring_module(dense, visited.layer, space).get_parameter("weight").to(moments.mean.dtype)
+    check_finite(inputs, site.layer, dense.family.restoring(site.space).at(site.expert))
+    weight = restoring_module(dense, visited.layer, site).get_parameter("weight").to(moments.mean.dtype)
     ridge = best_ridge(weight, kept, moments, held_out)
     moments.update(held_out)
-    check_finite(inputs, visited.index, dense.family.restoring(space).path)
+    check_finite(inputs, site.layer, dense.family.restoring(site.space).at(site.expert))
     return least_squares(weight, kept, moments, ridge)
 
 
@@ -184,9 +193,9 @@ def check_finite(inputs: SiteInputs, layer: int, path: str) -> None:
         )
 
 
-def replace(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor, restored: Restored) -> None:
+def replace(dense: Checkpoint, visited: LayerPass, site: Site, kept: Tensor, restored: Restored) -> None:
     """Let the layer compute with a restored projection; columns that are gone are zero."""
-    module = restoring_module(dense, visited.layer, space)
+    module = restoring_module(dense, visited.layer, site)
     old = module.get_parameter("weight")
     weight = torch.zeros_like(old)
     weight[:, kept] = restored.weight.to(old.dtype)
@@ -196,7 +205,7 @@ def replace(dense: Checkpoint, visited: LayerPass, space: CutSpace, kept: Tensor
     module.register_parameter("bias", nn.Parameter(bias if own is None else own + bias, requires_grad=False))
 
 
-def cut_only(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+def cut_only(site: Site, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
     """Restore nothing."""
     return weight[:, kept], None
 
@@ -204,9 +213,10 @@ def cut_only(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple
 def mean_restorer(statistics: CalibrationStatistics) -> Restore:
     """Restore the mean of what was removed, by a bias."""
 
-    def restored(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    def restored(site: Site, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        mean = statistics.sites[site.layer, site.space].mean
         removed = complement(kept, weight.shape[1])
-        return weight[:, kept], bias_compensation(weight, removed, statistics.sites[index, space].mean)
+        return weight[:, kept], bias_compensation(weight, removed, mean if site.expert is None else mean[site.expert])
 
     return restored
 
@@ -214,8 +224,8 @@ def mean_restorer(statistics: CalibrationStatistics) -> Restore:
 def fitted_restorer(fitted: RestoredWeights) -> Restore:
     """Put in what was fitted."""
 
-    def restored(index: int, space: CutSpace, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        found = fitted.load(index, space)
+    def restored(site: Site, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = fitted.load(site)
         return found.weight, found.bias
 
     return restored

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from flap_export.errors import ModelError
-from flap_export.families import Family, Projection, Space
+from flap_export.families import Family, Projection, Space, expert_at, experts_of
 from flap_export.loading import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.shapes import DecoderShape
-from flap_export.statistics import CUT_SPACES, CutSpace
+from flap_export.statistics import CUT_SPACES, Site
 
-Restore = Callable[[int, CutSpace, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""What becomes of a layer's restoring projection: from layer, space, weight [H, C] and kept channels int64 [K] to its
-weight [H, K] and what is added to its bias, [H] or None."""
+Restore = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""What becomes of a restoring projection: from its site, weight [H, C] and kept channels int64 [K] to its weight [H, K]
+and what is added to its bias, [H] or None."""
 Kept = Mapping[Space, Tensor | None]
-"""Per space the kept channels, int64; None where all stay."""
+"""Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; None where all stay."""
 
 
 def rewrite(
@@ -61,13 +61,18 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
         starts = torch.tensor(heads, dtype=torch.int64) * shape.head_dim
         return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
 
-    all_channels = len(plan.ffn_channels) == dense.ffn_channels
+    all_channels = plan.ffn_width == dense.ffn_channels
     return {
         "hidden": None,
         "query": of_heads(plan.query_heads, dense.query_heads),
         "kv": of_heads(plan.kv_heads, dense.kv_heads),
-        "ffn": None if all_channels else torch.tensor(plan.ffn_channels, dtype=torch.int64),
+        "ffn": None if all_channels else torch.tensor(plan.experts or plan.ffn_channels, dtype=torch.int64),
     }
+
+
+def of_expert(channels: Tensor | None, expert: int | None) -> Tensor | None:
+    """One expert's part of what stays of a space, int64 [K]; all of it where there are no experts."""
+    return channels if channels is None or expert is None else channels[expert]
 
 
 def _rewrite_layer(
@@ -84,25 +89,32 @@ def _rewrite_layer(
         check_kind(projection, kind)
         if projection.restores:
             continue
-        tensor = cut(weights.finite(name), projection, kind, kept, widths)
+        own = {**kept, "ffn": of_expert(kept["ffn"], expert_at(path))}
+        tensor = cut(weights.finite(name), projection, kind, own, widths)
         if tensor.numel():
             yield name, tensor
+    for site in sites_of(checkpoint, index):
+        path = f"{prefix}{checkpoint.family.restoring(site.space).at(site.expert)}"
+        yield from _restoring(checkpoint, path, site, of_expert(kept[site.space], site.expert), restore)
+
+
+def sites_of(checkpoint: Checkpoint, index: int) -> Iterator[Site]:
+    """Every restoring projection of one layer."""
+    layer = checkpoint.shape.layers[index]
     for space in CUT_SPACES:
-        yield from _restoring(
-            checkpoint, f"{prefix}{checkpoint.family.restoring(space).path}", space, kept, restore, index
-        )
+        yield from (Site(index, space, expert) for expert in experts_of(space, layer))
 
 
 def _restoring(
-    checkpoint: Checkpoint, path: str, space: CutSpace, kept: Kept, restore: Restore, index: int
+    checkpoint: Checkpoint, path: str, site: Site, channels: Tensor | None, restore: Restore
 ) -> Iterator[tuple[str, Tensor]]:
-    """The projection that maps `space` back to the residual stream; its bias is the dense one plus what is added."""
-    weights, channels = checkpoint.weights, kept[space]
+    """A projection back to the residual stream; its bias is the dense one plus what is added."""
+    weights = checkpoint.weights
     weight = weights.finite(f"{path}.weight")
     bias = weights.finite(f"{path}.bias") if f"{path}.bias" in weights else None
     if channels is not None:
         dtype = weight.dtype
-        restored, added = restore(index, space, weight, channels)
+        restored, added = restore(site, weight, channels)
         weight = restored.to(dtype).contiguous()
         if added is not None:
             bias = (added if bias is None else bias.to(torch.float64) + added).to(dtype)

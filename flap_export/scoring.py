@@ -48,7 +48,7 @@ class LayerScores:
     query_heads: Tensor
     """float64 [Q]"""
     ffn_channels: Tensor
-    """float64 [F]"""
+    """float64 [F], or [E, F] in a mixture of experts"""
 
 
 def score(
@@ -87,10 +87,10 @@ def layer_scores(
     layer = shape.layers[index]
     sites = [statistics.get((index, "query")), statistics.get((index, "ffn"))]
     widths = [site.mean.numel() if site else None for site in sites]
-    if widths != [layer.query_heads * shape.head_dim, layer.ffn_channels]:
+    if widths != [layer.query_heads * shape.head_dim, layer.ffns * layer.ffn_channels]:
         raise PlanError(
             f"layer {index}: the statistics are of {widths[0]} attention and {widths[1]} FFN channels, the model has "
-            f"{layer.query_heads * shape.head_dim} and {layer.ffn_channels}; calibrate this model"
+            f"{layer.query_heads * shape.head_dim} and {layer.ffns * layer.ffn_channels}; calibrate this model"
         )
     attention, ffn = (metric(site) for site in sites if site is not None)
     return LayerScores(head_means(standardised(attention**attention_power), layer), standardised(ffn))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flap_export.errors import InputError
 from flap_export.ladders import HeadUnits, Ladder, LayerLadders, attention_costs, ffn_steps
-from flap_export.shapes import DecoderShape
+from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.statistics import CUT_SPACES, CutSpace
 from flap_export.storage import load_tensors, save_tensors
 
@@ -27,7 +27,7 @@ class ModuleSensitivity:
     """One projection's units in the order they go, and what that does."""
 
     order: Tensor
-    """Query heads or FFN channels, first to go first; int64 [N]."""
+    """Query heads or FFN channels, first to go first, numbered as in `flap_export.ladders`; int64 [N]."""
     gone: Tensor
     """How many of them are gone after each step; int64 [S]."""
     losses: Tensor
@@ -84,7 +84,7 @@ class Sensitivity:
         return tuple(
             LayerLadders(
                 _ladder(self.modules[index, "query"], attention_costs(shape, layer, self.head_units)),
-                _ffn_ladder(self.modules[index, "ffn"], shape, align_channels),
+                _ffn_ladder(self.modules[index, "ffn"], shape, layer, align_channels),
             )
             for index, layer in enumerate(shape.layers)
         )
@@ -98,11 +98,11 @@ def _ladder(module: ModuleSensitivity, costs: NDArray[np.int64]) -> Ladder:
     return Ladder(module.order.numpy(), module.gone.numpy(), costs, added)
 
 
-def _ffn_ladder(module: ModuleSensitivity, shape: DecoderShape, align_channels: int) -> Ladder:
-    gone = ffn_steps(len(module.order), align_channels)
+def _ffn_ladder(module: ModuleSensitivity, shape: DecoderShape, layer: LayerShape, align_channels: int) -> Ladder:
+    gone = ffn_steps(layer.ffn_channels, align_channels)
     losses = module.losses.numpy()[gone - 1]
-    costs = np.diff(gone, prepend=0) * shape.ffn_channel_parameters
-    return Ladder(module.order.numpy(), gone, costs, np.diff(losses, prepend=0.0))
+    costs = np.diff(gone, prepend=0) * shape.ffn_unit_parameters(layer)
+    return Ladder(module.order.numpy(), gone * layer.ffns, costs, np.diff(losses, prepend=0.0))
 
 
 def interpolated_losses(errors: NDArray[np.float64], measured: Mapping[int, float]) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ Notation used throughout the package:
     H   hidden size                      Q   query heads of one layer
     D   head_dim                         K   KV heads of one layer
     F   FFN channels of one layer        g   query heads per KV head, Q / K
+    E   experts of one layer; F is then the width of each of them
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ class LayerShape(Value):
     ffn_channels: int
     attention_bias: bool = False
     ffn_bias: bool = False
+    experts: int = 0
+    """Experts of a mixture, each of them `ffn_channels` wide and with an output bias of its own; 0 is a plain FFN."""
+
+    @property
+    def ffns(self) -> int:
+        """How many FFNs stand side by side: E, or 1."""
+        return max(self.experts, 1)
+
+    @property
+    def ffn_scores(self) -> tuple[int, ...]:
+        """Shape of what is known of each FFN channel: (F,), or (E, F)."""
+        return (self.experts, self.ffn_channels) if self.experts else (self.ffn_channels,)
 
 
 class DecoderShape(Value):
@@ -48,13 +61,17 @@ class DecoderShape(Value):
         """Weights of one FFN channel, 3 H when gated."""
         return self.ffn_matrices * self.hidden_size
 
+    def ffn_unit_parameters(self, layer: LayerShape) -> int:
+        """Weights of what an FFN loses at a time: one channel, or one of every expert (3 E H)."""
+        return layer.ffns * self.ffn_channel_parameters
+
     def attention_parameters(self, layer: LayerShape) -> int:
         """Attention weights of `layer`, (2 Q + 2 K) H D."""
         return layer.query_heads * self.query_head_parameters + layer.kv_heads * self.kv_head_parameters
 
     def ffn_parameters(self, layer: LayerShape) -> int:
-        """FFN weights of `layer`, 3 H F when gated."""
-        return layer.ffn_channels * self.ffn_channel_parameters
+        """FFN weights of `layer`, 3 H F when gated, E times that in a mixture; the router is never cut nor counted."""
+        return layer.ffn_channels * self.ffn_unit_parameters(layer)
 
     @property
     def decoder_parameters(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final, Literal, final
+from typing import Final, Literal, NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from flap_export.errors import InputError
@@ -23,10 +24,23 @@ CUT_SPACES: Final[tuple[CutSpace, ...]] = ("query", "ffn")
 """Spaces whose channels can go: the inputs of o_proj (Q D channels) and of down_proj (F channels)."""
 
 
+class Site(NamedTuple):
+    """Where one restoring projection stands."""
+
+    layer: int
+    space: CutSpace
+    expert: int | None
+    """None where the space is not divided among experts."""
+
+
 @final
 @dataclass(frozen=True)
 class SiteStatistics:
-    """One layer's statistics in one cut space, over C channels; float64 [C] each."""
+    """One layer's statistics in one cut space, over C channels; float64 [C] each.
+
+    In a mixture of experts they are [E, F], of the tokens that were sent to each expert. All are zero, but for the
+    weights', where there was none: nothing is known to be lost with these channels, and they go first.
+    """
 
     mean: Tensor
     """Mean of X_j over all tokens."""
@@ -38,6 +52,11 @@ class SiteStatistics:
     """||W_:j||^2 of the restoring projection's columns."""
     weight_absolute_mean: Tensor
     """Mean over rows of |W_ij|."""
+
+
+def stacked_sites(experts: Sequence[SiteStatistics]) -> SiteStatistics:
+    """The statistics [C] of every expert as those [E, C] of a mixture."""
+    return SiteStatistics(*(torch.stack([getattr(expert, name) for expert in experts]) for name in _FIELDS))
 
 
 _FIELDS: Final = tuple(field.name for field in fields(SiteStatistics))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Final, final
@@ -27,11 +27,19 @@ class Weights:
         ModelError: no safetensors weights, a shard is missing, or a file is truncated.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, renamed: Mapping[str, str] | None = None) -> None:
+        """Look at the files' headers.
+
+        Args:
+            directory: where they are.
+            renamed: parts of the names on disk, and what stands in their place here.
+        """
         self.directory = directory
-        self._file_of = _files_by_name(directory)
-        for file in self.files:
-            _check_complete(file, {name for name, holder in self._file_of.items() if holder == file})
+        files = _files_by_name(directory)
+        for file in set(files.values()):
+            _check_complete(file, {name for name, holder in files.items() if holder == file})
+        self._stored = {_renamed(name, renamed or {}): name for name in files}
+        self._file_of = {name: files[stored] for name, stored in self._stored.items()}
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -53,7 +61,7 @@ class Weights:
         if name not in self._file_of:
             raise ModelError(f"weights in '{self.directory}' lack the tensor '{name}'; the checkpoint is incomplete")
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self._stored[name])
         return tensor
 
     def finite(self, name: str) -> Tensor:
@@ -74,12 +82,18 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the file's header."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+            return tuple(file.get_slice(self._stored[name]).get_shape())
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the digests of all files."""
         return digest_of_json({file.name: digest_of_file(file) for file in self.files})
+
+
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    for stored, called in parts.items():
+        name = name.replace(stored, called)
+    return name
 
 
 def _files_by_name(directory: Path) -> dict[str, Path]:

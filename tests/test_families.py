@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import ALL_FAMILIES, tiny_config
+from tiny import ALL_FAMILIES, MIXTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flap_export.errors import ModelError
-from flap_export.families import FAMILIES, check_config, family_of, shape_from_config
+from flap_export.families import EVERY_EXPERT, FAMILIES, check_config, family_of, shape_from_config
 from flap_export.shapes import LayerShape
 
 
@@ -25,7 +25,9 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
     layers = model.get_submodule(row.layers)
     assert isinstance(layers, nn.ModuleList)
     linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
-    assert {projection.path for projection in row.projections} == linears
+    plain = {projection.path for projection in row.projections if EVERY_EXPERT not in projection.path}
+    assert plain == linears
+    assert bool(row.experts) == (len(plain) < len(row.projections))
     for path in (row.decoder, row.embedding, row.head):
         model.get_submodule(path)
     assert type(model).__name__ == f"{row.class_stem}ForCausalLM"
@@ -43,6 +45,8 @@ def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
         "ffn": layer.ffn_channels,
     }
     for projection in row.projections:
+        if EVERY_EXPERT in projection.path:
+            continue
         linear = model.get_submodule(f"{row.layers}.0.{projection.path}")
         assert linear.weight.shape == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
     assert shape.vocabulary_size == model.get_submodule(row.embedding).weight.shape[0]
@@ -55,8 +59,22 @@ def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> No
     model = dense_model(family, **dict.fromkeys(row.bias_flags.values(), biased))
     layer = shape_from_config(model.config, row).layers[0]
     for space, stated in (("query", layer.attention_bias), ("ffn", layer.ffn_bias)):
+        if space == "ffn" and row.experts:
+            assert not stated
+            continue
         bias = model.get_submodule(f"{row.layers}.0.{row.restoring(space).path}").bias
         assert (bias is not None) == stated == (biased and space in row.bias_flags)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
+    """Gate and up rows one below the other, in every expert."""
+    row, model = FAMILIES[family], dense_model(family)
+    shape = shape_from_config(model.config, row)
+    layer, experts = shape.layers[0], model.get_submodule(f"{row.layers}.0.mlp.experts")
+    assert layer.experts == {"mixtral": 3, "qwen3_moe": 5}[family]
+    assert experts.get_parameter("gate_up_proj").shape == (layer.experts, 2 * layer.ffn_channels, shape.hidden_size)
+    assert experts.get_parameter("down_proj").shape == (layer.experts, shape.hidden_size, layer.ffn_channels)
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:
@@ -95,6 +113,12 @@ def test_plain_configurations_are_accepted(family: str) -> None:
     [
         ("llama", {"quantization_config": {"quant_method": "awq"}}, r"quantised.*full-precision"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"\['chunked_attention'\]; supported are"),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [1]},
+            r"qwen3_moe is .* mlp_only_layers equal to \[\] only, got \[1",
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
         ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import ALL_FAMILIES, keep_all_plan, save_pruned, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
 
-from flap_export.families import FAMILIES
+from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.loading import load_model, open_checkpoint, pruned_section
 from flap_export.modeling_pruned import PrunedConfig, PrunedForCausalLM
 
@@ -112,13 +112,16 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         layer = model.get_submodule(f"{row.layers}.{index}")
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
         widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
+        router = {"mlp.gate.weight": (shape.experts, 32)} if shape.experts else {}
         found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
-        assert found == {
-            f"{p.path}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
+        assert found == router | {
+            f"{p.at(expert)}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
             for p in row.projections
             if widths["query" if p.path.startswith(row.attention) else "ffn"]
+            for expert in (range(shape.experts) if EVERY_EXPERT in p.path else [None])
         }
         norms = {name for name, _ in layer.named_parameters() if "norm" in name and "self_attn." not in name}
+        norms |= set(router)
         left = {name for name, _ in layer.named_parameters()} - norms
         if shape.query_heads:
             groups = shape.query_heads // shape.kv_heads
@@ -134,8 +137,8 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
             bias = f"{row.restoring('query').path}.bias"
             assert {name for name in left if name.startswith(f"{row.attention}.")} == {bias}
         if not shape.ffn_channels:
-            bias = f"{row.restoring('ffn').path}.bias"
-            assert {name for name in left if not name.startswith(f"{row.attention}.")} == {bias}
+            biases = {f"{path}.bias" for path in row.restoring_paths("ffn", shape)}
+            assert {name for name in left if not name.startswith(f"{row.attention}.")} == biases
         elif hasattr(layer, "mlp"):
             assert getattr(layer.mlp, "intermediate_size", shape.ffn_channels) == shape.ffn_channels
 

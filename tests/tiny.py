@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.restoring import cut_only, mean_restorer
 from flap_export.rewriting import rewrite
 from flap_export.rope import both_rope_forms
+from flap_export.shapes import LayerShape
 from flap_export.statistics import CalibrationStatistics
 
 VOCABULARY = 89
@@ -62,11 +64,22 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 15.0,
     },
     "mistral": {"sliding_window": 6},
+    # Experts as wide as the plain families' FFNs, of which two see every token.
+    "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 12,
+        "intermediate_size": 56,
+        "moe_intermediate_size": 40,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
 }
-ALL_FAMILIES = sorted(FAMILIES)
+ALL_FAMILIES = sorted(family for family in FAMILIES if not FAMILIES[family].experts or transformers.__version__ >= "5")
+MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 ROPES: dict[str, dict[str, Any]] = {
     "theta": {"rope_type": "default", "rope_theta": 123.0},
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
@@ -126,8 +139,21 @@ def tiny_checkpoint(
 
 def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers loads it, with an attention that leaves nothing out (4.57's sdpa has no softcap)."""
-    kernel = open_checkpoint(path).family.attention_kernel
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=kernel)
+    family = open_checkpoint(path).family
+    experts = {"experts_implementation": "eager"} if family.experts else {}
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=family.attention_kernel, **experts
+    )
+
+
+def assert_same_logits(found: Tensor, expected: Tensor, family: str) -> None:
+    """Bit for bit; but the gate and up products of experts, one in transformers and two here, round differently."""
+    if family in MIXTURES:
+        steps = {torch.bfloat16: 0.05, torch.float16: 0.01}
+        tolerance = steps.get(found.dtype, 2e-5)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    else:
+        assert torch.equal(found, expected)
 
 
 def tokens_of(sequences: int, length: int, *, seed: int = 0) -> Tensor:
@@ -151,8 +177,17 @@ def layer_plan(checkpoint: Checkpoint, index: int, kv_heads: Sequence[int], ffn_
         layer=index,
         query_heads=tuple(head * size + i for head in kv_heads for i in range(size)),
         kv_heads=tuple(kv_heads),
-        ffn_channels=tuple(ffn_channels),
+        **ffn_fields(layer, ffn_channels),
     )
+
+
+def ffn_fields(layer: LayerShape, ffn_channels: Sequence[int]) -> dict[str, Any]:
+    """Keep these channels, or in every expert as many but others: all shifted by the expert's number."""
+    if not layer.experts:
+        return {"ffn_channels": tuple(ffn_channels)}
+    width = layer.ffn_channels
+    shifted = [sorted((channel + expert) % width for channel in ffn_channels) for expert in range(layer.experts)]
+    return {"experts": tuple(map(tuple, shifted))}
 
 
 def plan_of(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> PruningPlan:
@@ -185,7 +220,7 @@ def uneven_plan(checkpoint: Checkpoint) -> PruningPlan:
         layer=1,
         query_heads=tuple(last * size + i for i in range(min(1, size - 1), size)),
         kv_heads=(last,),
-        ffn_channels=tuple(range(1, layer.ffn_channels, 3)),
+        **ffn_fields(layer, range(1, layer.ffn_channels, 3)),
     )
     return plan_of(
         checkpoint,

@@ -37,7 +37,8 @@ def of_shape(shape: DecoderShape) -> Iterator[RenderableType]:
         last = index + 1 == len(shape.layers)
         if last or shape.layers[index + 1] != layer:
             label = str(index) if start == index else f"{start}-{index}"
-            drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), str(layer.ffn_channels))
+            experts = f"{layer.experts} x " if layer.experts else ""
+            drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), f"{experts}{layer.ffn_channels}")
             start = index + 1
     yield drawn
 

@@ -6,6 +6,9 @@ Attention, cache updates, norms and rotary embeddings each become one node:
     Attention (24)                  queries against the whole cache, GQA by shape
     RMSNormalization (23)
     RotaryEmbedding (23)
+
+The experts of a mixture become one FFN with the channels of all, weighed by the router: three products for all tokens,
+however many experts there are.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from flap_export.families import EVERY_EXPERT
 from flap_export.loading import Checkpoint
+from flap_export.modeling_pruned import Experts
 
 NAME = "flap_export_onnx"
 
@@ -132,6 +138,57 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Transformers' mask interface: causality is the attention operator's own business."""
 
 
+class JoinedExperts(nn.Module):
+    """All experts as one FFN of E F channels, whose weights are named after the experts', `*` for every number.
+
+    A token's channels of experts that it was not sent to become zero. Gathering the chosen experts' weights instead
+    would copy them once per token, and a loop over experts would have shapes that depend on what is routed where.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        first: Any = experts[0]
+        self.count, self.width, self.act_fn = len(experts), first.width, first.act_fn
+        self.gate, self.up, self.down = first.names
+        self.add_module(EVERY_EXPERT, _joined_weights(first, len(experts)))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Transformers' experts interface: tokens [T, H], chosen experts and their weights [T, k] -> [T, H]."""
+        weights: Any = self.get_submodule(EVERY_EXPERT)
+        bias = weights.get_submodule(self.down)._parameters["bias"]
+        shares = hidden_states.new_zeros(hidden_states.shape[0], self.count)
+        shares = shares.scatter(1, top_k_index, top_k_weights.to(shares.dtype))
+        output = shares @ bias if bias is not None else torch.zeros_like(hidden_states)
+        if not self.width:
+            return output
+        gate, up, down = (weights.get_submodule(name).weight for name in (self.gate, self.up, self.down))
+        channels = self.act_fn(linear(hidden_states, gate)) * linear(hidden_states, up)
+        share = shares.unsqueeze(-1)
+        weighed = channels.view(-1, self.count, self.width) * share
+        # What an expert makes of tokens that are not meant for it may overflow, and infinity times zero is not zero.
+        weighed = torch.where(share > 0, weighed, torch.zeros((), dtype=weighed.dtype))
+        product = linear(weighed.view(-1, self.count * self.width), down)
+        return product if bias is None else product + output
+
+
+def _joined_weights(first: Any, count: int) -> nn.Module:
+    """Parameters of all experts: weights [E F, H] and [H, E F], biases [E, H]."""
+    joined = nn.Module()
+    for name in first.names:
+        holder = nn.Module()
+        module = dict(first.named_children()).get(name)
+        weight, bias = (module._parameters.get(kind) if module is not None else None for kind in ("weight", "bias"))
+        if weight is not None:
+            rows, columns = weight.shape
+            size = (rows, count * columns) if name == first.names[-1] else (count * rows, columns)
+            holder.register_parameter("weight", nn.Parameter(weight.new_empty(size), requires_grad=False))
+        size = (count, *bias.shape) if bias is not None else ()
+        empty = None if bias is None else nn.Parameter(bias.new_empty(size), requires_grad=False)
+        holder.register_parameter("bias", empty)
+        joined.add_module(name, holder)
+    return joined
+
+
 def _rms_norm(module: Any, epsilon: float, hidden_states: Tensor) -> Tensor:
     """The weight stands for the whole scale; a family's offset is added when weights are bound."""
     inputs = (hidden_states, module.weight)
@@ -188,6 +245,9 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module, float(getattr(module, checkpoint.family.norm.epsilon)))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            model.set_submodule(path, JoinedExperts(module))
     for path, table in tables.items():
         owner, _, name = path.rpartition(".")
         model.get_submodule(owner).register_buffer(name, table)

@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flap_export.exporting.passes.values import lazy_initializer
+from flap_export.families import EVERY_EXPERT
 from flap_export.loading import Checkpoint
 from flap_export.storage import writing_errors
 
@@ -31,7 +33,7 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
             graph.initializers.pop(head)
         else:
             graph.initializers[head].name = embedding
-    for name in [name for name in graph.initializers if name in checkpoint.weights]:
+    for name in [name for name in graph.initializers if name in checkpoint.weights or EVERY_EXPERT in name]:
         traced = graph.initializers.pop(name)
         assert traced.shape is not None
         assert traced.dtype is not None
@@ -44,13 +46,25 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) -> NDArray[np.generic]:
-    tensor = checkpoint.weights.finite(name)
+    tensor = _joined(checkpoint, name) if EVERY_EXPERT in name else checkpoint.weights.finite(name)
     tensor = (tensor.to(torch.float32) + offset if offset else tensor).to(dtype)
     if dtype != torch.bfloat16:
         return tensor.numpy()
     import ml_dtypes
 
     return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _joined(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The tensor of every expert in one: side by side along F, and biases [E, H] one below the other."""
+    path, _, kind = name.removeprefix(f"{checkpoint.family.layers}.").partition(".")[2].rpartition(".")
+    projection = checkpoint.family.projection(path)
+    assert projection is not None, name
+    layer = checkpoint.shape.layers[int(name.removeprefix(f"{checkpoint.family.layers}.").partition(".")[0])]
+    parts = [checkpoint.weights.finite(name.replace(EVERY_EXPERT, str(expert))) for expert in range(layer.experts)]
+    if kind == "bias":
+        return torch.stack(parts)
+    return torch.cat(parts, dim=1 if projection.restores else 0)
 
 
 def write_graph(ir_model: ir.Model, path: Path, data_name: str | None) -> None:

@@ -141,6 +141,10 @@ def layer_charts(dense: DecoderShape, pruned: DecoderShape) -> tuple[LayerChart,
     )
 
 
+def _experts(layer: LayerShape) -> str:
+    return f"{layer.experts:,} x " if layer.experts else ""
+
+
 def layer_rows(dense: DecoderShape, pruned: DecoderShape) -> tuple[LayerRow, ...]:
     """Every layer in numbers."""
     rows = []
@@ -152,7 +156,7 @@ def layer_rows(dense: DecoderShape, pruned: DecoderShape) -> tuple[LayerRow, ...
                 layer=index,
                 kv_heads=f"{kept.kv_heads:,} of {full.kv_heads:,}",
                 query_heads=f"{kept.query_heads:,} of {full.query_heads:,}",
-                ffn_channels=f"{kept.ffn_channels:,} of {full.ffn_channels:,}",
+                ffn_channels=f"{_experts(full)}{kept.ffn_channels:,} of {full.ffn_channels:,}",
                 kept=formats.percent(after / before if before else math.nan),
             )
         )

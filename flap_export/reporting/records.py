@@ -128,7 +128,7 @@ def _onnx_bytes(directory: Path, name: str, manifest: Manifest | None) -> int | 
 
 def _check_same_run(plan: PruningPlan, dense: Artifact, pruned: Artifact, directory: Path) -> None:
     plan.check(dense.shape)
-    planned = [(len(kept.query_heads), len(kept.kv_heads), len(kept.ffn_channels)) for kept in plan.layers]
+    planned = [(len(kept.query_heads), len(kept.kv_heads), kept.ffn_width) for kept in plan.layers]
     exported = [(layer.query_heads, layer.kv_heads, layer.ffn_channels) for layer in pruned.shape.layers]
     if planned != exported:
         raise PlanError(
