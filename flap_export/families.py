@@ -91,6 +91,12 @@ class Family:
         general = _NUMBER.sub(EVERY_EXPERT, path)
         return next((projection for projection in self.projections if projection.path == general), None)
 
+    def stored_name(self, name: str) -> str:
+        """What checkpoints of the family's own class call a tensor."""
+        for stored, called in self.stored_names.items():
+            name = name.replace(called, stored)
+        return name
+
     def restoring(self, space: Space) -> Projection:
         """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""
         return next(p for p in self.projections if p.restores and p.inputs == space)

@@ -92,7 +92,8 @@ def write_stock_checkpoint(
     """
     config = stock_config(dense, shape)
     target = dataclasses.replace(dense, config=config_from(config, dense.family, directory), shape=shape)
-    write_shards(directory, _with_zero_biases(target, tensors), max_shard_bytes)
+    whole = _with_zero_biases(target, tensors)
+    write_shards(directory, ((dense.family.stored_name(name), tensor) for name, tensor in whole), max_shard_bytes)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     plan.save(directory / PLAN_NAME)
     copy_companions(dense.directory, directory)
