@@ -66,11 +66,22 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
     is_pruned = model_type.startswith(PRUNED_PREFIX)
     family = family_of(model_type.removeprefix(PRUNED_PREFIX))
+    _check_version(family)
     config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
     if is_pruned:
         shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
     return Checkpoint(str(model), directory, family, config, shape, is_pruned)
+
+
+def _check_version(family: Family) -> None:
+    import transformers
+
+    if family.experts and transformers.__version__.startswith("4."):
+        raise ModelError(
+            f"{family.model_type} is supported with transformers 5 only, found {transformers.__version__}; "
+            "pip install 'transformers>=5'"
+        )
 
 
 def _directory_of(model: str | Path) -> Path:

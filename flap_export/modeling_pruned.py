@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
@@ -123,6 +124,8 @@ def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: lis
     paths = [path for path, _, _ in projections if EVERY_EXPERT in path]
     if not paths:
         return
+    if transformers.__version__.startswith("4."):
+        raise ImportError(f"mixtures of experts need transformers 5, this is {transformers.__version__}; install it")
     parent = paths[0].partition(EVERY_EXPERT)[0]
     stacked: Any = layer.get_submodule(parent)
     names = [path.partition(EVERY_EXPERT)[2] for path in paths]

@@ -81,8 +81,17 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the file's header."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return tuple(file.get_slice(self._stored[name]).get_shape())
+        return self._shapes[name]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """All shapes: mixtures of experts have tens of thousands of tensors, too many to open a file for each."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                own = (name for name, holder in self._file_of.items() if holder == path)
+                shapes |= {name: tuple(file.get_slice(self._stored[name]).get_shape()) for name in own}
+        return shapes
 
     @cached_property
     def digest(self) -> str:

@@ -217,7 +217,8 @@ def test_least_squares_come_closer_than_the_bias_and_the_bias_than_nothing(famil
     expected, errors = logits_of(load_model(dense, dtype=torch.float32), tokens), []
     for compensation in ("none", "bias", "least-squares"):
         out = tmp_path / compensation
-        prune(dense, out, ratio=0.4, calibration=source, structure="al-mm", compensation=compensation)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"structure": "al-mm", "compensation": compensation}
+        prune(dense, out, ratio=0.4, calibration=source, **options)
         found = logits_of(load_model(out, dtype=torch.float32), tokens)
         errors.append(float((found - expected).square().mean()))
     assert errors[0] > 1.02 * errors[1] > 1.02 * 1.02 * errors[2], errors
@@ -287,6 +288,13 @@ def test_the_reference_code_knows_no_experts(tmp_path: Path) -> None:
         calibrate(dense, source, statistics="reference")
     with pytest.raises(BudgetError, match="the reference code knows no mixtures"):
         allocate(scores_of(SHAPE), SHAPE, 0.4, selection="reference")
+
+
+def test_older_transformers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = tiny_pruned("mixtral", tmp_path)
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(ModelError, match=r"mixtral is supported with transformers 5 only, found 4\.57\.6; pip install"):
+        open_checkpoint(pruned)
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
