@@ -30,7 +30,7 @@ from flap_export.storage import writing_errors
 HELD_OUT_EVERY: Final = 8
 """One sequence in so many chooses the ridge before it joins the covariance."""
 HELD_OUT_SEQUENCES: Final = 32
-HELD_OUT_TOKENS: Final = 2048
+HELD_OUT_TOKENS: Final = 512
 """Of those sent to one expert."""
 EXACT_CHANNELS: Final = 4096
 """Widths up to which covariances are in float64; float32 halves the memory of wider ones."""
@@ -72,17 +72,18 @@ class SiteInputs:
     def update(self, inputs: Tensor) -> None:
         """Take in a chunk of whole sequences."""
         sequences = inputs.reshape(-1, self._length, inputs.shape[-1])
-        turns = range(self._seen, self._seen + len(sequences))
+        turns = torch.arange(self._seen, self._seen + len(sequences), device=inputs.device)
         self._seen += len(sequences)
-        held_out = [row for row, turn in enumerate(turns) if turn % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-        held_out = held_out[: self._limit - len(self._held_out)]
-        self._held_out += [sequences[row].to(self.moments.mean.dtype) for row in held_out]
-        self.moments.update(sequences[[row for row in range(len(sequences)) if row not in held_out]])
+        held_out = turns % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        held_out &= held_out.cumsum(0) <= self._limit - sum(map(len, self._held_out))
+        self._held_out.append(sequences[held_out].to(self.moments.mean.dtype))
+        self.moments.update(sequences[~held_out])
 
     def take_held_out(self) -> Tensor:
         """The inputs held out so far, [tokens, C]; they join the moments when they are given back."""
         taken, self._held_out = self._held_out, []
-        return torch.cat(taken) if taken else self.moments.mean.new_empty(0, self.moments.mean.numel())
+        empty = self.moments.mean.new_empty(0, self.moments.mean.numel())
+        return torch.cat([empty, *(sequences.flatten(0, 1) for sequences in taken)])
 
 
 def restore(
