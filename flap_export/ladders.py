@@ -84,7 +84,7 @@ def ladders_from_scores(
     return tuple(
         LayerLadders(
             _attention_ladder(layer_scores.query_heads.numpy(), shape, layer, head_units),
-            ffn_ladder(layer_scores.ffn_channels.numpy(), shape, layer, align_channels),
+            ffn_ladder(layer_scores.ffn_channels.numpy(), shape, align_channels),
         )
         for layer, layer_scores in zip(shape.layers, scores, strict=True)
     )
@@ -135,17 +135,18 @@ def ladder_of_rows(rows: NDArray[np.int64], scores: NDArray[np.float64], costs: 
     return Ladder(rows[order].ravel(), (np.arange(len(rows)) + 1) * rows.shape[1], costs, scores[order])
 
 
-def ffn_ladder(scores: NDArray[np.float64], shape: DecoderShape, layer: LayerShape, align_channels: int = 1) -> Ladder:
+def ffn_ladder(scores: NDArray[np.float64], shape: DecoderShape, align_channels: int = 1) -> Ladder:
     """Channels by ascending score, [F] or [E, F]; a step's score is the mean of its channels'."""
-    by_expert = scores.reshape(layer.ffns, -1)
+    by_expert = np.atleast_2d(scores)
     lowest_first = np.argsort(by_expert, axis=1, kind="stable")
-    # Row r is the r-th lowest channel of every expert.
-    order = expert_elements(lowest_first)
+    # The r-th lowest channel of every expert goes at once.
     by_rank = np.take_along_axis(by_expert, lowest_first, axis=1).mean(axis=0)
-    gone = ffn_steps(by_expert.shape[1], align_channels)
+    experts, width = by_expert.shape
+    gone = ffn_steps(width, align_channels)
     counts = np.diff(gone, prepend=0)
     means = np.add.reduceat(by_rank, gone - counts) / counts
-    return Ladder(order, gone * layer.ffns, counts * shape.ffn_unit_parameters(layer), means)
+    costs = counts * experts * shape.ffn_channel_parameters
+    return Ladder(expert_elements(lowest_first), gone * experts, costs, means)
 
 
 def expert_elements(orders: NDArray[np.int64]) -> NDArray[np.int64]:

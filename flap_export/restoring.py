@@ -62,11 +62,11 @@ class RestoredWeights:
 class SiteInputs:
     """What enters one projection: moments of most sequences, and the inputs of those held out."""
 
-    def __init__(self, channels: int, length: int, device: str) -> None:
+    def __init__(self, channels: int, length: int, device: str, *, held_out: int | None = None) -> None:
         dtype = torch.float64 if channels <= EXACT_CHANNELS else torch.float32
         self.moments = RunningComoments(channels, dtype=dtype, device=device)
         self._length, self._seen = length, 0
-        self._limit = HELD_OUT_SEQUENCES if length > 1 else HELD_OUT_TOKENS
+        self._limit = HELD_OUT_SEQUENCES if held_out is None else held_out
         self._held_out: list[Tensor] = []
 
     def update(self, inputs: Tensor) -> None:
@@ -154,9 +154,12 @@ def observed(
 
     for site in sites:
         module = restoring_module(dense, visited.layer, site)
-        # An expert gets single tokens.
-        own_length = length if site.expert is None else 1
-        inputs[site] = SiteInputs(module.get_parameter("weight").shape[1], own_length, device)
+        channels = module.get_parameter("weight").shape[1]
+        if site.expert is None:
+            inputs[site] = SiteInputs(channels, length, device)
+        else:
+            # An expert gets single tokens.
+            inputs[site] = SiteInputs(channels, 1, device, held_out=HELD_OUT_TOKENS)
         hooks.append(module.register_forward_pre_hook(partial(observe, inputs[site])))
     try:
         yield inputs

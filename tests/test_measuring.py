@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from refitting import inputs_of, kl, log_probabilities, refit, site
-from tiny import ALL_FAMILIES, plain_model, save_tokens, tiny_checkpoint, tokens_of
+from tiny import PLAIN_FAMILIES, plain_model, save_tokens, tiny_checkpoint, tokens_of
 from torch import Tensor
 
 from flap_export.elimination import RIDGE
@@ -44,7 +44,7 @@ def check_levels(
         assert highest > 1e-3
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_losses_are_those_of_the_whole_model_with_one_module_cut(family: str, tmp_path: Path) -> None:
     path, tokens = tiny_checkpoint(family, tmp_path / "dense"), tokens_of(9, 8)
     found = measure(path, save_tokens(tmp_path / "ids.npy", tokens), levels=(0.3, 0.8), chunk_sequences=4)

@@ -10,11 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from refitting import fitted
 from safetensors.torch import load_file, save_file
 from tiny import (
     MIXTURES,
     keep_all_plan,
+    layer_plan,
     plain_model,
+    plan_of,
     save_tokens,
     tiny_checkpoint,
     tiny_pruned,
@@ -26,7 +29,7 @@ from torch import Tensor
 from flap_export import validate
 from flap_export.allocation import STRUCTURES, StructureName, allocate
 from flap_export.calibration import calibrate
-from flap_export.coupled import magnitude_scores
+from flap_export.coupled import magnitude_scores, taylor_scores
 from flap_export.errors import BudgetError, InputError, ModelError, PlanError
 from flap_export.exporting import export
 from flap_export.ideal import call_flops, read_parameters
@@ -36,6 +39,8 @@ from flap_export.measuring import measure
 from flap_export.methods import METHODS
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune
+from flap_export.restoring import fitted_restorer, restore
+from flap_export.rewriting import rewrite
 from flap_export.runners import open_runner
 from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape, LayerShape
@@ -147,9 +152,8 @@ def test_every_expert_loses_its_own_lowest_and_as_many(structure: StructureName,
 
 
 def test_a_step_costs_a_channel_of_every_expert() -> None:
-    layer = SHAPE.layers[0]
     scores = torch.tensor([[5.0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], dtype=torch.float64)
-    ladder = ffn_ladder(scores.numpy(), SHAPE, layer)
+    ladder = ffn_ladder(scores.numpy(), SHAPE)
     assert ladder.costs.tolist() == [3 * 3 * 4] * 5
     assert ladder.gone.tolist() == [3, 6, 9, 12, 15]
     assert ladder.order[:6].tolist() == [1, 5, 14, 2, 6, 13]
@@ -246,6 +250,37 @@ def test_magnitudes_are_counted_expert_by_expert(tmp_path: Path) -> None:
     expected = torch.stack(rows)
     expected = (expected - expected.mean()) / expected.std()
     torch.testing.assert_close(magnitude_scores(checkpoint)[0].ffn_channels, expected)
+
+
+def test_an_experts_least_squares_are_those_of_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, from what transformers' stacked experts see; 0.02 stands for whatever ridge would be chosen."""
+    monkeypatch.setattr("flap_export.restoring.best_ridge", lambda *_: 0.02)
+    dense, tokens = tiny_checkpoint("mixtral", tmp_path / "dense"), tokens_of(40, 11)
+    checkpoint = open_checkpoint(dense)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, i, range(2), range(0, 40, 2 + i)) for i in range(2)])
+    (tmp_path / "restored").mkdir()
+    found = dict(rewrite(checkpoint, plan, fitted_restorer(restore(checkpoint, plan, tokens, tmp_path / "restored"))))
+    for (index, expert), values in routed_inputs(dense, tokens).items():
+        name, kept = f"model.layers.{index}.mlp.experts.{expert}.w2", list(plan.layers[index].experts[expert])
+        weight = checkpoint.weights[f"{name}.weight"].double().numpy()
+        expected, bias = fitted(weight, torch.stack(values).numpy(), kept, 0.02)
+        np.testing.assert_allclose(found[f"{name}.weight"].numpy(), expected[:, kept], atol=1e-3)
+        np.testing.assert_allclose(found[f"{name}.bias"].numpy(), bias, atol=1e-3)
+
+
+def test_taylor_scores_are_those_of_transformers_stacked_weights(tmp_path: Path) -> None:
+    dense, tokens = tiny_checkpoint("qwen3_moe", tmp_path / "dense"), tokens_of(4, 7)
+    model = plain_model(dense)
+    for sequence in tokens:
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, sequence[1:]).backward()  # type: ignore[no-untyped-call]
+    for scores, layer in zip(taylor_scores(open_checkpoint(dense), tokens), model.model.layers, strict=True):
+        experts = layer.mlp.experts
+        gate_up = (experts.gate_up_proj * experts.gate_up_proj.grad).abs().sum(2).double()
+        down = (experts.down_proj * experts.down_proj.grad).abs().sum(1).double()
+        expected = (gate_up[:, :40] + gate_up[:, 40:] + down).detach()
+        expected = (expected - expected.mean()) / expected.std()
+        torch.testing.assert_close(scores.ffn_channels, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from refitting import fitted, inputs_of, kl, log_probabilities, replace, site
 from tiny import (
-    ALL_FAMILIES,
+    PLAIN_FAMILIES,
     keep_all_plan,
     layer_plan,
     plain_model,
@@ -78,7 +78,7 @@ def restored_tensors(
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_restored_weights_are_least_squares_by_hand(family: str, sequential: bool, tmp_path: Path) -> None:
     """Biases that are there are added to; a projection without inputs leaves its mean in the bias."""
     path, tokens = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4), tokens_of(9, LENGTH)
@@ -101,7 +101,7 @@ def test_restored_weights_are_least_squares_by_hand(family: str, sequential: boo
             assert (f"{name}.bias" in found) == (module.bias is not None)
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_on_its_tokens_it_is_never_worse_than_the_bias(family: str, tmp_path: Path) -> None:
     """Of every projection's output, and no worse than the plain cut either."""
     path, tokens = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4), tokens_of(9, LENGTH)

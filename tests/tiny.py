@@ -80,6 +80,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
 }
 ALL_FAMILIES = sorted(family for family in FAMILIES if not FAMILIES[family].experts or transformers.__version__ >= "5")
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
+PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
+"""Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
 ROPES: dict[str, dict[str, Any]] = {
     "theta": {"rope_type": "default", "rope_theta": 123.0},
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import ALL_FAMILIES, VOCABULARY, tiny_checkpoint, tiny_pruned
+from tiny import ALL_FAMILIES, MIXTURES, VOCABULARY, tiny_checkpoint, tiny_pruned
 
 from flap_export.artifact import Artifact, DtypeName, past_names
 from flap_export.building import EngineRecord, build
@@ -25,7 +25,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = {"float16": "HALF", "bfloat16": "BF16"}
 # Heads of 32 channels and four query heads, for which there are fused kernels.
 SIZES: dict[str, Any] = {"hidden_size": 128}
-HEAD_DIM = {family: {"head_dim": 32} for family in ("gemma2", "gemma3_text", "qwen3")}
+HEAD_DIM = {family: {"head_dim": 32} for family in ("gemma2", "gemma3_text", "qwen3", "qwen3_moe")}
+ROUTING = {"TOPK", "SLICE", "SCATTER"}
+"""What routers add to that."""
 CAPPED = ("gemma2",)
 """Families whose capped attention is in plain operators."""
 NORMALIZING = {"CAST", "CONSTANT", "ELEMENTWISE", "REDUCE", "SHUFFLE", "SOFTMAX", "UNARY", "NORMALIZATION"}
@@ -48,6 +50,7 @@ def test_an_a100_engine(family: str, kind: str, dtype: Any, tmp_path: Path) -> N
         check_masked_graph_means_the_same(tmp_path / "onnx", artifact)
     record = build(tmp_path / "onnx", tmp_path / "engine", backend="tensorrt-rtx", targets=["sm80"])
     check_network(record, artifact, capped=family in CAPPED)
+    assert bool(set(record.engines["last"].network.float32_layers) & ROUTING) == (family in MIXTURES)
     engine = record.engines["last"]
     assert engine.size_bytes == (tmp_path / "engine" / engine.file).stat().st_size
     assert stored_weights(artifact.shape) * 2 <= engine.weights_bytes < engine.size_bytes
@@ -67,7 +70,7 @@ def check_network(record: EngineRecord, artifact: Artifact, *, capped: bool) -> 
     assert network.decomposable_attentions == (0 if capped else unfused)
     assert network.types[TYPES[record.dtype]] > 0
     assert set(network.types) <= {TYPES[record.dtype], "FLOAT", "INT64", "INT32", "BOOL"}
-    assert set(network.float32_layers) <= NORMALIZING
+    assert set(network.float32_layers) <= NORMALIZING | ROUTING
 
 
 def check_masked_graph_means_the_same(folder: Path, artifact: Artifact) -> None:
