@@ -99,7 +99,7 @@ def calibrate(
             with _observed(checkpoint, statistics, length, sites, visited.index, visited.layer):
                 visited.observe() if removed else visited.propagate()
             if removed is not None:
-                _zero_columns(checkpoint, visited.index, visited.layer, removed(visited.index, sites))
+                _zero_columns(checkpoint, visited.layer, removed(visited.index, sites))
                 visited.propagate()
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
     return CalibrationStatistics(checkpoint.name, source, sequences, length, seed, statistics, sites, digests)
@@ -161,7 +161,7 @@ def _observed(
     running = {
         space: [
             ACCUMULATORS[kind](module.get_parameter("weight").shape[1])
-            for module in _restoring_modules(checkpoint, index, layer, space)
+            for module in _restoring_modules(checkpoint, layer, space)
         ]
         for space in CUT_SPACES
     }
@@ -174,7 +174,7 @@ def _observed(
     hooks = [
         module.register_forward_pre_hook(partial(observe, found))
         for space in CUT_SPACES
-        for found, module in zip(running[space], _restoring_modules(checkpoint, index, layer, space), strict=True)
+        for found, module in zip(running[space], _restoring_modules(checkpoint, layer, space), strict=True)
     ]
     try:
         yield
@@ -182,7 +182,7 @@ def _observed(
         for hook in hooks:
             hook.remove()
     for space in CUT_SPACES:
-        modules = _restoring_modules(checkpoint, index, layer, space)
+        modules = _restoring_modules(checkpoint, layer, space)
         found = [
             _site(moments, module.get_parameter("weight").to(torch.float64))
             for moments, module in zip(running[space], modules, strict=True)
@@ -192,16 +192,17 @@ def _observed(
         _check_finite(sites[index, space], index, checkpoint.family.restoring(space).path)
 
 
-def _restoring_modules(checkpoint: Checkpoint, index: int, layer: nn.Module, space: CutSpace) -> list[nn.Module]:
+def _restoring_modules(checkpoint: Checkpoint, layer: nn.Module, space: CutSpace) -> list[nn.Module]:
     """The projections of a layer that map `space` back to the residual stream: one, or one of every expert."""
-    paths = checkpoint.family.restoring_paths(space, checkpoint.shape.layers[index])
+    # The layers of a dense model are all alike.
+    paths = checkpoint.family.restoring_paths(space, checkpoint.shape.layers[0])
     return [layer.get_submodule(path) for path in paths]
 
 
-def _zero_columns(checkpoint: Checkpoint, index: int, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
+def _zero_columns(checkpoint: Checkpoint, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
     """Let the restoring projections ignore channels, [R] or [E, R]."""
     for space, channels in removed.items():
-        modules = _restoring_modules(checkpoint, index, layer, space)
+        modules = _restoring_modules(checkpoint, layer, space)
         for module, own in zip(modules, channels if channels.ndim == 2 else [channels], strict=True):
             weight = module.get_parameter("weight")
             weight[:, own.to(weight.device)] = 0
