@@ -24,9 +24,12 @@ def make_plan(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> P
         PlanError: the evidence is of another model.
     """
     options = resolved(options)
+    if evidence.method != options.method:
+        raise InputError(
+            f"what was gathered serves the method {evidence.method}, not {options.method}; calibrate again"
+        )
     if options.row.basis == "sensitivity":
-        if evidence.sensitivity is None:
-            raise _other_method(options)
+        assert evidence.sensitivity is not None
         if evidence.sensitivity.head_units != options.head_units:
             raise InputError(
                 f"the losses were measured for the head units {evidence.sensitivity.head_units}, asked are "
@@ -72,12 +75,10 @@ def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> 
     scores = evidence.scores
     if options.row.basis == "statistics":
         assert options.metric is not None
-        if evidence.statistics is None:
-            raise _other_method(options)
+        assert evidence.statistics is not None
         squares = follows_code if options.square_attention is None else options.square_attention
         scores = score(evidence.statistics, shape, options.metric, square_attention=squares)
-    if scores is None:
-        raise _other_method(options)
+    assert scores is not None
     if options.row.spares_ends:
         return _between_ends(shape, scores, options)
     assert options.structure is not None
@@ -92,10 +93,6 @@ def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> 
         align_channels=options.align_channels,
         allowed_heads=_allowed_heads(dense, options),
     )
-
-
-def _other_method(options: PruneOptions) -> InputError:
-    return InputError(f"what was gathered is not what the method {options.method} goes by; calibrate again with it")
 
 
 def _between_ends(

@@ -26,7 +26,7 @@ from flap_export.errors import InputError, TextError
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint
 from flap_export.measuring import measure
-from flap_export.methods import PruneOptions, resolved
+from flap_export.methods import MethodName, PruneOptions, resolved
 from flap_export.rewriting import kept_channels
 from flap_export.scoring import METRICS, LayerScores, layer_scores
 from flap_export.sensitivity import SENSITIVITY_NAME, Sensitivity
@@ -62,6 +62,7 @@ class _EvidenceRecord(Record):
 
     kind: ClassVar[str] = "evidence"
 
+    method: MethodName
     text: CalibrationText | None
     digests: dict[str, str]
     scored_layers: int = 0
@@ -72,6 +73,8 @@ class _EvidenceRecord(Record):
 class Evidence:
     """What a method goes by, and where it came from."""
 
+    method: MethodName
+    """Whose choice it serves."""
     text: CalibrationText | None
     """What was calibrated on, with the numbers of sequences and tokens that were used."""
     digests: Mapping[str, str]
@@ -90,7 +93,7 @@ class Evidence:
             seed=statistics.seed,
             statistics=statistics.kind,
         )
-        return cls(text, statistics.digests, statistics)
+        return cls("flap", text, statistics.digests, statistics)
 
     def save(self, folder: Path) -> None:
         """Write what is there into a folder."""
@@ -101,7 +104,8 @@ class Evidence:
         if self.scores is not None:
             save_tensors(folder / SCORES_NAME, "scores", _SCORES_VERSION, _score_tensors(self.scores), {})
         layers = len(self.scores or ())
-        _EvidenceRecord(text=self.text, digests=dict(self.digests), scored_layers=layers).save(folder / EVIDENCE_NAME)
+        record = _EvidenceRecord(method=self.method, text=self.text, digests=dict(self.digests), scored_layers=layers)
+        record.save(folder / EVIDENCE_NAME)
 
     @classmethod
     def load(cls, folder: Path) -> Evidence:
@@ -113,6 +117,7 @@ class Evidence:
         record = _EvidenceRecord.load(folder / EVIDENCE_NAME)
         statistics, sensitivity, scores = (folder / name for name in (STATISTICS_NAME, SENSITIVITY_NAME, SCORES_NAME))
         return cls(
+            record.method,
             record.text,
             record.digests,
             CalibrationStatistics.load(statistics) if statistics.is_file() else None,
@@ -164,7 +169,8 @@ def gather(
                 "name one with --calibration"
             )
         dense = open_dense(model)
-        return Evidence(None, {"weights": dense.weights.digest}, scores=_scores(dense, None, options, device))
+        scores = _scores(dense, None, options, device)
+        return Evidence(options.method, None, {"weights": dense.weights.digest}, scores=scores)
     dense, windows = calibration_windows(model, text.source, text.samples, text.sequence_length, text.seed, text.dtype)
     sequences, length = windows.tokens.shape
     if length < 2:
@@ -175,6 +181,7 @@ def gather(
     by_statistics = basis == "statistics" or options.compensation == "bias"
     by_scores = basis not in ("statistics", "sensitivity")
     return Evidence(
+        options.method,
         used,
         digests,
         _statistics(model, text, options, device, progress) if by_statistics else None,

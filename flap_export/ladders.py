@@ -100,10 +100,15 @@ def check_alignment(align_channels: int) -> None:
         raise PlanError(f"--align-channels must be at least 1, got {align_channels}")
 
 
+def units_of_layer(layer: LayerShape, head_units: HeadUnits) -> HeadUnits:
+    """What a layer loses at a time: where every query head is a group of its own, that is always one group."""
+    return "groups" if layer.query_heads == layer.kv_heads else head_units
+
+
 def attention_costs(shape: DecoderShape, layer: LayerShape, head_units: HeadUnits) -> NDArray[np.int64]:
     """Weights of every step of an attention ladder, [K] for groups and [g] for query heads."""
     per_group = layer.query_heads // layer.kv_heads
-    if head_units == "groups":
+    if units_of_layer(layer, head_units) == "groups":
         return np.full(layer.kv_heads, per_group * shape.query_head_parameters + shape.kv_head_parameters)
     costs = np.full(per_group, layer.kv_heads * shape.query_head_parameters)
     costs[-1] += layer.kv_heads * shape.kv_head_parameters
@@ -115,7 +120,7 @@ def _attention_ladder(
 ) -> Ladder:
     heads = np.arange(layer.query_heads).reshape(layer.kv_heads, -1)
     by_group = scores.reshape(heads.shape)
-    if head_units == "queries":
+    if units_of_layer(layer, head_units) == "queries":
         # Round r takes the r-th lowest head of every group.
         lowest_first = np.argsort(by_group, axis=1, kind="stable")
         heads = np.take_along_axis(heads, lowest_first, axis=1).T

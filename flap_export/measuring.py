@@ -24,7 +24,7 @@ from flap_export.calibration import calibration_windows, compute_dtype
 from flap_export.compensation import least_squares
 from flap_export.elimination import RIDGE, Elimination, eliminate
 from flap_export.errors import check_choice
-from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, expert_elements
+from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, expert_elements, units_of_layer
 from flap_export.layerwise import LayerPass, LayerStream, Progress, no_progress, streamed
 from flap_export.loading import Checkpoint
 from flap_export.moments import RunningComoments
@@ -185,7 +185,7 @@ def _units(shape: DecoderShape, site: Site, head_units: HeadUnits) -> tuple[Tens
     if site.space == "ffn":
         return torch.arange(layer.ffn_channels).unsqueeze(1), None
     heads = torch.arange(layer.query_heads * shape.head_dim).view(layer.query_heads, shape.head_dim)
-    if head_units == "groups":
+    if units_of_layer(layer, head_units) == "groups":
         return heads.view(layer.kv_heads, -1), None
     return heads, torch.arange(layer.query_heads) // (layer.query_heads // layer.kv_heads)
 
@@ -257,7 +257,7 @@ def _module(
     steps = _step_count(shape, index, space, head_units)
     per_step = len(order) // steps
     errors = elimination.losses[per_step - 1 :: per_step]
-    if space == "query" and head_units == "groups":
+    if space == "query" and units_of_layer(layer, head_units) == "groups":
         # A group stands for its query heads.
         size = layer.query_heads // layer.kv_heads
         order, per_step = (order.unsqueeze(1) * size + torch.arange(size)).flatten(), size

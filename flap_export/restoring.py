@@ -104,7 +104,7 @@ def restore(
         dense: the dense model.
         plan: what every layer keeps.
         tokens: calibration tokens, int64 [sequences, length].
-        folder: where the restored weights go, about as large as the pruned checkpoint's projections.
+        folder: where the restored weights go, as large as these projections in the pruned checkpoint.
         sequential: fit to the inputs that the already pruned layers give, instead of the dense model's.
         dtype: precision to run the model in.
         device: where.
@@ -180,7 +180,10 @@ def _fit(dense: Checkpoint, visited: LayerPass, site: Site, kept: Tensor, inputs
     ridge = best_ridge(weight, kept, moments, held_out)
     moments.update(held_out)
     check_finite(inputs, site.layer, dense.family.restoring(site.space).at(site.expert))
-    return least_squares(weight, kept, moments, ridge)
+    # Rounded as it will be saved, before the bias makes up for the mean.
+    rounded = least_squares(weight, kept, moments, ridge).weight.to(dense.dtype)
+    means = moments.mean
+    return Restored(rounded, weight @ means - rounded.to(means.dtype) @ means[kept])
 
 
 def check_finite(inputs: SiteInputs, layer: int, path: str) -> None:

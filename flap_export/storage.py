@@ -20,6 +20,7 @@ from flap_export.errors import InputError, OutputError
 
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
+_PARTIAL = ".partial"
 
 
 V = TypeVar("V", bound="Value")
@@ -217,7 +218,8 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
         raise OutputError(f"the output '{path}' is a file; name a directory")
     if Path.cwd().is_relative_to(path.resolve()):
         raise OutputError(f"the output '{path}' is where you work, and would be replaced; name a directory below it")
-    if not path.exists() or not any(path.iterdir()):
+    # What a killed process left half-written is nobody's.
+    if not path.exists() or all(entry.name.startswith(".") and _PARTIAL in entry.name for entry in path.iterdir()):
         return
     if not (path / marker).is_file():
         raise OutputError(
