@@ -108,7 +108,12 @@ class RunningComoments:
         mean, before, after = values.mean(dim=0), self.count, self.count + len(values)
         centred = values - mean
         delta = mean - self.mean
-        self._products.addmm_(centred.T, centred)
+        if inputs.dtype == self._products.dtype or self._products.dtype == torch.float32:
+            self._products.addmm_(centred.T, centred)
+        else:
+            # Inputs of lower precision do not fill float64: a chunk's products take float32, their sum does not.
+            centred = centred.to(torch.float32)
+            self._products.add_(centred.T @ centred)
         self._products.addr_(delta, delta, alpha=before * len(values) / after)
         self.mean.add_(delta, alpha=len(values) / after)
         self.count = after
