@@ -256,6 +256,7 @@ def _check_matplotlib() -> None:
 def _draw(report: ComparisonReport, variants: Sequence[str], path: Path) -> None:
     """Perplexity against ratio, one panel per text; logarithmic, because bad methods are far off."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(6 * len(report.sources), 4.5), layout="constrained")
     panels = figure.subplots(1, len(report.sources), squeeze=False)[0]
@@ -277,6 +278,8 @@ def _draw(report: ComparisonReport, variants: Sequence[str], path: Path) -> None
             title=Path(report.sources[source]).name, xlabel="attention and FFN weights removed, %", ylabel="perplexity"
         )
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ScalarFormatter())
         panel.legend(fontsize="small")
     with new_file(path) as partial:
         figure.savefig(partial, format="svg")
