@@ -54,8 +54,13 @@ def write_checkpoint(
     """
     write_shards(directory, tensors, max_shard_bytes)
     config = uneven_config(read_config(dense), dense.family, shape)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / MODELING_NAME).write_text(modeling_source(dense.family), encoding="utf-8")
+    write_beside_weights(directory, dense, plan, config)
+
+
+def write_beside_weights(directory: Path, dense: Checkpoint, plan: PruningPlan, config: dict[str, Any]) -> None:
+    """Write configuration and plan, and copy tokenizer and generation settings."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     plan.save(directory / PLAN_NAME)
     copy_companions(dense.directory, directory)
 

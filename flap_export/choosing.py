@@ -76,7 +76,7 @@ def _by_scores(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> 
     if options.row.basis == "statistics":
         assert options.metric is not None
         assert evidence.statistics is not None
-        squares = follows_code if options.square_attention is None else options.square_attention
+        squares = options.squares_attention(evidence.statistics.kind)
         scores = score(evidence.statistics, shape, options.metric, square_attention=squares)
     assert scores is not None
     if options.row.spares_ends:

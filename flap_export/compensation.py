@@ -99,11 +99,11 @@ def _factor(correlation: Tensor, ridge: float) -> Tensor:
         ridge, grown = max(ridge * 10, torch.finfo(correlation.dtype).eps), ridge
 
 
-def complement(kept: Tensor, channels: int) -> Tensor:
+def complement(indices: Tensor, channels: int) -> Tensor:
     """The other indices of 0..channels-1, int64 and ascending."""
-    is_removed = torch.ones(channels, dtype=torch.bool, device=kept.device)
-    is_removed[kept] = False
-    return is_removed.nonzero().flatten()
+    is_other = torch.ones(channels, dtype=torch.bool, device=indices.device)
+    is_other[indices] = False
+    return is_other.nonzero().flatten()
 
 
 def _deviations(moments: RunningComoments) -> Tensor:

@@ -256,18 +256,18 @@ def _uniform_removal(dense: Checkpoint, options: PruneOptions, statistics: Stati
     """The share of each layer that goes, decided by that layer alone."""
     assert options.metric is not None
     assert options.structure is not None
-    metric, structure, follows_code = options.metric, options.structure, statistics == "reference"
-    squares = follows_code if options.square_attention is None else options.square_attention
+    metric, structure = options.metric, options.structure
+    attention_power = 2 if options.squares_attention(statistics) else 1
 
     def removed(index: int, sites: Sites) -> dict[CutSpace, Tensor]:
         alone = dense.shape.model_copy(update={"layers": (dense.shape.layers[index],)})
-        scores = layer_scores(sites, dense.shape, METRICS[metric], index, 2 if squares else 1)
+        scores = layer_scores(sites, dense.shape, METRICS[metric], index, attention_power)
         plans, _ = allocate(
             (scores,),
             alone,
             options.ratio,
             structure,
-            selection="reference" if follows_code else "exact",
+            selection="reference" if statistics == "reference" else "exact",
             head_units=options.head_units,
             align_channels=options.align_channels,
             allowed_heads=allowed_heads(dense) if options.layout == "stock" else None,

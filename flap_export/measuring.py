@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flap_export.calibration import calibration_windows, compute_dtype
-from flap_export.compensation import least_squares
+from flap_export.compensation import complement, least_squares
 from flap_export.elimination import RIDGE, Elimination, eliminate
 from flap_export.errors import check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, expert_elements, units_of_layer
@@ -200,12 +200,6 @@ def _levels(steps: int, levels: Sequence[float]) -> list[int]:
     return sorted({min(max(round(level * steps), 1), steps) for level in levels} | {steps})
 
 
-def _without(removed: Tensor, channels: int) -> Tensor:
-    stays = torch.ones(channels, dtype=torch.bool)
-    stays[removed] = False
-    return stays.nonzero().flatten()
-
-
 @contextmanager
 def _cut(
     dense: Checkpoint, visited: LayerPass, site: Site, removed: Tensor, moments: RunningComoments
@@ -214,7 +208,7 @@ def _cut(
     module = restoring_module(dense, visited.layer, site)
     own = dict(module._parameters)
     weight = module.get_parameter("weight").to(moments.mean.dtype)
-    kept = _without(removed, weight.shape[1]).to(weight.device)
+    kept = complement(removed, weight.shape[1]).to(weight.device)
     replace(dense, visited, site, kept, least_squares(weight, kept, moments, RIDGE))
     try:
         yield

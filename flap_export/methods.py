@@ -22,6 +22,7 @@ from flap_export.compensation import COMPENSATIONS, CompensationName
 from flap_export.errors import InputError, check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, check_alignment
 from flap_export.scoring import METRICS, MetricName
+from flap_export.statistics import StatisticsName
 from flap_export.stock import LAYOUTS, Layout
 from flap_export.storage import Value
 
@@ -87,6 +88,10 @@ class PruneOptions(Value):
     """Counts of its own for every layer, or the same in all, loadable by the family's own classes."""
     seed: int = 0
     """Of the method random."""
+
+    def squares_attention(self, statistics: StatisticsName) -> bool:
+        """Whether attention scores of such statistics are squared."""
+        return statistics == "reference" if self.square_attention is None else self.square_attention
 
     @property
     def row(self) -> Method:

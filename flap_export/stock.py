@@ -8,7 +8,6 @@ configuration's flag gives all projections around a space a bias, those that nee
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,10 +15,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from flap_export.checkpoint import MAX_SHARD_BYTES, copy_companions, read_config, write_shards
+from flap_export.checkpoint import MAX_SHARD_BYTES, read_config, write_beside_weights, write_shards
 from flap_export.errors import PlanError
 from flap_export.loading import Checkpoint, config_from, meta_model, parameter_names
-from flap_export.plan import PLAN_NAME, PruningPlan
+from flap_export.plan import PruningPlan
 from flap_export.rope import both_rope_forms
 from flap_export.shapes import DecoderShape, LayerShape
 
@@ -94,9 +93,7 @@ def write_stock_checkpoint(
     target = dataclasses.replace(dense, config=config_from(config, dense.family, directory), shape=shape)
     whole = _with_zero_biases(target, tensors)
     write_shards(directory, ((dense.family.stored_name(name), tensor) for name, tensor in whole), max_shard_bytes)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    plan.save(directory / PLAN_NAME)
-    copy_companions(dense.directory, directory)
+    write_beside_weights(directory, dense, plan, config)
 
 
 def _with_zero_biases(target: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
