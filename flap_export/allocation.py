@@ -175,19 +175,19 @@ def _al_am(task: _Task) -> Steps:
     further up, so that the budget is met to half an FFN channel.
     """
     ladders = [ladder for layer in task.ladders for ladder in (layer.attention, layer.ffn)]
-    taken = _cheapest_first([(ladder.scores, ladder.costs) for ladder in ladders], task.budget)
+    taken = cheapest_first([(ladder.scores, ladder.costs) for ladder in ladders], task.budget)
     return list(zip(taken[0::2], taken[1::2], strict=True))
 
 
 def _al_mm(task: _Task) -> Steps:
     """FLAP's AL-MM: the lowest groups of all layers until `remove_heads` heads are gone, then the lowest channels."""
     attention = [layer.attention for layer in task.ladders]
-    taken = _cheapest_first([(a.scores, np.diff(a.gone, prepend=0)) for a in attention], task.remove_heads)
+    taken = cheapest_first([(a.scores, np.diff(a.gone, prepend=0)) for a in attention], task.remove_heads)
     found = sum(_heads_gone(ladder, steps) for ladder, steps in zip(attention, taken, strict=True))
     _check_heads(task, found)
     rest = task.budget - sum(_cost(ladder, steps) for ladder, steps in zip(attention, taken, strict=True))
     _check_rest(task, rest)
-    channels = _cheapest_first([(layer.ffn.scores, layer.ffn.costs) for layer in task.ladders], rest)
+    channels = cheapest_first([(layer.ffn.scores, layer.ffn.costs) for layer in task.ladders], rest)
     return list(zip(taken, channels, strict=True))
 
 
@@ -251,7 +251,7 @@ def _nearest(ladder: Ladder, budget: float, allowed: Sequence[int] | None = None
     return int(np.argmin(misses))
 
 
-def _cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
+def cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
     """Take steps from the lowest score on while they fit `budget` to half of the smallest step's cost.
 
     Args:

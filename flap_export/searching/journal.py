@@ -1,0 +1,155 @@
+"""A search's journal: every prompt, answer, repair and measured loss as one JSON line, in the order they came about.
+
+Strategies draw from seeded generators and ask for everything else here, so that the journal is all the state there
+is: run again over its journal, a search finds its old answers and losses in place of new ones and stands where it
+stopped. A line that a kill cut short is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, final
+
+from flap_export.errors import InputError
+from flap_export.searching.space import Candidate
+from flap_export.storage import digest_of_json, writing_errors
+
+JOURNAL_NAME: Final = "journal.jsonl"
+SCHEMA_VERSION: Final = 1
+Key = tuple[Candidate, int, int]
+"""A candidate, and the first and the last but one of the sequences it was seen on."""
+
+
+@final
+class Journal:
+    """Append-only; see the module. Use as a context manager."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open a journal, or begin it.
+
+        Args:
+            path: the file.
+            settings: all that a search depends on, as JSON; two searches may not share a journal.
+
+        Raises:
+            InputError: the journal is another search's, or damaged in its middle.
+            OutputError: it cannot be written.
+        """
+        self.path = path
+        self._losses: dict[Key, float] = {}
+        self._answers: deque[dict[str, Any]] = deque()
+        own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
+        events, size = _read(path)
+        if events:
+            _check_same(path, events[0], own)
+            self._take_in(events[1:])
+        with writing_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Whatever a kill cut short goes, so that the next line starts a line.
+            self._file = path.open("r+b" if path.exists() else "w+b")
+            self._file.truncate(size)
+            self._file.seek(size)
+        if not events:
+            self.append(own)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def loss(self, key: Key) -> float | None:
+        """What was measured before, or None."""
+        return self._losses.get(key)
+
+    def record_losses(self, losses: Mapping[Key, float]) -> None:
+        """Keep what was measured: losses summed over the tokens of the sequences."""
+        for (candidate, first, last), loss in losses.items():
+            place = {"levels": candidate.levels, "attention": candidate.attention, "sequences": [first, last]}
+            self.append({"event": "loss", **place, "loss": loss})
+        self._losses.update(losses)
+
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The next recorded answer, or None where there are no more.
+
+        Raises:
+            InputError: it answers another question; the journal was written by another version or another search.
+        """
+        if not self._answers:
+            return None
+        recorded = self._answers.popleft()
+        if recorded["question_digest"] != digest_of_json(question):
+            raise InputError(
+                f"the journal '{self.path}' answers another question than the one asked now; begin a new search"
+            )
+        return recorded
+
+    def record_answer(self, question: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Keep a question and its answer."""
+        self.append(
+            {"event": "answer", "question_digest": digest_of_json(question), "question": dict(question), **answer}
+        )
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Write one line.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        with writing_errors(self.path):
+            self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Have everything on the disk."""
+        with writing_errors(self.path):
+            os.fsync(self._file.fileno())
+
+    def _take_in(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            if event["event"] == "loss":
+                candidate = Candidate(tuple(event["levels"]), tuple(event["attention"]))
+                first, last = event["sequences"]
+                self._losses[candidate, first, last] = event["loss"]
+            elif event["event"] == "answer":
+                self._answers.append(event)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, and how many bytes they are."""
+    if not path.is_file():
+        return [], 0
+    events, size = [], 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                break
+            event = json.loads(line)
+            assert isinstance(event, dict)
+            assert "event" in event
+        except (ValueError, AssertionError) as error:
+            raise InputError(f"line {number} of the journal '{path}' is damaged; begin a new search") from error
+        events.append(event)
+        size += len(line)
+    return events, size
+
+
+def _check_same(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if found == own:
+        return
+    if found.get("event") != "search" or found.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"'{path}' is not a journal of this version; begin a new search")
+    there, here = found["settings"], own["settings"]
+    changed = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    raise InputError(
+        f"the journal '{path}' is of a search with other settings ({', '.join(changed)}); name a new output directory, "
+        "or the settings it was begun with"
+    )
