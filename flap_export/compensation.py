@@ -83,6 +83,49 @@ def least_squares(weight: Tensor, kept: Tensor, moments: RunningComoments, ridge
     return Restored(restored, weight @ moments.mean - restored @ moments.mean[kept])
 
 
+@final
+@dataclass(frozen=True)
+class NestedLeastSquares:
+    """`least_squares` for every cut point of one ranking, from one factorisation.
+
+    With the channels in the order in which they stay longest, the covariance of what any cut point keeps is a leading
+    block, and a Cholesky factor's leading blocks are the factors of the matrix's:
+
+        C + ridge diag(C) = L L^T        W'_K = W_K + (W_R L_RK) L_KK^-1
+    """
+
+    order: Tensor
+    """int64 [C], last to go first."""
+    factor: Tensor
+    """L of the correlations in that order, [C, C]."""
+    scale: Tensor
+    """Standard deviations in that order, up to a common factor, [C]."""
+    mean: Tensor
+    """Of the inputs, in the model's order, [C]."""
+
+    @classmethod
+    def of(cls, moments: RunningComoments, order: Tensor, ridge: float) -> NestedLeastSquares:
+        """Factorise once; arguments as `least_squares` has them."""
+        scale = _deviations(moments)
+        factor = _factor(_correlation(moments, scale, order, order), ridge)
+        return cls(order, factor, scale[order], moments.mean)
+
+    def restored(self, weight: Tensor, kept: int) -> Restored:
+        """What the projection becomes when the first `kept` channels of the order stay; columns ascend as in the model.
+
+        Args:
+            weight: W [out, C], any floating dtype.
+            kept: how many channels stay.
+        """
+        exact = weight.to(self.mean.dtype)
+        by_rank = exact[:, self.order]
+        through = (by_rank[:, kept:] * self.scale[kept:]) @ self.factor[kept:, :kept]
+        added = torch.linalg.solve_triangular(self.factor[:kept, :kept], through, upper=False, left=False)
+        ascending = self.order[:kept].argsort()
+        restored = (by_rank[:, :kept] + added / self.scale[:kept])[:, ascending]
+        return Restored(restored, exact @ self.mean - restored @ self.mean[self.order[:kept][ascending]])
+
+
 def _factor(correlation: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of a correlation matrix [K, K] with a ridge, which it grows until the working precision holds it.
 

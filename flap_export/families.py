@@ -39,6 +39,11 @@ class Projection:
         """Whether it maps a cut space back to the residual stream, so that compensation goes here."""
         return self.inputs != "hidden" and self.outputs == ("hidden",)
 
+    @property
+    def part(self) -> Literal["query", "ffn"]:
+        """Which part of a layer it belongs to: attention, whose heads are cut, or the FFN."""
+        return "ffn" if "ffn" in (self.inputs, *self.outputs) else "query"
+
     def at(self, expert: int | None) -> str:
         """The path in one expert, or in a plain FFN."""
         return self.path if expert is None else self.path.replace(EVERY_EXPERT, str(expert))

@@ -81,10 +81,18 @@ class _Replay(nn.Module):
 
 @final
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
+    """Sequences that go through a layer at once."""
+
     rows: slice
     arguments: list[dict[str, Any]]
     """Keyword arguments of every layer: masks and rotary embeddings of this chunk's shape."""
+
+    def through(self, index: int, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """What layer `index`, or a smaller one in its place, gives for inputs [B, length, H] on its device."""
+        given = layer(inputs, **self.arguments[index])
+        output: Tensor = given[0] if isinstance(given, tuple) else given
+        return output
 
 
 @final
@@ -96,7 +104,7 @@ class LayerPass:
     layer: nn.Module
     hidden: Tensor
     """[sequences, length, H]: the layer's inputs, until `propagate` puts its outputs in their place."""
-    chunks: list[_Chunk]
+    chunks: list[Chunk]
     device: str
     gives_tuple: bool = False
 
@@ -150,7 +158,8 @@ class LayerStream:
         self._dtype, self._device, self._prefetch, self._progress = dtype, device, prefetch, progress
         self._states, self._gives_tuple = 0, False
         self.hidden = self.new_states(len(tokens))
-        self._chunks = self._embed(chunk_sequences)
+        """What the layers visited so far gave; before the first, the embeddings."""
+        self.chunks = self._embed(chunk_sequences)
 
     def new_states(self, sequences: int) -> Tensor:
         """A tensor [sequences, length, H] that lives in a file, so that its pages can leave memory.
@@ -182,7 +191,7 @@ class LayerStream:
                     read = self._reader(executor, index + 1)
                 materialize(layer, parameters, dtype=self._dtype, device=self._device)
                 del parameters
-                visited = LayerPass(index, layer, self.hidden, self._chunks, self._device)
+                visited = LayerPass(index, layer, self.hidden, self.chunks, self._device)
                 yield visited
                 self._gives_tuple = visited.gives_tuple
                 release(layer)
@@ -203,15 +212,21 @@ class LayerStream:
         Args:
             states: what the last layer gave, or might have given, [sequences, length, H] each.
         """
-        self._materialize_head()
-        for chunk in self._chunks:
+        self.materialize_head()
+        for chunk in self.chunks:
             if chunk.rows.start >= len(states[0]):
                 break
-            yield (self._chunk_logits(chunk, hidden) for hidden in states)
+            yield (self.chunk_logits(chunk, hidden[chunk.rows]) for hidden in states)
 
-    def _chunk_logits(self, chunk: _Chunk, hidden: Tensor) -> Tensor:
+    def chunk_logits(self, chunk: Chunk, states: Tensor) -> Tensor:
+        """Logits of one chunk of sequences; the head is in memory, and the stream has been walked through.
+
+        Args:
+            chunk: of this stream.
+            states: what the last layer gave, or might have given, for its sequences [B, length, H].
+        """
         layers, path = self._layers(), self._checkpoint.family.layers
-        states = hidden[chunk.rows].to(self._device)
+        states = states.to(self._device)
         replays = [_Replay(layer, states, self._gives_tuple) for layer in layers]
         self._model.set_submodule(path, nn.ModuleList(replays))
         try:
@@ -221,7 +236,8 @@ class LayerStream:
         finally:
             self._model.set_submodule(path, layers)
 
-    def _materialize_head(self) -> None:
+    def materialize_head(self) -> None:
+        """Have what `chunk_logits` needs in memory: the embeddings, the last norm and the head."""
         family = self._checkpoint.family
         self._around_layers()
         if self._checkpoint.shape.tied_embeddings:
@@ -257,12 +273,12 @@ class LayerStream:
             materialize(module, parameters, dtype=self._dtype, device=self._device)
             module.to(self._device)
 
-    def _embed(self, chunk_sequences: int) -> list[_Chunk]:
+    def _embed(self, chunk_sequences: int) -> list[Chunk]:
         """Fill `hidden` with the embeddings; returns the chunks with the arguments each layer gets."""
         layers, layers_path = self._layers(), self._checkpoint.family.layers
         around = self._around_layers()
         decoder = self._model.get_submodule(self._checkpoint.family.decoder)
-        chunks: list[_Chunk] = []
+        chunks: list[Chunk] = []
         arguments_by_size: dict[int, list[dict[str, Any]]] = {}
         for start in range(0, len(self._tokens), chunk_sequences):
             rows = slice(start, min(start + chunk_sequences, len(self._tokens)))
@@ -278,7 +294,7 @@ class LayerStream:
             finally:
                 self._model.set_submodule(layers_path, layers)
             # All chunks but the last have the same shape, and so the same masks and rotary embeddings.
-            chunks.append(_Chunk(rows, arguments_by_size.setdefault(rows.stop - rows.start, calls)))
+            chunks.append(Chunk(rows, arguments_by_size.setdefault(rows.stop - rows.start, calls)))
         for module in around.values():
             release(module)
         return chunks

@@ -5,6 +5,7 @@ Our own pruned checkpoints are read through their configuration, never by runnin
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -173,18 +174,24 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     }
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The causal LM with its per-layer sizes, on the current default device (meta, fake or real), in eval mode."""
+def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The causal LM as transformers makes it, all layers alike."""
     from transformers import AutoModelForCausalLM
-
-    from flap_export.modeling_pruned import resize_decoder
 
     kernel = checkpoint.family.attention_kernel
     model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
+    return model.eval()
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The causal LM with its per-layer sizes, on the current default device (meta, fake or real), in eval mode."""
+    from flap_export.modeling_pruned import resize_decoder
+
+    model = _stock_model(checkpoint, dtype)
     if checkpoint.is_pruned or checkpoint.family.experts:
         section = pruned_section(checkpoint.family, checkpoint.shape)
         resize_decoder(model, checkpoint.family.layers, section, checkpoint.shape.head_dim)
-    return model.eval()
+    return model
 
 
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
@@ -195,6 +202,29 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     if dtype == torch.float64:
         _keep_double_precision(model, checkpoint.family.norm)
     return model
+
+
+@final
+class MetaLayers:
+    """Decoder layers of any size, without weights: to be filled one by one, by `materialize`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        with torch.device("meta"):
+            model = _stock_model(checkpoint, dtype)
+        _compute_buffers(model, checkpoint.shape.hidden_size)
+        self._layers: Any = model.get_submodule(checkpoint.family.layers)
+
+    def made(self, index: int, shape: LayerShape) -> nn.Module:
+        """A new layer `index` of this shape, its parameters on the meta device."""
+        from flap_export.modeling_pruned import resize_layer
+
+        family, dense = self._checkpoint.family, self._checkpoint.shape
+        layer: nn.Module = copy.deepcopy(self._layers[index])
+        layers = (*dense.layers[:index], shape, *dense.layers[index + 1 :])
+        section = pruned_section(family, dense.model_copy(update={"layers": layers}))
+        resize_layer(layer, index, section, dense.hidden_size, dense.head_dim)
+        return layer
 
 
 def _compute_buffers(model: nn.Module, hidden_size: int) -> None:

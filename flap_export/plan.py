@@ -29,6 +29,17 @@ class LayerPlan(Value):
         """Channels of the FFN, or of each of its experts."""
         return len(self.experts[0] if self.experts else self.ffn_channels)
 
+    def shape(self, dense: LayerShape, *, compensated: bool) -> LayerShape:
+        """The layer's shape after the cut; compensated, a module that lost something gains an output bias."""
+        return LayerShape(
+            query_heads=len(self.query_heads),
+            kv_heads=len(self.kv_heads),
+            ffn_channels=self.ffn_width,
+            attention_bias=dense.attention_bias or (compensated and len(self.query_heads) < dense.query_heads),
+            ffn_bias=dense.ffn_bias or (compensated and self.ffn_width < dense.ffn_channels),
+            experts=dense.experts,
+        )
+
     @model_serializer(mode="wrap")
     def _only_its_own_ffn(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A record states a plain FFN's channels or its experts', not both."""
@@ -71,20 +82,9 @@ class PruningPlan(Record):
             PlanError: the plan does not fit `dense`.
         """
         self.check(dense)
-        layers = []
-        for kept, full in zip(self.layers, dense.layers, strict=True):
-            lost_heads = len(kept.query_heads) < full.query_heads
-            lost_channels = kept.ffn_width < full.ffn_channels
-            layers.append(
-                LayerShape(
-                    query_heads=len(kept.query_heads),
-                    kv_heads=len(kept.kv_heads),
-                    ffn_channels=kept.ffn_width,
-                    attention_bias=full.attention_bias or (compensated and lost_heads),
-                    ffn_bias=full.ffn_bias or (compensated and lost_channels),
-                    experts=full.experts,
-                )
-            )
+        layers = (
+            kept.shape(full, compensated=compensated) for kept, full in zip(self.layers, dense.layers, strict=True)
+        )
         return dense.model_copy(update={"layers": tuple(layers)})
 
     def check(self, dense: DecoderShape) -> None:

@@ -6,7 +6,7 @@ weights are copied bit for bit; compensation is added to a bias that is there, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from flap_export.families import Family, Projection, Space, expert_at, experts_o
 from flap_export.loading import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.shapes import DecoderShape
-from flap_export.statistics import CUT_SPACES, Site
+from flap_export.statistics import CUT_SPACES, CutSpace, Site
 
 Restore = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """What becomes of a restoring projection: from its site, weight [H, C] and kept channels int64 [K] to its weight [H, K]
@@ -48,7 +48,7 @@ def rewrite(
             yield name, checkpoint.weights.finite(name)
     for index, layer_plan in enumerate(plan.layers):
         kept = kept_channels(layer_plan, checkpoint.shape)
-        yield from _rewrite_layer(checkpoint, f"{prefix}{index}.", kept, restore, index)
+        yield from rewrite_layer(checkpoint, index, kept, restore)
 
 
 def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
@@ -75,25 +75,35 @@ def of_expert(channels: Tensor | None, expert: int | None) -> Tensor | None:
     return channels if channels is None or expert is None else channels[expert]
 
 
-def _rewrite_layer(
-    checkpoint: Checkpoint, prefix: str, kept: Kept, restore: Restore, index: int
+def rewrite_layer(
+    checkpoint: Checkpoint, index: int, kept: Kept, restore: Restore, parts: Collection[CutSpace] = CUT_SPACES
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield one layer's tensors by name; see `rewrite`.
+
+    Args:
+        checkpoint: the dense model.
+        index: of the layer.
+        kept: the channels of every space that stay.
+        restore: what the projections that lose inputs become.
+        parts: attention (`query`), the FFN, or both; what is no projection, norms and routers, comes with attention.
+    """
+    prefix = f"{checkpoint.family.layers}.{index}."
     weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
     for name in [name for name in weights if name.startswith(prefix)]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
         if projection is None:
-            if not _leaves_with_attention(path, checkpoint.family, kept):
+            if "query" in parts and not _leaves_with_attention(path, checkpoint.family, kept):
                 yield name, weights.finite(name)
             continue
         check_kind(projection, kind)
-        if projection.restores:
+        if projection.restores or projection.part not in parts:
             continue
         own = {**kept, "ffn": of_expert(kept["ffn"], expert_at(path))}
         tensor = cut(weights.finite(name), projection, kind, own, widths)
         if tensor.numel():
             yield name, tensor
-    for site in sites_of(checkpoint, index):
+    for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
         path = f"{prefix}{checkpoint.family.restoring(site.space).at(site.expert)}"
         yield from _restoring(checkpoint, path, site, of_expert(kept[site.space], site.expert), restore)
 

@@ -7,6 +7,7 @@ stopped. A line that a kill cut short is dropped.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import deque
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, final
 
-from flap_export.errors import InputError
+from flap_export.errors import InputError, OutputError
 from flap_export.searching.space import Candidate
 from flap_export.storage import digest_of_json, writing_errors
 
@@ -43,19 +44,25 @@ class Journal:
         self.path = path
         self._losses: dict[Key, float] = {}
         self._answers: deque[dict[str, Any]] = deque()
+        self._generations = -1
         own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
-        events, size = _read(path)
-        if events:
-            _check_same(path, events[0], own)
-            self._take_in(events[1:])
         with writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Whatever a kill cut short goes, so that the next line starts a line.
-            self._file = path.open("r+b" if path.exists() else "w+b")
-            self._file.truncate(size)
-            self._file.seek(size)
-        if not events:
-            self.append(own)
+            self._file = path.open("a+b")
+        try:
+            self._lock()
+            events, size = _read(path)
+            if events:
+                _check_same(path, events[0], own)
+                self._take_in(events[1:])
+            with writing_errors(path):
+                # Whatever a kill cut short goes, so that the next line starts a line.
+                self._file.truncate(size)
+            if not events:
+                self.append(own)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +71,12 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"another process searches with the journal '{self.path}'; wait for it to end") from error
 
     def loss(self, key: Key) -> float | None:
         """What was measured before, or None."""
@@ -107,8 +120,12 @@ class Journal:
             self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
 
-    def sync(self) -> None:
-        """Have everything on the disk."""
+    def finish_generation(self, number: int, summary: Mapping[str, Any]) -> None:
+        """Write what a generation came to, unless that was done before, and have everything on the disk."""
+        if number <= self._generations:
+            return
+        self._generations = number
+        self.append({"event": "generation", "generation": number, **summary})
         with writing_errors(self.path):
             os.fsync(self._file.fileno())
 
@@ -120,6 +137,8 @@ class Journal:
                 self._losses[candidate, first, last] = event["loss"]
             elif event["event"] == "answer":
                 self._answers.append(event)
+            elif event["event"] == "generation":
+                self._generations = event["generation"]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -1,0 +1,144 @@
+"""Losses of candidates from several processes or machines, by Ray.
+
+One actor per GPU, or per share of the cores. Every actor opens the problem by itself: weights and factors are files
+that it maps, so that a machine holds them once however many actors it has, and that all machines must see under the
+same path. Candidates go out in groups of neighbours, which share prefixes; the groups of a worker that is lost go to
+others, and a new worker takes its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, final
+
+from flap_export.errors import MissingRequirementError
+from flap_export.searching.problem import Problem
+from flap_export.searching.space import Candidate
+
+GROUPS_PER_WORKER: Final = 2
+"""Of one batch: more even out what workers differ in speed, fewer share more prefixes."""
+MAX_LOST: Final = 5
+"""Workers lost in a row, without a result in between, before the search gives up."""
+
+_logger = logging.getLogger(__name__)
+
+
+@final
+class Worker:
+    """What an actor does: opens the problem once, and tells losses."""
+
+    def __init__(self, problem: Problem, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._opened = ExitStack()
+        self._losses = self._opened.enter_context(problem.opened(device=device))
+
+    def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
+        """As `flap_export.searching.fitness.Losses` has it."""
+        return self._losses.losses(candidates, first, last)
+
+
+@final
+class RayLosses:
+    """Losses from actors; see the module and `ray_losses`."""
+
+    def __init__(self, problem: Problem, workers: int | None) -> None:
+        import ray
+
+        self._ray: Any = ray
+        self._problem = self._ray.put(problem)
+        self._space, self._device = problem.space, "cuda" if problem.device.startswith("cuda") else "cpu"
+        resources = self._ray.cluster_resources()
+        there = int(resources.get("GPU" if self._device == "cuda" else "CPU", 0))
+        self.workers = workers or max(there, 1)
+        self._threads = max(int(resources.get("CPU", 1)) // self.workers, 1)
+        self.actors = [self._started() for _ in range(self.workers)]
+
+    def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
+        """Loss of every candidate, summed over the tokens of sequences first..last-1, in nats.
+
+        Raises:
+            InputError: a candidate's logits are not finite.
+            MissingRequirementError: workers are lost again and again.
+        """
+        queue = deque(self._groups(candidates))
+        idle, lost = list(self.actors), 0
+        running: dict[Any, tuple[Any, list[Candidate]]] = {}
+        found: dict[Candidate, float] = {}
+        while queue or running:
+            while queue and idle:
+                actor, group = idle.pop(), queue.popleft()
+                running[actor.losses.remote(group, first, last)] = actor, group
+            (reference,), _ = self._ray.wait(list(running), num_returns=1)
+            actor, group = running.pop(reference)
+            try:
+                found |= dict(zip(group, self._ray.get(reference), strict=True))
+                lost = 0
+            except self._ray.exceptions.RayActorError as error:
+                lost += 1
+                if lost > MAX_LOST:
+                    raise MissingRequirementError(
+                        f"{lost} workers in a row were lost ({error}); what was found so far is kept",
+                        "look at Ray's logs, then give the same command again",
+                    ) from error
+                _logger.warning("a worker was lost; its %d candidates are evaluated elsewhere", len(group))
+                queue.append(group)
+                actor = self._replaced(actor)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.as_instanceof_cause() from error
+            idle.append(actor)
+        return [found[candidate] for candidate in candidates]
+
+    def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+        """Neighbours together, in as many groups as keep all workers busy."""
+        ordered = sorted(dict.fromkeys(candidates), key=lambda candidate: tuple(self._space.steps(candidate)))
+        size = -(-len(ordered) // (GROUPS_PER_WORKER * self.workers))
+        for start in range(0, len(ordered), max(size, 1)):
+            yield ordered[start : start + size]
+
+    def _started(self) -> Any:
+        if self._device == "cuda":
+            resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1}
+        else:
+            resources = {"num_cpus": self._threads}
+        actor = self._ray.remote(**resources)(Worker)
+        return actor.remote(self._problem, self._device, self._threads)
+
+    def _replaced(self, actor: Any) -> Any:
+        new = self._started()
+        self.actors[self.actors.index(actor)] = new
+        return new
+
+
+@contextmanager
+def ray_losses(problem: Problem, workers: int | None = None) -> Iterator[RayLosses]:
+    """Start workers on the cluster that Ray finds (`RAY_ADDRESS`), or on this machine.
+
+    Args:
+        problem: what candidates are judged on.
+        workers: how many; None is one per GPU, or per core.
+
+    Raises:
+        MissingRequirementError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingRequirementError(
+            "evaluating candidates on several workers needs Ray", "pip install 'flap-export[search]'"
+        ) from error
+    own = not ray.is_initialized()
+    if own:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    losses = RayLosses(problem, workers)
+    try:
+        yield losses
+    finally:
+        for actor in losses.actors:
+            ray.kill(actor)
+        if own:
+            ray.shutdown()
