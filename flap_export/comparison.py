@@ -91,6 +91,10 @@ def parsed_variant(text: str) -> PruneOptions:
         if not separator:
             raise InputError(f"a variant reads METHOD,KEY=VALUE,..., such as flap,metric=ifv; got '{text}'")
         values[key.strip().replace("-", "_")] = value.strip()
+    if "rates" in values:
+        raise InputError(
+            f"the variants of a comparison are all pruned at the same ratios, rates have one of their own; got '{text}'"
+        )
     options = validated(PruneOptions, values)
     resolved(options)
     return options
@@ -142,6 +146,7 @@ def compare(
     labels = [variant for variant in variants for _ in ratios]
     shared: dict[str, Evidence] = {}
     for done, (label, options) in enumerate(zip(labels, wanted, strict=True)):
+        assert options.ratio is not None
         progress("comparison", done, len(wanted))
         if report.find(label, options.ratio) is None:
             row = _row(model, label, options, calibration, sources, samples, sequence_length, device, shared)
@@ -196,6 +201,7 @@ def _row(
     shared: dict[str, Evidence],
 ) -> Row:
     options = resolved(options)
+    assert options.ratio is not None
     key, started = evidence_options(options).model_dump_json(), time.monotonic()
     try:
         if key not in shared:

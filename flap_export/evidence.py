@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flap_export.allocation import allocate
+from flap_export.allocation import allocate, plan_layers
 from flap_export.calibration import (
     RemovedChannels,
     Sites,
@@ -23,13 +23,17 @@ from flap_export.calibration import (
 from flap_export.compensation import complement
 from flap_export.coupled import magnitude_scores, random_scores, taylor_scores
 from flap_export.errors import InputError, TextError
+from flap_export.ladders import ladders_from_scores
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint
 from flap_export.measuring import measure
 from flap_export.methods import MethodName, PruneOptions, resolved
+from flap_export.plan import LayerPlan
+from flap_export.rates import check_rates, steps_of_rates
 from flap_export.rewriting import kept_channels
 from flap_export.scoring import METRICS, LayerScores, layer_scores
 from flap_export.sensitivity import SENSITIVITY_NAME, Sensitivity
+from flap_export.shapes import DecoderShape
 from flap_export.statistics import CUT_SPACES, STATISTICS_NAME, CalibrationStatistics, CutSpace, StatisticsName
 from flap_export.stock import allowed_heads
 from flap_export.storage import Record, Value, load_tensors, save_tensors
@@ -160,7 +164,7 @@ def gather(
         progress: told after every layer.
 
     Raises:
-        InputError: one of its kinds, for an unusable model or text, or a text that is missing.
+        InputError: one of its kinds, for an unusable model, text or rates, or a text that is missing.
     """
     if text is None:
         if options.row.needs_text or options.compensation != "none":
@@ -169,16 +173,18 @@ def gather(
                 "name one with --calibration"
             )
         dense = open_dense(model)
+        _check_given_rates(options, dense, None)
         scores = _scores(dense, None, options, device)
         return Evidence(options.method, None, {"weights": dense.weights.digest}, scores=scores)
     dense, windows = calibration_windows(model, text.source, text.samples, text.sequence_length, text.seed, text.dtype)
     sequences, length = windows.tokens.shape
     if length < 2:
         raise TextError(f"text source '{text.source}' gives sequences of one token; calibration needs at least two")
+    by_statistics = options.row.basis == "statistics" or options.compensation == "bias"
+    _check_given_rates(options, dense, text.statistics if by_statistics else None)
     used = text.model_copy(update={"samples": sequences, "sequence_length": length})
     digests = {"weights": dense.weights.digest, "calibration": windows.digest}
     basis, tokens = options.row.basis, torch.from_numpy(windows.tokens)
-    by_statistics = basis == "statistics" or options.compensation == "bias"
     by_scores = basis not in ("statistics", "sensitivity")
     return Evidence(
         options.method,
@@ -190,8 +196,42 @@ def gather(
     )
 
 
+def follows_code(options: PruneOptions, statistics: StatisticsName | None) -> bool:
+    """Whether the official code's thresholds over the whole model decide what goes.
+
+    Args:
+        options: resolved.
+        statistics: that were gathered, if any were.
+    """
+    return statistics == "reference" and options.row.basis != "sensitivity" and not options.row.spares_ends
+
+
+def check_ranks_modules(options: PruneOptions, statistics: StatisticsName | None) -> None:
+    """Whether a method ranks the units of every module.
+
+    Args:
+        options: resolved.
+        statistics: that were gathered, if any were.
+
+    Raises:
+        InputError: it follows the official code.
+    """
+    if follows_code(options, statistics):
+        raise InputError(
+            "the official code decides by thresholds over the whole model, so there is no ranking within a layer that "
+            "a rate could cut; use --statistics welford"
+        )
+
+
+def _check_given_rates(options: PruneOptions, dense: Checkpoint, statistics: StatisticsName | None) -> None:
+    """Before anything is computed."""
+    if options.rates is not None:
+        check_rates(options.rates, dense.shape, options.ratio)
+        check_ranks_modules(options, statistics)
+
+
 def evidence_options(options: PruneOptions) -> PruneOptions:
-    """Of the options those that `gather` depends on; equal ones can share evidence, whatever the ratio."""
+    """Of the options those that `gather` depends on; equal ones can share evidence, whatever the budget."""
     filled = resolved(options)
     if filled.row.propagates_pruned:
         return filled
@@ -245,34 +285,21 @@ def _statistics(
         statistics=text.statistics,
         device=device,
         dtype=text.dtype,
-        removed=_uniform_removal(open_dense(model), options, text.statistics)
-        if options.row.propagates_pruned
-        else None,
+        removed=_prefix_removal(open_dense(model), options, text.statistics) if options.row.propagates_pruned else None,
         progress=progress,
     )
 
 
-def _uniform_removal(dense: Checkpoint, options: PruneOptions, statistics: StatisticsName) -> RemovedChannels:
-    """The share of each layer that goes, decided by that layer alone."""
+def _prefix_removal(dense: Checkpoint, options: PruneOptions, statistics: StatisticsName) -> RemovedChannels:
+    """What goes of each layer, decided by that layer alone."""
     assert options.metric is not None
-    assert options.structure is not None
-    metric, structure = options.metric, options.structure
+    metric = options.metric
     attention_power = 2 if options.squares_attention(statistics) else 1
 
     def removed(index: int, sites: Sites) -> dict[CutSpace, Tensor]:
         alone = dense.shape.model_copy(update={"layers": (dense.shape.layers[index],)})
         scores = layer_scores(sites, dense.shape, METRICS[metric], index, attention_power)
-        plans, _ = allocate(
-            (scores,),
-            alone,
-            options.ratio,
-            structure,
-            selection="reference" if statistics == "reference" else "exact",
-            head_units=options.head_units,
-            align_channels=options.align_channels,
-            allowed_heads=allowed_heads(dense) if options.layout == "stock" else None,
-        )
-        kept = kept_channels(plans[0], alone)
+        kept = kept_channels(_plan_alone(alone, scores, index, dense, options, statistics), alone)
         widths = {space: sites[index, space].mean.shape[-1] for space in CUT_SPACES}
         return {
             space: complement(channels, widths[space])
@@ -283,3 +310,33 @@ def _uniform_removal(dense: Checkpoint, options: PruneOptions, statistics: Stati
         }
 
     return removed
+
+
+def _plan_alone(
+    alone: DecoderShape,
+    scores: LayerScores,
+    index: int,
+    dense: Checkpoint,
+    options: PruneOptions,
+    statistics: StatisticsName,
+) -> LayerPlan:
+    """What layer `index` keeps at its own rate, or at the same share as every other."""
+    if options.rates is not None:
+        ladders = ladders_from_scores(
+            (scores,), alone, head_units=options.head_units, align_channels=options.align_channels
+        )
+        # Methods that decide about a layer alone spread the budget uniformly.
+        return plan_layers(ladders, alone, steps_of_rates(ladders, options.rates[index : index + 1], "uniform"))[0]
+    assert options.ratio is not None
+    assert options.structure is not None
+    plans, _ = allocate(
+        (scores,),
+        alone,
+        options.ratio,
+        options.structure,
+        selection="reference" if statistics == "reference" else "exact",
+        head_units=options.head_units,
+        align_channels=options.align_channels,
+        allowed_heads=allowed_heads(dense) if options.layout == "stock" else None,
+    )
+    return plans[0]

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from flap_export.allocation import STRUCTURES, StructureName, check_ratio
 from flap_export.compensation import COMPENSATIONS, CompensationName
-from flap_export.errors import InputError, check_choice
+from flap_export.errors import BudgetError, InputError, check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, check_alignment
+from flap_export.rates import LayerRate
 from flap_export.scoring import METRICS, MetricName
 from flap_export.statistics import StatisticsName
 from flap_export.stock import LAYOUTS, Layout
@@ -67,8 +69,8 @@ METHODS: Final[Mapping[MethodName, Method]] = {
 class PruneOptions(Value):
     """How a model is pruned; None stands for what the method itself does."""
 
-    ratio: float
-    """Share of the decoder's attention and FFN weights that goes, in (0, 1)."""
+    ratio: float | None = None
+    """Share of the decoder's attention and FFN weights that goes, in (0, 1); None for what the rates come to."""
     method: MethodName = "flap"
     metric: MetricName | None = None
     structure: StructureName | None = None
@@ -88,6 +90,14 @@ class PruneOptions(Value):
     """Counts of its own for every layer, or the same in all, loadable by the family's own classes."""
     seed: int = 0
     """Of the method random."""
+    rates: tuple[LayerRate, ...] | None = None
+    """Of every layer, instead of a budget that the method spreads."""
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> PruneOptions:
+        if self.ratio is None and self.rates is None:
+            raise PydanticCustomError("no_budget", "--ratio must be given, or --rates of every layer")
+        return self
 
     def squares_attention(self, statistics: StatisticsName) -> bool:
         """Whether attention scores of such statistics are squared."""
@@ -103,11 +113,12 @@ def resolved(options: PruneOptions) -> PruneOptions:
     """The options with the method's own choices filled in.
 
     Raises:
-        BudgetError: the ratio is not in (0, 1).
+        BudgetError: the ratio is not in (0, 1), or there is another budget beside the rates.
         InputError: an unknown name, or an option that the method does not have.
         PlanError: an alignment that is not positive.
     """
-    check_ratio(options.ratio)
+    if options.ratio is not None:
+        check_ratio(options.ratio)
     check_alignment(options.align_channels)
     check_choice("method", options.method, METHODS)
     check_choice("head units", options.head_units, HEAD_UNITS)
@@ -134,6 +145,8 @@ def resolved(options: PruneOptions) -> PruneOptions:
             f"--layout stock needs the same counts in every layer, so a structure ul-um or ul-mm and a method that "
             f"spares no layers; got {options.method} with {filled.structure}"
         )
+    if options.rates is not None:
+        _check_beside_rates(filled)
     if method.propagates_pruned and filled.structure != UNIFORM:
         raise InputError(
             f"{options.method} decides about a layer before it has seen the later ones, so its structure is ul-um; "
@@ -144,3 +157,13 @@ def resolved(options: PruneOptions) -> PruneOptions:
     if filled.sequential and filled.compensation != "least-squares":
         raise InputError("--sequential is about --compensation least-squares, which was not chosen")
     return filled
+
+
+def _check_beside_rates(options: PruneOptions) -> None:
+    if options.layout == "stock":
+        raise InputError("--layout stock needs the same counts in every layer; leave it out where --rates are given")
+    if options.remove_heads and (options.structure or "").endswith("-mm"):
+        raise BudgetError(
+            f"--remove-heads is a budget of {options.structure} over all layers, --rates are every layer's own; "
+            "leave out one of them"
+        )

@@ -23,6 +23,7 @@ from flap_export.loading import Checkpoint, check_weights, meta_model, open_chec
 from flap_export.manifest import write_manifest
 from flap_export.methods import MethodName, PruneOptions, resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
+from flap_export.rates import Rates
 from flap_export.restoring import cut_only, fitted_restorer, mean_restorer, restore
 from flap_export.rewriting import Restore, rewrite
 from flap_export.scoring import MetricName
@@ -36,7 +37,8 @@ def prune(
     model: str | Path,
     output: str | Path,
     *,
-    ratio: float,
+    ratio: float | None = None,
+    rates: str | Path | None = None,
     calibration: str | None = None,
     method: MethodName = "flap",
     metric: MetricName | None = None,
@@ -61,7 +63,9 @@ def prune(
     Args:
         model: a dense model directory or hub name.
         output: the directory to make; an older checkpoint of this tool there is replaced once the new one is whole.
-        ratio: share of the decoder's attention and FFN weights that goes, in (0, 1).
+        ratio: share of the decoder's attention and FFN weights that goes, in (0, 1); may be left out beside `rates`.
+        rates: file of every layer's own share, see `flap_export.rates.Rates.read`, instead of a budget that the method
+            spreads.
         calibration: a text source, see `flap_export.text`; `magnitude` and `random` do without.
         method: a row of `flap_export.methods`; what follows is None for what the method itself does.
         metric: importance of a channel, see `flap_export.scoring`.
@@ -83,12 +87,13 @@ def prune(
         progress: told after every layer.
 
     Raises:
-        InputError: one of its kinds, for an unusable model, text, budget or output directory.
+        InputError: one of its kinds, for an unusable model, text, budget, file of rates or output directory.
     """
     options = validated(
         PruneOptions,
         {
             "ratio": ratio,
+            "rates": Rates.read(Path(rates)).layers if rates is not None else None,
             "method": method,
             "metric": metric,
             "structure": structure,

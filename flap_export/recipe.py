@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flap_export.artifact import DtypeName
 from flap_export.building.flavours import Flavour
-from flap_export.errors import RecipeError
+from flap_export.errors import InputError, RecipeError
 from flap_export.evidence import CalibrationText
 from flap_export.methods import PruneOptions
+from flap_export.rates import Rates
 
 
 class Section(BaseModel):
@@ -93,6 +94,7 @@ class Recipe(Section):
     """Everything `flap-export run` does.
 
     Paths are looked up beside the recipe first, then from the working directory; a model may also be a hub name.
+    `prune.rates` may name a file, whose rates then stand in its place, or list them.
     """
 
     model: str
@@ -111,13 +113,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `KEY=VALUE` overrides with dotted keys and YAML values.
 
     Raises:
-        RecipeError: no such file, not YAML, an unknown key (the nearest known one is named), or a wrong value.
+        RecipeError: no such file, not YAML, an unknown key (the nearest known one is named), a wrong value, or a file
+            of rates that cannot be used.
     """
     file = Path(path)
     values = _read_yaml(file)
     for override in overrides:
         _apply_override(values, override)
-    return recipe_from(_with_paths(values, file.parent), where=str(file))
+    return recipe_from(_with_rates(_with_paths(values, file.parent), str(file)), where=str(file))
 
 
 def recipe_from(values: Mapping[str, Any], *, where: str = "the recipe") -> Recipe:
@@ -169,10 +172,24 @@ def _with_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     resolved = {**values, "model": located(values.get("model"))} if "model" in values else dict(values)
     if isinstance(calibrate := resolved.get("calibrate"), dict) and "source" in calibrate:
         resolved["calibrate"] = {**calibrate, "source": located(calibrate["source"])}
+    if isinstance(prune := resolved.get("prune"), dict) and "rates" in prune:
+        resolved["prune"] = {**prune, "rates": located(prune["rates"])}
     evaluate = resolved.get("evaluate")
     if isinstance(evaluate, dict) and isinstance(evaluate.get("sources"), list):
         resolved["evaluate"] = {**evaluate, "sources": [located(source) for source in evaluate["sources"]]}
     return resolved
+
+
+def _with_rates(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The rates themselves in place of the file that holds them: what a stage depends on."""
+    prune = values.get("prune")
+    if not isinstance(prune, dict) or not isinstance(prune.get("rates"), str):
+        return values
+    try:
+        rates = Rates.read(Path(prune["rates"]))
+    except InputError as error:
+        raise RecipeError(f"{where}: 'prune.rates': {error}") from error
+    return {**values, "prune": {**prune, "rates": rates.layers}}
 
 
 def _explained(problem: Any, where: str) -> str:

@@ -43,12 +43,14 @@ def validated(kind: type[V], values: Mapping[str, Any]) -> V:
     except ValidationError as error:
         problem = error.errors()[0]
         name, context = ".".join(map(str, problem["loc"])), problem.get("ctx", {})
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
+        if not name:
+            raise InputError(message) from error
         if problem["type"] == "literal_error":
             known = context["expected"].replace("'", "").replace(" or ", ", ")
             raise InputError(f"{name} must be one of {known}, got {problem['input']!r}") from error
         if problem["type"] == "extra_forbidden":
             raise InputError(f"there is no option {name}; known are {', '.join(kind.model_fields)}") from error
-        message = problem["msg"][:1].lower() + problem["msg"][1:]
         raise InputError(f"{name} is {problem['input']!r}: {message}") from error
 
 

@@ -69,7 +69,7 @@ def test_wrong_keys_and_values(key: str, value: Any, message: str, tmp_path: Pat
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_from({"modle": "m", "calibrate": {"source": "a"}, "prune": {}}, where="my.yaml")
-    for part in ("did you mean 'model'?", "the key 'model' is missing", "the key 'prune.ratio' is missing"):
+    for part in ("did you mean 'model'?", "the key 'model' is missing", "'prune' is {}: --ratio must be given"):
         assert part in str(caught.value)
     assert str(caught.value).count("my.yaml: ") == 3
 

@@ -89,7 +89,12 @@ def run(
 def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
     output: Output,
-    ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the attention and FFN weights that goes; or give --rates.")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Every layer's own share: what `search` wrote, or a JSON list.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text source to calibrate on; magnitude and random do without.")
     ] = None,
@@ -136,6 +141,7 @@ def prune(
             model,
             output,
             ratio=ratio,
+            rates=rates,
             calibration=calibration,
             method=_one_of("method", method, METHODS),
             metric=_one_of("metric", metric, METRICS),

@@ -135,10 +135,9 @@ class Space:
         """Of every layer, attention's possible steps at every level."""
         return tuple(
             {
-                level: layer.attention_steps(min(level * self.step, layer.total)) or [own[level]]
-                for level in range(low, high + 1)
+                level: layer.attention_steps(min(level * self.step, layer.total)) for level in range(low, high + 1)
             }
-            for layer, own, (low, high) in zip(self.layers, self.splits, self.bounds, strict=True)
+            for layer, (low, high) in zip(self.layers, self.bounds, strict=True)
         )
 
     def rate(self, layer: int, level: int) -> float:
@@ -157,17 +156,9 @@ class Space:
     def steps(self, candidate: Candidate) -> Steps:
         """How far every ladder is gone down."""
         return [
-            (attention, self._ffn(index, level, attention))
-            for index, (level, attention) in enumerate(zip(candidate.levels, candidate.attention, strict=True))
+            (attention, costs.ffn_steps(min(level * self.step, costs.total), attention))
+            for costs, level, attention in zip(self.layers, candidate.levels, candidate.attention, strict=True)
         ]
-
-    def _ffn(self, layer: int, level: int, attention: int) -> int:
-        costs = self.layers[layer]
-        target = min(level * self.step, costs.total)
-        found = costs.ffn_steps(target, attention)
-        if found is None:
-            found = len(costs.ffn) - 1 if target > float(costs.attention[attention]) else 0
-        return found
 
     def removed(self, candidate: Candidate) -> int:
         """Weights that go, exactly."""
