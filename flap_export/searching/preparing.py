@@ -76,6 +76,7 @@ def prepared(
     evidence = _evidence(model, directory / EVIDENCE_FOLDER, text, prune, device, progress)
     dense = open_checkpoint(model)
     ladders = ladders_of(dense, evidence, prune)
+    assert prune.ratio is not None
     space = Space.of(
         ladders,
         prune.ratio,

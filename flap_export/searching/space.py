@@ -134,9 +134,7 @@ class Space:
     def reachable(self) -> tuple[Mapping[int, Sequence[int]], ...]:
         """Of every layer, attention's possible steps at every level."""
         return tuple(
-            {
-                level: layer.attention_steps(min(level * self.step, layer.total)) for level in range(low, high + 1)
-            }
+            {level: layer.attention_steps(min(level * self.step, layer.total)) for level in range(low, high + 1)}
             for layer, (low, high) in zip(self.layers, self.bounds, strict=True)
         )
 
