@@ -95,6 +95,11 @@ class LocalLosses:
                 )
         return [totals[candidate] for candidate in candidates]
 
+    def forget_states(self) -> None:
+        """Let go of the hidden states that are kept for candidates to come."""
+        self._states.clear()
+        self._state_bytes = 0
+
     def _state(self, number: int, chunk: Chunk, steps: Steps) -> Tensor:
         """Hidden states after all layers, from the longest prefix that is known."""
         depth = next((d for d in range(len(steps), 0, -1) if (number, steps[:d]) in self._states), 0)
