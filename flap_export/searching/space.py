@@ -136,7 +136,7 @@ class Space:
 
     @cached_property
     def reachable(self) -> tuple[Mapping[int, Sequence[int]], ...]:
-        """Of every layer, attention's possible steps at every level; only those of `splits` where it is not searched."""
+        """Of every layer, attention's possible steps at every level; those of `splits` where it is not searched."""
         if self.granularity == "layers":
             return tuple({level: [steps] for level, steps in own.items()} for own in self.splits)
         return tuple(
@@ -229,7 +229,7 @@ class Space:
         return found
 
     def uniform(self) -> Candidate:
-        """The same rate in every layer that is free to have it; what the grid cannot divide is drawn by a fixed seed."""
+        """The same rate in every layer that may have it; what the grid cannot divide is drawn by a fixed seed."""
         total = sum(costs.total for costs in self.layers)
         return self.repaired([self.budget / total] * len(self.layers), None, np.random.default_rng(0))
 
