@@ -43,7 +43,7 @@ class Journal:
         """
         self.path = path
         self._losses: dict[Key, float] = {}
-        self._answers: deque[dict[str, Any]] = deque()
+        self._answers: deque[tuple[str, dict[str, Any]]] = deque()
         self._generations = -1
         own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
         with writing_errors(path):
@@ -101,8 +101,8 @@ class Journal:
         """
         if not self._answers:
             return None
-        recorded = self._answers.popleft()
-        if recorded["question_digest"] != digest_of_json(question):
+        digest, recorded = self._answers.popleft()
+        if digest != digest_of_json(question):
             raise InputError(
                 f"the journal '{self.path}' answers another question than the one asked now; begin a new search"
             )
@@ -138,8 +138,8 @@ class Journal:
             candidate = Candidate(tuple(event["levels"]), tuple(event["attention"]))
             first, last = event["sequences"]
             self._losses[candidate, first, last] = float(event["loss"])
-        elif event["event"] == "answer" and isinstance(event["question_digest"], str):
-            self._answers.append(event)
+        elif event["event"] == "answer":
+            self._answers.append((event["question_digest"], event))
         elif event["event"] == "generation":
             self._generations = int(event["generation"])
 

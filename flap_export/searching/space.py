@@ -91,7 +91,8 @@ class Space:
         layers = tuple(LayerCosts.of(layer) for layer in ladders)
         total = sum(layer.total for layer in layers)
         budget = ratio * total
-        step_weights = budget / max(math.ceil(ratio * len(layers) / step - _ROUNDING), 1)
+        level_sum = max(math.ceil(ratio * len(layers) / step - _ROUNDING), 1)
+        step_weights = budget / level_sum
         ranges = []
         for index, layer in enumerate(layers):
             own = (bounds or {}).get(index, (least, greatest))
@@ -101,7 +102,9 @@ class Space:
             if not 0 <= low <= high <= 1:
                 raise BudgetError(f"layer {index}: the bounds of a rate must be ascending shares in 0..1, got {own}")
             unit = step_weights / layer.total
-            ranges.append((math.ceil(low / unit - _ROUNDING), math.floor(high / unit + _ROUNDING)))
+            lowest, highest = math.ceil(low / unit - _ROUNDING), math.floor(high / unit + _ROUNDING)
+            # No layer can bear more than all of the budget.
+            ranges.append((lowest, min(highest, max(lowest, level_sum))))
         unknown = sorted(index for index in bounds or {} if not 0 <= index < len(layers))
         if unknown:
             raise BudgetError(f"there is no layer {unknown[0]} to set bounds for; the model has {len(layers)} layers")
