@@ -27,7 +27,10 @@ def best_first(scored: Sequence[Scored]) -> list[Scored]:
 
 
 def pareto_front(scored: Sequence[Scored]) -> list[Scored]:
-    """Candidates that no other one beats in one objective without losing in the other, by ascending fitness."""
+    """Candidates that no other one beats in one objective without losing in the other, by ascending fitness.
+
+    Of several that are equal in both, the first.
+    """
     front: list[Scored] = []
     for found in sorted(scored, key=lambda found: (found.fitness, _latency(found), found.candidate)):
         if not front or _latency(found) < _latency(front[-1]):

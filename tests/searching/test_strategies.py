@@ -133,9 +133,7 @@ def test_it_is_better_than_what_it_began_with(strategy: str, tmp_path: Path) -> 
 @strategies
 def test_a_seed_says_everything(strategy: str, tmp_path: Path) -> None:
     space = space_of(granularity="modules")
-    runs = [
-        found_by(strategy, tmp_path, Rugged(space), space, seed=seed, limit=40).seen for seed in (0, 0, 1)
-    ]
+    runs = [found_by(strategy, tmp_path, Rugged(space), space, seed=seed, limit=40).seen for seed in (0, 0, 1)]
     assert list(runs[0].items()) == list(runs[1].items())
     assert runs[0].keys() != runs[2].keys()
 
@@ -154,9 +152,7 @@ def test_the_conventional_search_beats_random_search_at_equal_evaluations(tmp_pa
 def test_a_longer_search_begins_as_a_shorter_one(strategy: str, tmp_path: Path) -> None:
     """So that one that is finished can go on."""
     space = space_of()
-    short, long = (
-        found_by(strategy, tmp_path, Rugged(space), space, limit=limit).finished() for limit in (40, 90)
-    )
+    short, long = (found_by(strategy, tmp_path, Rugged(space), space, limit=limit).finished() for limit in (40, 90))
     assert {scored.candidate for scored in short[:3]} <= {scored.candidate for scored in long}
     assert long[0].fitness <= short[0].fitness
 
@@ -269,8 +265,7 @@ def test_the_front_is_whom_nobody_dominates(scored: list[Scored]) -> None:
         for found in scored
         if not any(dominates(other, found) for other in scored)
         and not any(
-            (other.fitness, other.latency_ms) == (found.fitness, found.latency_ms)
-            and other.candidate < found.candidate
+            (other.fitness, other.latency_ms) == (found.fitness, found.latency_ms) and other.candidate < found.candidate
             for other in scored
         )
     ]
