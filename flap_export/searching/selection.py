@@ -41,7 +41,10 @@ V = TypeVar("V", bound=Valued)
 
 
 def pareto_front(scored: Sequence[V]) -> list[V]:
-    """Those that no other one beats in one objective without losing in the other, by ascending fitness."""
+    """Those that no other one beats in one objective without losing in the other, by ascending fitness.
+
+    Of several that are equal in both, the first.
+    """
     front: list[V] = []
     for found in sorted(scored, key=lambda found: (found.fitness, _latency(found))):
         if not front or _latency(found) < _latency(front[-1]):
