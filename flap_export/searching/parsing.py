@@ -99,7 +99,7 @@ def _tree(text: str) -> _List:
         elif token[0] in "]}":
             if len(opened) > 1:
                 opened.pop().end = token.end()
-        elif len(opened) > 1 and (value := token[0].rpartition(":")[2].strip(" \t\r\n\"'#`")):
+        elif token[0] != "," and len(opened) > 1 and (value := token[0].rpartition(":")[2].strip(" \t\r\n\"'#`")):
             opened[-1].values.append(value)
     # The last value of a list that does not end may be cut off itself.
     if opened[-1].values:
@@ -108,10 +108,12 @@ def _tree(text: str) -> _List:
 
 
 def _outermost(root: _List, depth: int) -> list[_List]:
+    """The lists of values; at depth 2 those whose lists are such, for which single lists of values stand too."""
     found, pending = [], [root]
     while pending:
         one = pending.pop()
-        if one.values or (depth == 2 and any(inner.values for inner in one.lists)):
+        nested = any(inner.values for inner in one.lists) and not any(inner.lists for inner in one.lists)
+        if one.values or (depth == 2 and nested):
             found.append(one)
         else:
             pending.extend(reversed(one.lists))
@@ -128,7 +130,7 @@ def _shares(found: _List, layers: int, width: int) -> Shares:
             raise _Problem("every layer takes a pair [rate of attention, rate of FFN]")
         rows = [pair.values for pair in found.lists]
     if len(rows) != layers:
-        raise _Problem(f"{len(rows)} {'rates' if width == 1 else 'pairs'} for {layers} layers")
+        raise _Problem(f"{len(rows)} {'rate' if width == 1 else 'pair'}{'s' * (len(rows) != 1)} for {layers} layers")
     return _as_shares([[_number(value) for value in row] for row in rows])
 
 

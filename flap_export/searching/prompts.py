@@ -42,8 +42,8 @@ def ask_parents(
         "often.",
     )
     form = (
-        f"End your answer with the {pairs} chosen as JSON within tags, for instance "
-        f"<{PARENTS_TAG}>[[1, 2], [1, 3]]</{PARENTS_TAG}>."
+        f"End your answer with the {_counted(pairs, 'pair')} as JSON within tags and nothing else in them: "
+        f"<{PARENTS_TAG}>[[number, number], ...]</{PARENTS_TAG}>."
     )
     return _message(_task(space), _listed(space, population), steps, form, corrections)
 
@@ -63,8 +63,8 @@ def ask_crossover(
     places = {scored.candidate: place for place, scored in enumerate(ranked, start=1)}
     couples = ", ".join(f"{places[one.candidate]} and {places[other.candidate]}" for one, other in pairs)
     steps = (
-        f"Cross these {_counted(len(pairs), 'pair')} of candidates: {couples}. A child takes the rates of some layers "
-        "from one parent, of the others from the other, so that it may become better than both.",
+        f"Cross these pairs of candidates: {couples}. A child takes the rates of some layers from one parent, of the "
+        "others from the other, so that it may become better than both.",
         "Adjust single rates until the child keeps the constraint. It must differ from all candidates above.",
     )
     return _message(
@@ -80,8 +80,8 @@ def ask_mutation(
     places = {scored.candidate: place for place, scored in enumerate(ranked, start=1)}
     numbers = ", ".join(str(places[parent.candidate]) for parent in parents)
     steps = (
-        f"Mutate these {_counted(len(parents), 'candidate')}: {numbers}. Lower the rates of a few layers that seem "
-        "to be needed, and raise those of as many others by the same amount.",
+        f"Change each of these candidates, in copies: {numbers}. Lower the rates of a few layers that seem to be "
+        "needed, and raise those of as many others by the same amount.",
         "Check that every result keeps the constraint and differs from all candidates above and from the others.",
     )
     return _message(
@@ -144,15 +144,15 @@ def _budget(space: Space) -> str:
 
 
 def _bounds(space: Space) -> str:
-    """Bounds that layers share, each said once."""
-    layers_of: dict[str, list[int]] = {}
+    """Bounds that layers share, each said once; layers are counted from 1."""
+    layers_of: dict[str, list[str]] = {}
     for index, (low, high) in enumerate(space.bounds):
         least, greatest = _number(space.rate(index, low)), _number(space.rate(index, high))
         bounds = f"must be {least}" if low == high else f"must lie between {least} and {greatest}"
-        layers_of.setdefault(bounds, []).append(index + 1)
+        layers_of.setdefault(bounds, []).append(str(index + 1))
     if len(layers_of) == 1:
         return f"The rate of every layer {next(iter(layers_of))}."
-    return " ".join(f"The rate of layers {', '.join(map(str, own))} {bounds}." for bounds, own in layers_of.items())
+    return " ".join(f"The rate in layer {', '.join(own)} {bounds}." for bounds, own in layers_of.items())
 
 
 def _listed(space: Space, scored: Sequence[Scored]) -> str:
