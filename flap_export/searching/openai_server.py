@@ -85,8 +85,7 @@ class OpenAIServer:
         raise AssertionError("the last attempt answers or raises")
 
     def _client(self) -> Any:
-        key = os.environ.get(KEY_VARIABLE) or _NO_KEY
-        return _openai().OpenAI(base_url=self._url, api_key=key, timeout=self._timeout_s, max_retries=0)
+        return _openai().OpenAI(base_url=self._url, api_key=_key() or _NO_KEY, timeout=self._timeout_s, max_retries=0)
 
     def _waits(self) -> Iterator[float]:
         """Doubling, and up to half of each left out, so that several searches do not come back at once."""
@@ -107,7 +106,7 @@ class OpenAIServer:
         except openai.APITimeoutError as error:
             raise _PassingError(f"no answer within {self._timeout_s:g} s") from error
         except openai.APIConnectionError as error:
-            raise _PassingError(f"no connection ({error.__cause__ or error})") from error
+            raise _PassingError(f"no connection ({_told(error.__cause__ or error)})") from error
         except openai.APIStatusError as error:
             if error.status_code not in _PASSING and error.status_code < 500:
                 raise self._refusal(error) from error
@@ -152,12 +151,21 @@ def checked_url(url: str) -> str:
     Raises:
         InputError: it is no address of a web server, or holds a password.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"a server's address reads http://host:port/v1 or https://host/v1, got '{url}'")
-    if parts.username or parts.password:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        whole = False
+    if "@" in url:
         raise InputError(f"a server's address holds no key or password; set {KEY_VARIABLE} in the environment")
+    if not whole:
+        raise InputError(f"a server's address reads http://host:port/v1 or https://host/v1, got '{url}'")
     return url.rstrip("/")
+
+
+def _key() -> str:
+    """Without the line's end that files of keys tend to have."""
+    return os.environ.get(KEY_VARIABLE, "").strip()
 
 
 def _openai() -> Any:
@@ -192,7 +200,6 @@ def _asked_wait(error: Any) -> float:
 def _told(error: Any) -> str:
     """The first line of a message, without the key that some servers repeat in it."""
     message = str(getattr(error, "message", "") or error)
-    key = os.environ.get(KEY_VARIABLE)
-    if key:
+    if key := _key():
         message = message.replace(key, "***")
     return next(iter(message.splitlines()), "no reason given")[:200]

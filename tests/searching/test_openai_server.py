@@ -15,8 +15,8 @@ import pytest
 from scripted import bred, opened, operators_of, prompt_of, small_space, well
 
 from flap_export.errors import InputError, MissingRequirementError
-from flap_export.searching.opening import open_proposer
 from flap_export.searching.openai_server import KEY_VARIABLE, OpenAIServer
+from flap_export.searching.opening import open_proposer
 from flap_export.searching.proposers import Message, ProposerUnavailableError
 
 pytest.importorskip("openai", reason="pip install 'flap-export[search]'")
@@ -35,7 +35,7 @@ class _Handler(BaseHTTPRequestHandler):
             place = len(self.server.requests)
             self.server.requests.append(body)
             self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
-        self.server.paths.append(self.path)
+            self.server.paths.append(self.path)
         script = self.server.script
         script[min(place, len(script) - 1)](self, body)
 
@@ -57,14 +57,13 @@ class Server(ThreadingHTTPServer):
     """Replies by a script, the last of which stands for all that follow."""
 
     daemon_threads = False
-    script: list[Reply]
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.script, self.requests, self.headers, self.paths = [], [], [], []
-        self.requests: list[dict[str, Any]]
-        self.headers: list[dict[str, str]]
-        self.paths: list[str]
+        self.script: list[Reply] = []
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.lock, self.ended = threading.Lock(), threading.Event()
 
     @property
@@ -131,7 +130,7 @@ def asked(server: Server, *script: Reply, **options: Any) -> OpenAIServer:
 
 
 def test_a_good_answer_is_told_with_its_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.setenv(KEY_VARIABLE, f"{KEY}\n")
     answer = asked(server, says("rates")).answer(HELLO, temperature=0.8, seed=5)
     assert (answer.text, answer.prompt_tokens, answer.completion_tokens, answer.attempts) == ("rates", 11, 7, 1)
     assert 0 < answer.seconds < 5
@@ -266,7 +265,9 @@ def test_a_model_without_temperature_or_seed_is_asked_without(server: Server) ->
         asked(server, fails(400, param="seed")).answer(HELLO, temperature=0.7, seed=0)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://host/v1", "http://", "http:///v1", "file:///etc"])
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000/v1", "ftp://host/v1", "http://", "http:///v1", "http://[::1", "http://host:x/v1"]
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="a server's address reads http://host:port/v1"):
         OpenAIServer(url, "m")
@@ -284,8 +285,11 @@ def test_the_client_is_asked_for_by_the_extra(monkeypatch: pytest.MonkeyPatch) -
         OpenAIServer("http://localhost/v1", "m")
 
 
-def test_a_search_survives_whatever_a_server_answers(server: Server, tmp_path: Path) -> None:
+def test_a_search_survives_whatever_a_server_answers(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Good, nonsense, empty, busy and half answers, then none at all; the search goes on where it stopped."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
 
     def good(handler: _Handler, body: dict[str, Any]) -> None:
         handler.send(200, completion(well(prompt_of(body["messages"]), body["seed"])))
