@@ -83,6 +83,8 @@ HEAVY = (
     "tensorrt_rtx",
     "polygraphy",
     "datasets",
+    "openai",
+    "ray",
 )
 
 

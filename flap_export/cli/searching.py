@@ -36,6 +36,14 @@ def search(
         str | None, typer.Option(help="A language model that breeds: openai:URL, local:PATH, or self.")
     ] = None,
     name: Annotated[str | None, typer.Option("--model", help="The model's name at the server.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for the server to answer.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0, help="Requests after the first, for one answer.")] = 5,
+    prices: Annotated[
+        str | None, typer.Option(metavar="PROMPT:ANSWER", help="Of a million tokens, for the cost of a search.")
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Take answers from the journals of an earlier search, ask nobody.")
+    ] = False,
     evaluations: Annotated[float, typer.Option(min=1, help="Looks at a candidate on all of the text.")] = 430,
     population: Annotated[int, typer.Option(min=2, help="Candidates of a population.")] = 30,
     mutations: Annotated[int, typer.Option(min=0, help="Of one generation of a population.")] = 10,
@@ -82,6 +90,9 @@ def search(
             "strategy": strategy or ("population" if proposer else "evolutionary"),
             "proposer": proposer,
             "proposer_model": name,
+            "proposer_timeout_s": timeout,
+            "proposer_retries": retries,
+            "prices": _numbers("--prices", "PROMPT:ANSWER", prices) if prices else None,
             "evaluations": evaluations,
             "population": population,
             "mutations": mutations,
@@ -134,6 +145,7 @@ def search(
             seeds=seeds,
             baselines=baselines,
             workers=workers,
+            replay=replay,
             device=device,
             progress=progress,
         )
@@ -144,12 +156,18 @@ def _bounds(texts: Sequence[str]) -> dict[int, tuple[float, float]]:
     found = {}
     for text in texts:
         layer, _, rates = text.partition("=")
-        try:
-            least, greatest = map(float, rates.split(":"))
-            found[int(layer)] = (least, greatest)
-        except ValueError as error:
-            raise InputError(f"--bound reads LAYER=LEAST:MOST, such as 3=0.1:0.4; got '{text}'") from error
+        if not layer.strip().isdecimal():
+            raise InputError(f"--bound reads LAYER=LEAST:MOST, such as 3=0.1:0.4; got '{text}'")
+        found[int(layer)] = _numbers("--bound", "LAYER=LEAST:MOST", rates)
     return found
+
+
+def _numbers(option: str, form: str, text: str) -> tuple[float, float]:
+    try:
+        first, second = map(float, text.split(":"))
+    except ValueError as error:
+        raise InputError(f"{option} reads {form}, two numbers; got '{text}'") from error
+    return first, second
 
 
 def of_search(report: SearchReport) -> Iterator[RenderableType]:
@@ -166,6 +184,14 @@ def of_search(report: SearchReport) -> Iterator[RenderableType]:
         spread = f"{line.spread:.1g}" if line.seeds > 1 else ""
         drawn.add_row(escape(line.name), *values, spread, f"{line.looks:.0f}", f"{line.seconds:.0f}")
     yield drawn
+    for run in report.runs:
+        if run.usage is not None:
+            used, cost = run.usage, "" if run.cost is None else f", cost {run.cost:.4g}"
+            yield (
+                f"{escape(run.name)}: {used.questions} questions, {used.valid} proposals taken, {used.invalid} not "
+                f"understood, {used.duplicate} known already, {used.missing} missing, {used.filled} filled by chance; "
+                f"{used.prompt_tokens} + {used.completion_tokens} tokens{cost}"
+            )
     best = next(run for run in report.runs if run.name == report.chosen)
     yield f"best: {escape(report.chosen)}, rates " + " ".join(f"{rate:.2f}" for rate in best.best.rates)
     if report.fitness_shares_calibration:

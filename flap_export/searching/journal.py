@@ -10,8 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, final
@@ -44,6 +44,7 @@ class Journal:
         self.path = path
         self._losses: dict[Key, float] = {}
         self._answers: deque[tuple[str, dict[str, Any]]] = deque()
+        self._repairs: Counter[int] = Counter()
         self._generations = -1
         own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
         with writing_errors(path):
@@ -114,6 +115,11 @@ class Journal:
             {"event": "answer", "question_digest": digest_of_json(question), "question": dict(question), **answer}
         )
 
+    def record_repairs(self, question: int, repairs: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what became of the proposals in an answer, except for what a search before this one kept."""
+        for repair in repairs[self._repairs[question] :]:
+            self.append({"event": "repair", "question": question, **repair})
+
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one line.
 
@@ -140,6 +146,8 @@ class Journal:
             self._losses[candidate, first, last] = float(event["loss"])
         elif event["event"] == "answer":
             self._answers.append((event["question_digest"], event))
+        elif event["event"] == "repair":
+            self._repairs[int(event["question"])] += 1
         elif event["event"] == "generation":
             self._generations = int(event["generation"])
 

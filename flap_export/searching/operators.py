@@ -35,6 +35,10 @@ Pair = tuple[Scored, Scored]
 class Operators(Protocol):
     """What Self-Pruner lets a language model do. All answers meet the budget, and none is in `known`."""
 
+    def observe(self, best: float) -> None:
+        """Take note of the best fitness after a generation."""
+        ...
+
     def initial(self, count: int, known: Collection[Candidate]) -> list[Candidate]:
         """A first population of `count` candidates, or fewer where the space is exhausted."""
         ...
@@ -58,6 +62,9 @@ class Conventional:
 
     def __init__(self, space: Space, random: np.random.Generator) -> None:
         self._space, self._random = space, random
+
+    def observe(self, best: float) -> None:
+        """Chance does not mind."""
 
     def initial(self, count: int, known: Collection[Candidate]) -> list[Candidate]:
         """Rates drawn around the mean rate, every time with another spread."""

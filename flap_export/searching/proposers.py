@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypedDict, final
 
-from flap_export.errors import MissingRequirementError
+from flap_export.errors import InputError, MissingRequirementError
 
 
 class Message(TypedDict):
@@ -43,3 +43,19 @@ class Proposer(Protocol):
             InputError: it refuses for a reason that waiting does not mend.
         """
         ...
+
+
+@final
+class Recorded:
+    """Nobody: a search whose journal holds all the answers it needs is replayed without a model."""
+
+    def answer(self, messages: Sequence[Message], *, temperature: float, seed: int) -> Answer:
+        """Refuse.
+
+        Raises:
+            InputError: always; only a question that the journal does not answer comes this far.
+        """
+        raise InputError(
+            "the journal holds no further answers, and there is no language model to ask; replay with as many "
+            "evaluations as the search had, or name the --proposer it was begun with"
+        )

@@ -17,8 +17,11 @@ from flap_export.rates import rates_of_steps
 from flap_export.searching.fitness import Losses
 from flap_export.searching.journal import JOURNAL_NAME, Journal
 from flap_export.searching.judging import Judge
+from flap_export.searching.language_model import LanguageModel
+from flap_export.searching.opening import open_proposer
 from flap_export.searching.operators import Conventional, Scored
 from flap_export.searching.preparing import Prepared, stage_sequences
+from flap_export.searching.proposers import Proposer, Recorded
 from flap_export.searching.record import Found, SearchOptions, SearchRequest, SearchRun
 from flap_export.searching.selection import pareto_front
 from flap_export.searching.space import Candidate
@@ -38,6 +41,8 @@ class Setting:
     calibration: CalibrationText
     folder: Path
     progress: Progress
+    replay: bool = False
+    """Whether answers come from journals only."""
 
     def references(self) -> dict[str, float]:
         """Fitness of the rates that are known without a search."""
@@ -52,13 +57,16 @@ class Setting:
         options, space = self.options, self.ready.problem.space
         name = f"{strategy}-{seed}" if proposer is None else f"{proposer.partition(':')[0]}-{seed}"
         started = time.monotonic()
-        with self._journal(name, {"strategy": strategy, "proposer": proposer, "seed": seed}) as journal:
+        # A server may move: what answers depend on is its model.
+        model = options.proposer_model if proposer and options.proposer_model else proposer
+        with self._journal(name, {"strategy": strategy, "proposer": model, "seed": seed}) as journal:
             judge = self._judge(journal)
             chance = Conventional(space, seeded(seed, strategy))
+            operators = chance if proposer is None else self._asking(proposer, journal, chance, seed)
             task = Task(
                 space,
                 judge,
-                chance,
+                operators,
                 chance,
                 self.ready.start if options.informed else (space.uniform(),),
                 options.population,
@@ -68,6 +76,7 @@ class Setting:
             )
             STRATEGIES[strategy](task)
             finished = judge.finished()
+        usage = operators.usage if isinstance(operators, LanguageModel) else None
         best = finished[0]
         found = SearchRun(
             name=name,
@@ -80,8 +89,24 @@ class Setting:
             looks=judge.looks,
             seconds=round(time.monotonic() - started, 1),
             curve=tuple(judge.curve),
+            usage=usage,
+            cost=usage.cost(*options.prices) if usage and options.prices else None,
         )
         return found, best.candidate
+
+    def _asking(self, proposer: str, journal: Journal, chance: Conventional, seed: int) -> LanguageModel:
+        options = self.options
+        asked: Proposer = Recorded()
+        if not self.replay:
+            asked = open_proposer(
+                proposer,
+                options.proposer_model,
+                pruned_model=self.ready.problem.model,
+                device=self.ready.problem.device,
+                timeout_s=options.proposer_timeout_s,
+                max_retries=options.proposer_retries,
+            )
+        return LanguageModel(self.ready.problem.space, asked, journal, chance, seeded(seed, "answers"))
 
     def _journal(self, name: str, own: dict[str, Any]) -> Journal:
         request = SearchRequest(

@@ -17,6 +17,7 @@ from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.prediction import GPUS
 from flap_export.rates import RATES_NAME, Rates, rates_of_steps
+from flap_export.searching.opening import check_proposer
 from flap_export.searching.preparing import FITS_FOLDER, Prepared, prepared, stage_sequences
 from flap_export.searching.record import REQUEST_NAME, SEARCH_NAME, SearchOptions, SearchReport, SearchRequest
 from flap_export.searching.runs import Setting
@@ -40,6 +41,7 @@ def search(
     seeds: Sequence[int] = (0,),
     baselines: bool = False,
     workers: str = "local",
+    replay: bool = False,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> SearchReport:
@@ -56,6 +58,7 @@ def search(
         baselines: run random and conventional search beside it, and tell what uniform rates and FLAP's come to.
         workers: where candidates are evaluated: `local`, `ray` with as many workers as its cluster has room for, or
             `ray:N` with N.
+        replay: take a language model's answers from the journals, and ask nobody.
         device: where to compute.
         progress: told what is being done.
 
@@ -81,7 +84,7 @@ def search(
         fits=False,
     )
     with opened_losses(ready, workers, progress) as losses:
-        setting = Setting(ready, losses, chosen, prune, calibration, directory / RUNS_FOLDER, progress)
+        setting = Setting(ready, losses, chosen, prune, calibration, directory / RUNS_FOLDER, progress, replay)
         references = setting.references()
         prepare_s = time.monotonic() - started
         wanted = [(chosen.strategy, chosen.proposer)]
@@ -130,8 +133,10 @@ def check_search(options: SearchOptions, prune: PruneOptions, seeds: Sequence[in
         raise InputError("a search fits to the dense model's inputs; leave out --sequential, and prune with it after")
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"a search takes one or more different seeds, got {list(seeds)}")
-    if options.proposer is not None and options.strategy != "population":
-        raise InputError(f"a language model breeds a population, not the strategy {options.strategy}")
+    if options.proposer is not None:
+        check_proposer(options.proposer, options.proposer_model)
+        if options.strategy != "population":
+            raise InputError(f"a language model breeds a population, not the strategy {options.strategy}")
     stage_sequences(options.stages, 1, 1)
     if options.mutations + options.crossovers < 1:
         raise InputError("a population needs children: set --mutations or --crossovers")

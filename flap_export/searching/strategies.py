@@ -50,6 +50,7 @@ class Task:
         judge = self.judge
         summary = {"evaluations": round(judge.spent, 6), "looks": judge.looks, "best": best.fitness}
         judge.journal.finish_generation(number, summary)
+        self.operators.observe(best.fitness)
         self.progress("evaluations", round(judge.spent), round(judge.limit))
 
 
