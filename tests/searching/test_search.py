@@ -487,7 +487,7 @@ def test_workers_of_no_kind(workers: str, tmp_path: Path) -> None:
 
 
 def test_a_budget_out_of_reach(model: Path, text: CalibrationText, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="between 0.0% and 20.0% of the weights, not 40.0%; widen the bounds"):
+    with pytest.raises(BudgetError, match=r"between 0\.0% and 20\.0% of the weights, not 40\.0%; widen the bounds"):
         search(
             model,
             tmp_path / "out",
