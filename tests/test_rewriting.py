@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from flap_export.errors import ModelError, PlanError
 from flap_export.families import FAMILIES, Family
-from flap_export.loading import Checkpoint, load_model, open_checkpoint
+from flap_export.loading import Checkpoint, MetaLayers, load_model, materialize, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.restoring import cut_only, mean_restorer
-from flap_export.rewriting import check_kind, cut, kept_channels, rewrite
+from flap_export.rewriting import check_kind, cut, kept_channels, rewrite, rewrite_layer
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -266,6 +266,38 @@ def test_fused_outputs_are_cut_space_by_space() -> None:
     assert torch.equal(cut(weight, fused, "weight", kept, widths), weight[[2, 3, 5, 7]])
     only_query = {**kept, "kv": None}
     assert torch.equal(cut(weight[:, 0], fused, "bias", only_query, widths), weight[[2, 3, 4, 5, 6, 7], 0])
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_attention_and_ffn_together_are_the_layer(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """Each tensor in one of the parts, the same as in the whole; and all that a layer of that shape has."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", **{"num_hidden_layers": 4, **overrides})
+    checkpoint = open_checkpoint(dense)
+    plan, restore = uneven_plan(checkpoint), mean_restorer(tiny_statistics(dense, tmp_path))
+    layers = MetaLayers(checkpoint, torch.float32)
+    for index, layer in enumerate(plan.layers):
+        kept = kept_channels(layer, checkpoint.shape)
+        whole = dict(rewrite_layer(checkpoint, index, kept, restore))
+        attention, ffn = (dict(rewrite_layer(checkpoint, index, kept, restore, (part,))) for part in CUT_SPACES)
+        assert not attention.keys() & ffn.keys()
+        assert attention.keys() | ffn.keys() == whole.keys()
+        for name, tensor in (attention | ffn).items():
+            assert torch.equal(tensor, whole[name]), name
+        # A part does not depend on what becomes of the other one.
+        for part, found in (("query", attention), ("ffn", ffn)):
+            alone = {"query": None, "kv": None, "ffn": None, "hidden": None}
+            alone |= {space: kept[space] for space in (("query", "kv") if part == "query" else ("ffn",))}
+            again = dict(rewrite_layer(checkpoint, index, alone, restore, (part,)))  # type: ignore[arg-type]
+            assert again.keys() == found.keys()
+            assert all(torch.equal(tensor, found[name]) for name, tensor in again.items())
+        made = layers.made(index, layer.shape(checkpoint.shape.layers[index], compensated=True))
+        prefix = f"{checkpoint.family.layers}.{index}."
+        assert {f"{prefix}{name}" for name, _ in made.named_parameters()} == whole.keys()
+        assert all(parameter.is_meta for parameter in made.parameters())
+        parameters = ((name.removeprefix(prefix), tensor) for name, tensor in whole.items())
+        materialize(made, parameters, dtype=torch.float32, device="cpu")
+        for name, parameter in made.named_parameters():
+            assert torch.equal(parameter, whole[f"{prefix}{name}"]), name
 
 
 def test_quantised_projections_are_refused() -> None:

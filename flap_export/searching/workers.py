@@ -110,7 +110,8 @@ class RayLosses:
                 lost += 1
                 if lost > MAX_LOST:
                     raise MissingRequirementError(
-                        f"{lost} workers in a row were lost ({error}); what was found so far is kept",
+                        f"{lost} workers in a row were lost ({' '.join(str(error).split())}); what was found so far is "
+                        "kept",
                         "look at Ray's logs, then give the same command again",
                     ) from error
                 _logger.warning("a worker was lost; its %d candidates are evaluated elsewhere", len(group))
