@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flap_export.recipe import Recipe, load_recipe
     from flap_export.reporting import report
     from flap_export.runners import open_runner
+    from flap_export.searching import search
     from flap_export.statistics import CalibrationStatistics
     from flap_export.validation import ParityReport, validate
 
@@ -59,6 +60,7 @@ _MODULES = {
     "prune": "pruning",
     "report": "reporting",
     "run": "pipeline",
+    "search": "searching",
     "validate": "validation",
     "verify": "manifest",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "prune",
     "report",
     "run",
+    "search",
     "validate",
     "verify",
 ]

@@ -209,7 +209,7 @@ class MetaLayers:
     """Decoder layers of any size, without weights: to be filled one by one, by `materialize`."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._dtype = checkpoint, dtype
         with torch.device("meta"):
             model = _stock_model(checkpoint, dtype)
         _compute_buffers(model, checkpoint.shape.hidden_size)
@@ -224,6 +224,8 @@ class MetaLayers:
         layers = (*dense.layers[:index], shape, *dense.layers[index + 1 :])
         section = pruned_section(family, dense.model_copy(update={"layers": layers}))
         resize_layer(layer, index, section, dense.hidden_size, dense.head_dim)
+        if self._dtype == torch.float64:
+            _keep_double_precision(layer, family.norm)
         return layer
 
 

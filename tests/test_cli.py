@@ -89,6 +89,16 @@ def test_prune_prints_the_plan_as_json_and_nothing_else(call: Call, model: Path,
     assert plan["digests"].keys() >= {"weights", "calibration"}
 
 
+def test_prune_takes_rates_in_place_of_a_ratio(call: Call, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text("[0.3, 0.1]")
+    options = ("--calibration", model.parent / "text.txt", "--sequence-length", "16", "--json")
+    outcome = call("prune", model, "--output", tmp_path / "out", "--rates", tmp_path / "rates.json", *options)
+    assert outcome.code == 0
+    plan = json.loads(outcome.out)
+    assert abs(plan["ratio"]["achieved"] - 0.2) < 0.01
+    assert len(plan["layers"][0]["ffn_channels"]) < len(plan["layers"][1]["ffn_channels"])
+
+
 def test_validate_bench_evaluate_and_generate(
     call: Call, model: Path, pruned: Path, artifacts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -167,6 +177,8 @@ def test_verify(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> Non
         (["prune", "MODEL", "--output", "OUT", "--ratio", "0.2", "--calibration", "no.txt"], "no text source"),
         (["prune", "MODEL", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT", "--samples", "9999"], "9999"),
         (["prune", "MODEL", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT", "--metric", "x"], "wifv"),
+        (["prune", "MODEL", "--output", "OUT", "--calibration", "TEXT"], "--ratio must be given, or --rates"),
+        (["prune", "MODEL", "--output", "OUT", "--rates", "no.json", "--calibration", "TEXT"], "no file of rates"),
         (["prune", "nowhere", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT"], "no model directory"),
         (["prune", "PRUNED", "--output", "OUT", "--ratio", "0.2", "--calibration", "TEXT"], "pruned already"),
         (["export", "MODEL", "--output", "OUT", "--dtype", "int3"], "float32"),

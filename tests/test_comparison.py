@@ -179,6 +179,7 @@ def test_table_and_plot_hold_every_variant(tmp_path: Path) -> None:
         ("flap,remove-heads=many", "remove_heads is 'many': input should be a valid integer"),
         ("flap,remove-heads=-1", "remove_heads is '-1': input should be greater than or equal to 0"),
         ("obs,metric=ifv", "the method obs has no metric of its own"),
+        ("flap,rates=r.json", "all pruned at the same ratios, rates have one of their own; got 'flap,rates=r.json'"),
         ("flap,sequential=true", "--sequential is about --compensation least-squares"),
         ("", "method must be one of"),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from flap_export.compensation import (
     DEFAULT_RIDGE,
     RIDGES,
+    NestedLeastSquares,
     Restored,
     best_ridge,
     bias_compensation,
@@ -185,3 +188,57 @@ def test_the_ridge_is_chosen_on_tokens_held_out() -> None:
     assert best_ridge(weight, kept, moments, noisy[:0]) == DEFAULT_RIDGE
     for all_or_none in (torch.arange(10), torch.arange(0)):
         assert best_ridge(weight, all_or_none, moments, held_out) == DEFAULT_RIDGE
+
+
+def check_nested(
+    weight: Tensor, inputs: Tensor, order: Tensor, cuts: Iterable[int], ridge: float, tolerance: float
+) -> None:
+    """Against a fit for every cut point alone, by what either gives for the inputs."""
+    moments = moments_of(inputs)
+    nested = NestedLeastSquares.of(moments, order, ridge)
+    size = float((inputs - inputs.mean(dim=0)).abs().max() * weight.abs().max() * weight.shape[1])
+    for cut in cuts:
+        kept = order[:cut].sort().values
+        found, expected = nested.restored(weight, cut), least_squares(weight, kept, moments, ridge)
+        assert found.weight.dtype == inputs.dtype
+        seen = inputs[:, kept]
+        outputs, wanted = (seen @ fit.weight.T + fit.bias for fit in (found, expected))
+        torch.testing.assert_close(outputs, wanted, rtol=tolerance, atol=tolerance * (size + 1e-30))
+
+
+@given(fits(), st.sampled_from(RIDGES), st.integers(0, 10_000))
+def test_one_factor_gives_the_fit_at_every_cut_point(
+    problem: tuple[Tensor, Tensor, Tensor], ridge: float, seed: int
+) -> None:
+    """Also of channels that never vary, and of fewer tokens than channels."""
+    weight, inputs, _ = problem
+    order = torch.randperm(inputs.shape[1], generator=torch.Generator().manual_seed(seed))
+    check_nested(weight, inputs, order, range(len(order) + 1), ridge, 1e-9)
+
+
+@pytest.mark.parametrize("tokens", [20, 500])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+def test_one_factor_gives_the_fit_at_every_cut_point_in_both_precisions(
+    dtype: torch.dtype, tolerance: float, tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(tokens, 60, generator=generator) @ torch.randn(60, 60, generator=generator) + 3).to(dtype)
+    inputs[:, [7, 31]] = 2.5
+    weight = torch.randn(5, 60, generator=generator).to(dtype)
+    order = torch.randperm(60, generator=generator)
+    check_nested(weight, inputs, order, (0, 1, 2, 29, 30, 59, 60), 1e-2, tolerance)
+    # A projection of half precision is fitted in that of the moments.
+    nested = NestedLeastSquares.of(moments_of(inputs), order, 1e-2)
+    half = weight.to(torch.bfloat16)
+    found, expected = nested.restored(half, 30), nested.restored(half.to(dtype), 30)
+    assert torch.equal(found.weight, expected.weight)
+    assert torch.equal(found.bias, expected.bias)
+
+
+def test_all_channels_of_one_factor_are_the_projection_itself() -> None:
+    """Columns as in the model, whatever the order."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (3, 9))
+    whole = NestedLeastSquares.of(moments_of(inputs), torch.tensor([4, 0, 5, 2, 1, 3]), 1e-2).restored(weight, 6)
+    assert torch.equal(whole.weight, weight)
+    torch.testing.assert_close(whole.bias, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)

@@ -98,6 +98,18 @@ def test_a_run_does_every_stage_and_a_second_one_only_what_changed(
     )
 
 
+def test_changed_rates_redo_what_depends_on_them(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    directory = tmp_path / "run"
+    result = pipeline.run(recipe_of(prune={"rates": [0.4, 0.2]}), directory)
+    assert result.plan.ratio.requested == pytest.approx(0.3)
+    assert "rates" in result.plan.digests
+    assert performed_by(performed, recipe_of(prune={"rates": [0.4, 0.2]}), directory) == []
+    after_rates = ["prune", "export", "evaluate", "validate", "bench"]
+    assert performed_by(performed, recipe_of(prune={"rates": [0.2, 0.4]}), directory) == after_rates
+
+
 def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:
     directory = tmp_path / "run"
     pipeline.run(recipe_of(), directory)

@@ -154,6 +154,38 @@ def test_files_beside_the_recipe_are_found(tmp_path: Path, monkeypatch: pytest.M
     assert load_recipe("pipelines/recipe.yaml").model == "pipelines/demo/model"
 
 
+def test_rates_are_a_file_beside_the_recipe_or_a_list(tmp_path: Path) -> None:
+    """The rates themselves become part of the recipe, so that what they were is kept with a run."""
+    folder = tmp_path / "pipelines"
+    folder.mkdir()
+    (folder / "rates.json").write_text("[0.1, 0.3]")
+    by_file, by_list = (
+        load_recipe(written(folder, {**SMALLEST, "prune": {"method": "obs", "rates": rates}}))
+        for rates in ("rates.json", [0.1, 0.3])
+    )
+    assert by_file == by_list
+    assert by_file.prune.ratio is None
+    assert [rate.rate for rate in by_file.prune.rates or ()] == [0.1, 0.3]
+    assert Recipe.model_validate_json(by_file.model_dump_json(by_alias=True)) == by_file
+    override = f"prune.rates={folder / 'rates.json'}"
+    assert load_recipe(written(tmp_path, SMALLEST), [override]).prune.rates == by_file.prune.rates
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ("none.json", r"recipe\.yaml: 'prune\.rates': no file of rates at 'none\.json'"),
+        ("bad.json", r"recipe\.yaml: 'prune\.rates': .*layers\.1\.rate is 3"),
+        ([0.1, 3], r"recipe\.yaml: 'prune\.rates\.1\.rate' is 3: input should be less than or equal to 1"),
+        (0.3, r"recipe\.yaml: 'prune\.rates' is 0\.3"),
+    ],
+)
+def test_rates_that_cannot_be_used(rates: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("[0.1, 3]")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, {**SMALLEST, "prune": {"rates": rates}}))
+
+
 def test_a_recipe_is_frozen() -> None:
     recipe = recipe_from(SMALLEST)
     with pytest.raises(ValueError, match="frozen"):

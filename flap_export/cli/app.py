@@ -10,6 +10,7 @@ import typer
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Threads, Verbose
+from flap_export.cli.searching import search
 from flap_export.errors import FlapExportError, check_choice
 
 Share = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the datasheet's rate, assumed.")]
@@ -50,13 +51,7 @@ def _root(
         raise typer.Exit
 
 
-def _show(value: Any, parts: Any, as_json: bool) -> None:
-    if as_json:
-        console.emit_json(value)
-        return
-    out = console.words()
-    for part in parts:
-        out.print(part)
+app.command()(search)
 
 
 @app.command()
@@ -78,7 +73,7 @@ def run(
     loaded = load_recipe(recipe, overrides or ())
     with console.progress_bars() as progress:
         result = run_recipe(loaded, output or Path("runs") / recipe.stem, progress=progress)
-    _show(result.as_json(), summaries.of_run(result), json)
+    console.show(result.as_json(), summaries.of_run(result), json)
     for breach in result.breaches:
         console.side().print(f"[bold red]breached:[/] {breach}")
     if result.breaches:
@@ -161,7 +156,7 @@ def prune(
             dtype=_one_of("dtype", dtype, DTYPES),
             progress=progress,
         )
-    _show(plan, [*summaries.of_plan(plan), f"checkpoint: {output}"], json)
+    console.show(plan, [*summaries.of_plan(plan), f"checkpoint: {output}"], json)
 
 
 @app.command()
@@ -208,7 +203,7 @@ def compare(
             device=device,
             progress=progress,
         )
-    _show(report, [*summaries.of_comparison(report, variants, ratios), f"comparison: {output}"], json)
+    console.show(report, [*summaries.of_comparison(report, variants, ratios), f"comparison: {output}"], json)
 
 
 def _one_of(option: str, value: str | None, known: Any) -> Any:
@@ -233,7 +228,7 @@ def export(
 
     artifact = export_checkpoint(checkpoint, output, dtype=_one_of("dtype", dtype, DTYPES), max_length=max_length)
     size = sum(file.stat().st_size for file in output.iterdir())
-    _show(artifact, [f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"], json)
+    console.show(artifact, [f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"], json)
 
 
 @app.command()
@@ -276,7 +271,7 @@ def build(
         max_prompt=max_prompt,
         options=BuildOptions(optimization_level, weight_stripped, limit_keys, tf32, timing_cache),
     )
-    _show(record, [*summaries.of_engine(record), f"engines: {output}"], json)
+    console.show(record, [*summaries.of_engine(record), f"engines: {output}"], json)
 
 
 @app.command()
@@ -313,7 +308,7 @@ def validate(
     )
     if output is not None:
         parity.save(output)
-    _show(parity, summaries.of_parity(parity), json)
+    console.show(parity, summaries.of_parity(parity), json)
     _gate(parity.raise_if_breached)
 
 
@@ -364,7 +359,7 @@ def bench(
     )
     if output is not None:
         latency.save(output)
-    _show(latency, summaries.of_latency(latency), json)
+    console.show(latency, summaries.of_latency(latency), json)
     if minimum_speedup is not None:
         _gate(lambda: latency.raise_if_slower(minimum_speedup))
 
@@ -395,7 +390,7 @@ def evaluate(
         device=device,
         dtype=dtype,
     )
-    _show(quality, summaries.of_quality(quality), json)
+    console.show(quality, summaries.of_quality(quality), json)
 
 
 @app.command()
@@ -445,7 +440,7 @@ def inspect(path: Annotated[str, typer.Argument(help="Model, checkpoint or artif
     from flap_export.cli.inspecting import described
 
     value, parts = described(path)
-    _show(value, parts, json)
+    console.show(value, parts, json)
 
 
 @app.command()
@@ -457,7 +452,7 @@ def verify(
     from flap_export.manifest import verify as verify_directory
 
     manifest = verify_directory(directory)
-    _show({"verified": len(manifest.files)}, [f"{len(manifest.files)} files are as they were written"], json)
+    console.show({"verified": len(manifest.files)}, [f"{len(manifest.files)} files are as they were written"], json)
 
 
 @app.command()
@@ -467,7 +462,7 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a ru
     from flap_export.reporting import report as write_report
 
     path = write_report(run_directory)
-    _show({"report": str(path)}, [f"report: {path}"], json)
+    console.show({"report": str(path)}, [f"report: {path}"], json)
 
 
 @app.command()
@@ -502,4 +497,4 @@ def predict(
         context_length=context_length,
         assumptions=assumptions,
     )
-    _show(prediction, of_prediction(prediction), json)
+    console.show(prediction, of_prediction(prediction), json)

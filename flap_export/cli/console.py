@@ -41,6 +41,16 @@ def emit_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def show(value: Any, parts: Any, as_json: bool) -> None:
+    """A command's result: the record as JSON, or its parts in words."""
+    if as_json:
+        emit_json(value)
+        return
+    out = words()
+    for part in parts:
+        out.print(part)
+
+
 def emit_error(error: FlapExportError, *, as_json: bool) -> None:
     """Say what went wrong: in words on standard error, and as the JSON object where one was asked for."""
     if as_json:

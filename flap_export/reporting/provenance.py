@@ -85,14 +85,14 @@ def settings_of(records: RunRecords) -> tuple[SettingsTable, ...]:
     artifact = records.pruned.record
     exported = {"family": artifact.family, "dtype": artifact.dtype, "max_length": artifact.max_length}
     tables = [
-        _table("Prune", records.plan.method),
-        _table("Export", {**exported, "opset": artifact.opset, "format": artifact.format}),
+        settings_table("Prune", records.plan.method),
+        settings_table("Export", {**exported, "opset": artifact.opset, "format": artifact.format}),
     ]
     if records.parity is not None:
-        tables.append(_table("Validate", records.parity.settings))
+        tables.append(settings_table("Validate", records.parity.settings))
     if (latency := records.latency) is not None:
         told = {"backend": latency.backend, "device": latency.device, **latency.settings}
-        tables += [_table("Bench", told), _table("Machine", _described(latency.machine))]
+        tables += [settings_table("Bench", told), settings_table("Machine", _described(latency.machine))]
     return tuple(table for table in tables if table.rows)
 
 
@@ -106,7 +106,8 @@ def _described(machine: Machine) -> dict[str, object]:
     }
 
 
-def _table(title: str, values: Mapping[str, object]) -> SettingsTable:
+def settings_table(title: str, values: Mapping[str, object]) -> SettingsTable:
+    """A table of keys in words and values as text."""
     return SettingsTable(title, tuple((_name(key), _text(value)) for key, value in values.items()))
 
 

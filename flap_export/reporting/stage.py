@@ -1,4 +1,4 @@
-"""The stage itself: read the records, make the page, write it whole."""
+"""The stage itself: read the records, make the page, write it whole; of a run, or of a search."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flap_export.reporting.page import Page, page_from
 from flap_export.reporting.records import read_run
+from flap_export.reporting.searches import SearchPage, search_page
+from flap_export.searching.record import SEARCH_NAME, SearchReport
 from flap_export.storage import write_text
 
 REPORT_NAME: Final = "report.html"
-_TEMPLATE: Final = "report.html"
 
 
 def report(run_directory: str | Path, *, recipe: Mapping[str, Any] | None = None) -> Path:
-    """Write `report.html` into a run directory: self-contained, opens from disk.
+    """Write `report.html` into the directory of a run or a search: self-contained, opens from disk.
 
-    The directory holds `plan.json`, `onnx/dense` and `onnx/pruned`; `parity.json`, `quality.json`, `latency.json` and
-    `manifest.json` may be missing, and the page then says so.
+    A run's directory holds `plan.json`, `onnx/dense` and `onnx/pruned`; `parity.json`, `quality.json`, `latency.json`
+    and `manifest.json` may be missing, and the page then says so.
 
     Args:
         run_directory: the output directory of a run.
@@ -35,11 +36,15 @@ def report(run_directory: str | Path, *, recipe: Mapping[str, Any] | None = None
     """
     directory = Path(run_directory)
     path = directory / REPORT_NAME
-    write_text(path, _rendered(page_from(read_run(directory, recipe))))
+    if (directory / SEARCH_NAME).is_file():
+        page = _rendered("search.html", search_page(SearchReport.load(directory / SEARCH_NAME)))
+    else:
+        page = _rendered("report.html", page_from(read_run(directory, recipe)))
+    write_text(path, page)
     return path
 
 
-def _rendered(page: Page) -> str:
+def _rendered(template: str, page: Page | SearchPage) -> str:
     """The page as HTML; every text is escaped, names and reasons come from outside."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -50,4 +55,4 @@ def _rendered(page: Page) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["pct"] = "{:.3f}%".format
-    return environment.get_template(_TEMPLATE).render(page=page)
+    return environment.get_template(template).render(page=page)

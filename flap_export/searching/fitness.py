@@ -41,7 +41,10 @@ class Losses(Protocol):
     """Where the losses of candidates come from: this process, or others."""
 
     def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
-        """Loss of every candidate, summed over the tokens of sequences first..last-1, in nats."""
+        """Loss of every candidate, summed over the tokens of sequences first..last-1, in nats.
+
+        Both are where a chunk of sequences begins or the last one ends.
+        """
         ...
 
 
@@ -79,14 +82,16 @@ class LocalLosses:
         Raises:
             InputError: a candidate's logits are not finite.
         """
+        chunks = [(n, chunk) for n, chunk in enumerate(self._stream.chunks) if first <= chunk.rows.start < last]
+        assert chunks[0][1].rows.start == first, "a look begins where a chunk does"
+        assert chunks[-1][1].rows.stop == last, "a look ends where a chunk does"
         totals = dict.fromkeys(candidates, 0.0)
         steps = {candidate: tuple(self._space.steps(candidate)) for candidate in totals}
-        for number, chunk in enumerate(self._stream.chunks):
-            if first <= chunk.rows.start and chunk.rows.stop <= last:
-                reference = self._reference(number, chunk) if self._fitness == "kl" else None
-                for candidate in sorted(totals, key=steps.__getitem__):
-                    logits = self._stream.chunk_logits(chunk, self._state(number, chunk, steps[candidate]))
-                    totals[candidate] += self._loss(chunk, logits.float(), reference)
+        for number, chunk in chunks:
+            reference = self._reference(number, chunk) if self._fitness == "kl" else None
+            for candidate in sorted(totals, key=steps.__getitem__):
+                logits = self._logits(chunk, self._state(number, chunk, steps[candidate]))
+                totals[candidate] += self._loss(chunk, logits, reference)
         for candidate, total in totals.items():
             if not math.isfinite(total):
                 raise InputError(
@@ -94,6 +99,11 @@ class LocalLosses:
                     "the model overflows in this precision, set --dtype float32"
                 )
         return [totals[candidate] for candidate in candidates]
+
+    def forget_states(self) -> None:
+        """Let go of the hidden states that are kept for candidates to come."""
+        self._states.clear()
+        self._state_bytes = 0
 
     def _state(self, number: int, chunk: Chunk, steps: Steps) -> Tensor:
         """Hidden states after all layers, from the longest prefix that is known."""
@@ -111,6 +121,11 @@ class LocalLosses:
                 self._state_bytes -= self._states.popitem(last=False)[1].nbytes
         return state
 
+    def _logits(self, chunk: Chunk, states: Tensor) -> Tensor:
+        """In single precision at least."""
+        logits = self._stream.chunk_logits(chunk, states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def _loss(self, chunk: Chunk, logits: Tensor, reference: _Reference | None) -> float:
         if reference is None:
             tokens = self._tokens[chunk.rows].to(logits.device)
@@ -122,7 +137,7 @@ class LocalLosses:
     def _reference(self, number: int, chunk: Chunk) -> _Reference:
         if number in self._references:
             return self._references[number]
-        logits = self._stream.chunk_logits(chunk, self._stream.hidden[chunk.rows]).float()
+        logits = self._logits(chunk, self._stream.hidden[chunk.rows])
         probabilities = logits.softmax(-1)
         expected = torch.linalg.vecdot(probabilities, logits)
         found = _Reference(probabilities, float((expected - logits.logsumexp(-1)).sum(dtype=torch.float64)))
@@ -148,7 +163,7 @@ def open_losses(
 
     Args:
         dense: the dense model.
-        tokens: what fitness is measured on, int64 [sequences, length]; as many whole chunks as it holds count.
+        tokens: what fitness is measured on, int64 [sequences, length].
         space: the candidates'.
         supernet: their layers.
         fitness: see the module.

@@ -23,7 +23,7 @@ from flap_export.storage import digest_of_json, writing_errors
 JOURNAL_NAME: Final = "journal.jsonl"
 SCHEMA_VERSION: Final = 1
 Key = tuple[Candidate, int, int]
-"""A candidate, and the first and the last but one of the sequences it was seen on."""
+"""A candidate, and the range of sequences it was seen on: the first, and the one after the last."""
 
 
 @final
@@ -38,12 +38,12 @@ class Journal:
             settings: all that a search depends on, as JSON; two searches may not share a journal.
 
         Raises:
-            InputError: the journal is another search's, or damaged in its middle.
+            InputError: the journal is another search's, or a whole line of it is damaged.
             OutputError: it cannot be written.
         """
         self.path = path
         self._losses: dict[Key, float] = {}
-        self._answers: deque[dict[str, Any]] = deque()
+        self._answers: deque[tuple[str, dict[str, Any]]] = deque()
         self._repairs: Counter[int] = Counter()
         self._generations = -1
         own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
@@ -55,7 +55,11 @@ class Journal:
             events, size = _read(path)
             if events:
                 _check_same(path, events[0], own)
-                self._take_in(events[1:])
+            for number, event in enumerate(events[1:], start=2):
+                try:
+                    self._take_in(event)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise _damaged(path, number) from error
             with writing_errors(path):
                 # Whatever a kill cut short goes, so that the next line starts a line.
                 self._file.truncate(size)
@@ -98,8 +102,8 @@ class Journal:
         """
         if not self._answers:
             return None
-        recorded = self._answers.popleft()
-        if recorded["question_digest"] != digest_of_json(question):
+        digest, recorded = self._answers.popleft()
+        if digest != digest_of_json(question):
             raise InputError(
                 f"the journal '{self.path}' answers another question than the one asked now; begin a new search"
             )
@@ -135,18 +139,17 @@ class Journal:
         with writing_errors(self.path):
             os.fsync(self._file.fileno())
 
-    def _take_in(self, events: list[dict[str, Any]]) -> None:
-        for event in events:
-            if event["event"] == "loss":
-                candidate = Candidate(tuple(event["levels"]), tuple(event["attention"]))
-                first, last = event["sequences"]
-                self._losses[candidate, first, last] = event["loss"]
-            elif event["event"] == "answer":
-                self._answers.append(event)
-            elif event["event"] == "repair":
-                self._repairs[event["question"]] += 1
-            elif event["event"] == "generation":
-                self._generations = event["generation"]
+    def _take_in(self, event: dict[str, Any]) -> None:
+        if event["event"] == "loss":
+            candidate = Candidate(tuple(event["levels"]), tuple(event["attention"]))
+            first, last = event["sequences"]
+            self._losses[candidate, first, last] = float(event["loss"])
+        elif event["event"] == "answer":
+            self._answers.append((event["question_digest"], event))
+        elif event["event"] == "repair":
+            self._repairs[int(event["question"])] += 1
+        elif event["event"] == "generation":
+            self._generations = int(event["generation"])
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -154,25 +157,28 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     events, size = [], 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            if not line.endswith(b"\n"):
-                break
             event = json.loads(line)
-            assert isinstance(event, dict)
-            assert "event" in event
-        except (ValueError, AssertionError) as error:
-            raise InputError(f"line {number} of the journal '{path}' is damaged; begin a new search") from error
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, number) from error
+        if not isinstance(event, dict):
+            raise _damaged(path, number)
         events.append(event)
-        size += len(line)
+        size += len(line) + 1
     return events, size
+
+
+def _damaged(path: Path, number: int) -> InputError:
+    return InputError(f"line {number} of the journal '{path}' is damaged; begin a new search in another directory")
 
 
 def _check_same(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if found == own:
         return
-    if found.get("event") != "search" or found.get("schema_version") != SCHEMA_VERSION:
+    own_kind = ("search", SCHEMA_VERSION, dict)
+    if (found.get("event"), found.get("schema_version"), type(found.get("settings"))) != own_kind:
         raise InputError(f"'{path}' is not a journal of this version; begin a new search")
     there, here = found["settings"], own["settings"]
     changed = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))

@@ -6,7 +6,7 @@ strategies spend from the same account, so that their results can be set side by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -52,8 +52,8 @@ class Judge:
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing may be spent any more."""
-        return self.spent >= self.limit - _ROUNDING
+        """Whether no new candidate can be seen on all of the text any more."""
+        return not self.affordable(1)
 
     @property
     def last_stage(self) -> int:
@@ -61,8 +61,18 @@ class Judge:
         return len(self.stages) - 1
 
     def affordable(self, count: int, stage: int = 0) -> int:
-        """How many of `count` new candidates can still be seen up to a stage."""
-        return min(count, int((self.limit - self.spent) / (self.stages[stage] / self.stages[-1]) + _ROUNDING))
+        """How many of `count` candidates can be seen at a stage, so that the best can be seen on all of the text.
+
+        Args:
+            count: candidates that were seen at all stages before.
+            stage: the next one.
+        """
+        look, rest = self._share(stage), 1 - self.stages[stage] / self.stages[-1]
+        return min(count, max(int((self.limit - self.spent - rest) / look + _ROUNDING), 0))
+
+    def affordable_whole(self, count: int) -> int:
+        """How many of `count` new candidates can be seen on all of the text."""
+        return min(count, max(int(self.limit - self.spent + _ROUNDING), 0))
 
     def judged(self, candidates: Sequence[Candidate], stage: int) -> list[Scored]:
         """See candidates on the text up to a stage; what was seen already costs nothing.
@@ -71,14 +81,14 @@ class Judge:
             All of them, best first.
         """
         for looked in range(stage + 1):
-            first, last = ((0, *self.stages)[looked], self.stages[looked])
+            first, last = (0, *self.stages)[looked], self.stages[looked]
             wanted = [candidate for candidate in dict.fromkeys(candidates) if self._looks_at(candidate) == looked]
             keys = {candidate: (candidate, first, last) for candidate in wanted}
             losses = self._losses(list(keys.values()))
             for candidate in wanted:
                 self.looks += not looked
                 self.seen.setdefault(candidate, []).append(losses[keys[candidate]])
-                self.spent += (last - first) / self.stages[-1]
+                self.spent += self._share(looked)
                 if looked == self.last_stage:
                     self._note(self.scored(candidate))
         return best_first([self.scored(candidate, stage) for candidate in dict.fromkeys(candidates)])
@@ -93,6 +103,10 @@ class Judge:
     def finished(self) -> list[Scored]:
         """Everything that was seen on all of the text, best first."""
         return best_first([self.scored(candidate) for candidate, sums in self.seen.items() if self._complete(sums)])
+
+    def _share(self, stage: int) -> float:
+        """What a look at a stage costs."""
+        return (self.stages[stage] - (0, *self.stages)[stage]) / self.stages[-1]
 
     def _complete(self, sums: Sequence[float]) -> bool:
         return len(sums) == len(self.stages)
@@ -116,25 +130,20 @@ class Judge:
             self.curve.append(CurvePoint(evaluations=self.spent, fitness=found.fitness))
 
 
-def narrowed(judge: Judge, candidates: Iterable[Candidate], survivors: Sequence[int]) -> list[Scored]:
+def narrowed(judge: Judge, candidates: Sequence[Candidate], survivors: Sequence[int]) -> list[Scored]:
     """Judge candidates stage by stage, fewer each time (EvoPress's selection by few, then more tokens).
 
     Args:
         judge: what they are judged by.
-        candidates: all of them.
+        candidates: new ones.
         survivors: how many are left after each stage but the last.
 
     Returns:
-        Those that were seen on all of the text, best first; fewer where nothing may be spent any more.
+        Those that were seen on all of the text, best first; none where nothing may be spent any more.
     """
-    left = list(candidates)[: judge.affordable(len(list(candidates)))]
-    for stage in range(len(judge.stages)):
-        if not left:
-            return []
+    left, found = list(candidates), list[Scored]()
+    for stage, most in enumerate((len(left), *survivors)):
+        left = left[: judge.affordable(min(most, len(left)), stage)]
         found = judge.judged(left, stage)
-        if stage == judge.last_stage:
-            return found
-        left = [scored.candidate for scored in found[: survivors[stage]]]
-        share = (judge.stages[stage + 1] - judge.stages[stage]) / judge.stages[-1]
-        left = left[: max(int((judge.limit - judge.spent) / share + _ROUNDING), 0)]
-    return []
+        left = [scored.candidate for scored in found]
+    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from flap_export.errors import InputError
 from flap_export.searching.proposers import Proposer
 
-FORMS = "openai:URL (with the name of its model), local:PATH or self"
+FORMS: Final = "openai:URL (with the name of its model), local:PATH or self"
 
 
 def open_proposer(
@@ -34,17 +35,28 @@ def open_proposer(
         ModelError: the local model cannot be loaded.
         MissingRequirementError: the client of servers is not installed.
     """
+    check_proposer(text, model_name)
     kind, _, place = text.partition(":")
-    if kind == "openai" and place:
+    if kind == "openai":
         from flap_export.searching.openai_server import OpenAIServer
 
-        if not model_name:
-            raise InputError(f"{text} needs the name of a model at the server; add --model NAME")
+        assert model_name
         return OpenAIServer(place, model_name, timeout_s=timeout_s, max_retries=max_retries)
-    if (kind == "local" and place) or text == "self":
-        from flap_export.searching.local_model import LocalModel
+    from flap_export.searching.local_model import LocalModel
 
-        if model_name:
-            raise InputError(f"{text} names its model itself, got the name '{model_name}' too; leave it out")
-        return LocalModel(place or str(pruned_model), device=device)
-    raise InputError(f"a proposer reads {FORMS}, got '{text}'")
+    return LocalModel(place or str(pruned_model), device=device)
+
+
+def check_proposer(text: str, model_name: str | None) -> None:
+    """Whether a proposer can be meant by this.
+
+    Raises:
+        InputError: it has none of the forms, or the model's name is missing, or too much.
+    """
+    kind, _, place = text.partition(":")
+    if not (text == "self" or (place and kind in ("openai", "local"))):
+        raise InputError(f"a proposer reads {FORMS}, got '{text}'")
+    if kind == "openai" and not model_name:
+        raise InputError(f"{text} needs the name of a model at the server; add --model NAME")
+    if kind != "openai" and model_name:
+        raise InputError(f"{text} names its model itself, got the name '{model_name}' too; leave it out")

@@ -35,6 +35,10 @@ Pair = tuple[Scored, Scored]
 class Operators(Protocol):
     """What Self-Pruner lets a language model do. All answers meet the budget, and none is in `known`."""
 
+    def observe(self, best: float) -> None:
+        """Take note of the best fitness after a generation."""
+        ...
+
     def initial(self, count: int, known: Collection[Candidate]) -> list[Candidate]:
         """A first population of `count` candidates, or fewer where the space is exhausted."""
         ...
@@ -59,6 +63,9 @@ class Conventional:
     def __init__(self, space: Space, random: np.random.Generator) -> None:
         self._space, self._random = space, random
 
+    def observe(self, best: float) -> None:
+        """Chance does not mind."""
+
     def initial(self, count: int, known: Collection[Candidate]) -> list[Candidate]:
         """Rates drawn around the mean rate, every time with another spread."""
         return self.distinct([self.drawn] * count, known)
@@ -75,7 +82,7 @@ class Conventional:
         """Level switches: one layer loses a step of what another gains, once to three times."""
         return self.distinct(
             [lambda parent=parent: self.switched(parent.candidate) for parent in parents],  # type: ignore[misc]
-            known,
+            {*known, *(parent.candidate for parent in parents)},
         )
 
     def distinct(self, draws: Sequence[Callable[[], Candidate]], known: Collection[Candidate]) -> list[Candidate]:
@@ -116,13 +123,11 @@ class Conventional:
                 attention = list(space.completed(levels, attention).attention)
                 continue
             rising = [i for i, (_, high) in enumerate(space.bounds) if levels[i] < high]
-            falling = [i for i, (low, _) in enumerate(space.bounds) if levels[i] > low]
-            if not rising or not falling:
-                continue
-            up, down = int(random.choice(rising)), int(random.choice(falling))
-            if up != down:
+            up = int(random.choice(rising)) if rising else None
+            falling = [i for i, (low, _) in enumerate(space.bounds) if levels[i] > low and i != up]
+            if up is not None and falling:
                 levels[up] += 1
-                levels[down] -= 1
+                levels[int(random.choice(falling))] -= 1
         moved = [a != b for a, b in zip(levels, candidate.levels, strict=True)]
         own = space.completed(levels)
         # A layer whose level moved takes the ranking's part again; elsewhere attention stays as it was.

@@ -16,7 +16,7 @@ from flap_export.choosing import ladders_of, make_plan, splitting_of
 from flap_export.errors import BudgetError, InputError, TextError
 from flap_export.evidence import EVIDENCE_NAME, CalibrationText, Evidence, evidence_options, gather
 from flap_export.ladders import LayerLadders
-from flap_export.layerwise import Progress
+from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, open_checkpoint
 from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PruningPlan
@@ -25,10 +25,12 @@ from flap_export.searching.fitting import fit_rankings
 from flap_export.searching.problem import Problem
 from flap_export.searching.record import SearchOptions
 from flap_export.searching.space import Candidate, Space
+from flap_export.storage import new_directory
 from flap_export.text import read_windows
 
 EVIDENCE_FOLDER: Final = "evidence"
 FITS_FOLDER: Final = "fits"
+_OPTIONS_NAME: Final = "options.json"
 CHUNK_TOKENS: Final = 2048
 """Tokens that go through a layer at once, about."""
 
@@ -44,7 +46,23 @@ class Prepared:
     evidence: Evidence
     references: dict[str, Candidate]
     """Known rates under the same budget: uniform, the method's own allocation, FLAP's."""
+    start: tuple[Candidate, ...]
+    """Those of them that a search may begin with: whether it is compared with others does not change it."""
     shares_calibration: bool
+    calibrated: Tensor
+    """What was calibrated on, int64 [sequences, length]."""
+
+    def make_fits(self, progress: Progress = no_progress) -> None:
+        """Make the factors that least squares takes, or find them made.
+
+        Raises:
+            ModelError: weights are missing or hold NaN, or the activations overflow.
+            OutputError: the disk is full.
+        """
+        problem = self.problem
+        if problem.fits is not None:
+            tokens, folder, dtype, device = self.calibrated, problem.fits, problem.dtype, problem.device
+            fit_rankings(self.dense, self.ladders, tokens, folder, dtype=dtype, device=device, progress=progress)
 
 
 def prepared(
@@ -57,6 +75,7 @@ def prepared(
     compares: bool,
     device: str,
     progress: Progress,
+    fits: bool = True,
 ) -> Prepared:
     """Do, or find done, all that comes before the first candidate.
 
@@ -69,6 +88,7 @@ def prepared(
         compares: whether FLAP's allocation is wanted beside the method's own.
         device: where to compute.
         progress: told after every layer.
+        fits: make the factors that least squares takes at once; else before the problem is opened, by `make_fits`.
 
     Raises:
         InputError: one of its kinds, for an unusable model, text, budget or bounds.
@@ -92,10 +112,6 @@ def prepared(
     tokens = calibration_tokens(dense, evidence)
     chunk = max(CHUNK_TOKENS // tokens.shape[1], 1)
     dtype = compute_dtype(dense, text.dtype, device)
-    fits = None
-    if prune.compensation == "least-squares":
-        fits = directory / FITS_FOLDER / f"{prune.method}-{evidence.digests['calibration'][:12]}"
-        fit_rankings(dense, ladders, tokens, fits, dtype=dtype, device=device, progress=progress)
     own, shares = fitness_tokens(dense, text, tokens, options.fitness_samples, chunk)
     problem = Problem(
         str(dense.directory),
@@ -103,7 +119,7 @@ def prepared(
         own,
         options.fitness,
         prune.compensation or "none",
-        fits,
+        directory / FITS_FOLDER / _fits_name(evidence) if prune.compensation == "least-squares" else None,
         evidence.statistics,
         dtype,
         device,
@@ -111,11 +127,19 @@ def prepared(
     )
     references = {"uniform": space.uniform()}
     _add_allocation(references, prune.method, dense, evidence, prune, ladders, space)
+    start = tuple(dict.fromkeys(references.values()))
     if compares and prune.method != "flap":
         flap = resolved(PruneOptions(ratio=prune.ratio, align_channels=prune.align_channels))
         found = _evidence(model, directory / "evidence-flap", text, flap, device, progress)
         _add_allocation(references, "flap", dense, found, flap, ladders, space)
-    return Prepared(problem, dense, ladders, evidence, references, shares)
+    ready = Prepared(problem, dense, ladders, evidence, references, start, shares, tokens)
+    if fits:
+        ready.make_fits(progress)
+    return ready
+
+
+def _fits_name(evidence: Evidence) -> str:
+    return "-".join(evidence.digests[source][:12] for source in ("weights", "calibration"))
 
 
 def _evidence(
@@ -126,11 +150,12 @@ def _evidence(
     if (folder / EVIDENCE_NAME).is_file():
         kept = Evidence.load(folder)
         same = kept.method == wanted.method and kept.digests.get("weights") == open_checkpoint(model).weights.digest
-        if same and (folder / "options.json").read_text(encoding="utf-8") == _described(text, wanted):
+        if same and (folder / _OPTIONS_NAME).read_text(encoding="utf-8") == _described(text, wanted):
             return kept
     found = gather(model, text, wanted, device=device, progress=progress)
-    found.save(folder)
-    (folder / "options.json").write_text(_described(text, wanted), encoding="utf-8")
+    with new_directory(folder, EVIDENCE_NAME) as whole:
+        found.save(whole)
+        (whole / _OPTIONS_NAME).write_text(_described(text, wanted), encoding="utf-8")
     return found
 
 
@@ -190,7 +215,7 @@ def fitness_tokens(
     ).tokens
     used = {row.tobytes() for row in calibrated.numpy()}
     others = np.array([row for row in every if row.tobytes() not in used], dtype=np.int64)
-    wanted = max(samples // chunk, 1) * chunk if samples >= chunk else samples
+    wanted = samples - samples % chunk if samples >= chunk else samples
     shares = len(others) < wanted
     source = calibrated.numpy() if shares else others
     if len(source) < wanted:

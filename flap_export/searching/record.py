@@ -9,6 +9,7 @@ from pydantic import Field
 from flap_export.evidence import CalibrationText
 from flap_export.methods import PruneOptions
 from flap_export.plan import Ratio
+from flap_export.searching.asking import Usage
 from flap_export.searching.fitness import FitnessName
 from flap_export.searching.judging import CurvePoint
 from flap_export.searching.space import Granularity
@@ -27,6 +28,12 @@ class SearchOptions(Value):
     """Who answers prompts in place of chance, in a population: `openai:URL`, `local:PATH`, `self`; None is chance."""
     proposer_model: str | None = None
     """The model's name at a server."""
+    proposer_timeout_s: float = Field(default=120.0, gt=0)
+    """For a server to answer."""
+    proposer_retries: int = Field(default=5, ge=0)
+    """Requests to a server after the first, for one answer, each after a longer wait."""
+    prices: tuple[float, float] | None = None
+    """Of a million tokens in prompts and in answers, in any currency."""
     evaluations: float = Field(default=430.0, ge=1)
     """Looks at one candidate on all of the text; partial ones count their part."""
     population: int = Field(default=30, ge=2)
@@ -55,6 +62,18 @@ class SearchOptions(Value):
     latency_context: int = Field(default=1024, ge=1)
 
 
+_OF_A_RUN: Final = {
+    "strategy",
+    "proposer",
+    "proposer_model",
+    "proposer_timeout_s",
+    "proposer_retries",
+    "prices",
+    "evaluations",
+}
+"""Options that may change while a search's problem stays the same."""
+
+
 class SearchRequest(Record):
     """`request.json`: what a search was asked for."""
 
@@ -67,9 +86,7 @@ class SearchRequest(Record):
 
     def settings(self) -> dict[str, Any]:
         """What must stay the same for a search to go on: all but who searches for how long."""
-        options = self.options.model_dump(
-            mode="json", exclude={"strategy", "proposer", "proposer_model", "evaluations"}
-        )
+        options = self.options.model_dump(mode="json", exclude=_OF_A_RUN)
         return {
             "model": self.model,
             "calibration": self.calibration.model_dump(mode="json"),
@@ -106,6 +123,10 @@ class SearchRun(Value):
     seconds: float
     """Of this process; what an interrupted one had done before is not in it."""
     curve: tuple[CurvePoint, ...]
+    usage: Usage | None = None
+    """Of the language model."""
+    cost: float | None = None
+    """Of its tokens, at the prices given."""
 
 
 class SearchReport(Record):

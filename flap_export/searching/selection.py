@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from flap_export.searching.operators import Scored
 
@@ -26,16 +27,32 @@ def best_first(scored: Sequence[Scored]) -> list[Scored]:
     return ordered
 
 
-def pareto_front(scored: Sequence[Scored]) -> list[Scored]:
-    """Candidates that no other one beats in one objective without losing in the other, by ascending fitness."""
-    front: list[Scored] = []
-    for found in sorted(scored, key=lambda found: (found.fitness, _latency(found), found.candidate)):
+class Valued(Protocol):
+    """What two objectives are known of."""
+
+    @property
+    def fitness(self) -> float: ...  # noqa: D102
+
+    @property
+    def latency_ms(self) -> float | None: ...  # noqa: D102
+
+
+V = TypeVar("V", bound=Valued)
+
+
+def pareto_front(scored: Sequence[V]) -> list[V]:
+    """Those that no other one beats in one objective without losing in the other, by ascending fitness.
+
+    Of several that are equal in both, the first.
+    """
+    front: list[V] = []
+    for found in sorted(scored, key=lambda found: (found.fitness, _latency(found))):
         if not front or _latency(found) < _latency(front[-1]):
             front.append(found)
     return front
 
 
-def _latency(found: Scored) -> float:
+def _latency(found: Valued) -> float:
     return math.inf if found.latency_ms is None else found.latency_ms
 
 

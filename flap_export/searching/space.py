@@ -91,7 +91,8 @@ class Space:
         layers = tuple(LayerCosts.of(layer) for layer in ladders)
         total = sum(layer.total for layer in layers)
         budget = ratio * total
-        step_weights = budget / math.ceil(ratio * len(layers) / step - _ROUNDING)
+        level_sum = max(math.ceil(ratio * len(layers) / step - _ROUNDING), 1)
+        step_weights = budget / level_sum
         ranges = []
         for index, layer in enumerate(layers):
             own = (bounds or {}).get(index, (least, greatest))
@@ -101,7 +102,9 @@ class Space:
             if not 0 <= low <= high <= 1:
                 raise BudgetError(f"layer {index}: the bounds of a rate must be ascending shares in 0..1, got {own}")
             unit = step_weights / layer.total
-            ranges.append((math.ceil(low / unit - _ROUNDING), math.floor(high / unit + _ROUNDING)))
+            lowest, highest = math.ceil(low / unit - _ROUNDING), math.floor(high / unit + _ROUNDING)
+            # No layer can bear more than all of the budget.
+            ranges.append((lowest, min(highest, max(lowest, level_sum))))
         unknown = sorted(index for index in bounds or {} if not 0 <= index < len(layers))
         if unknown:
             raise BudgetError(f"there is no layer {unknown[0]} to set bounds for; the model has {len(layers)} layers")
@@ -110,17 +113,21 @@ class Space:
         return space
 
     def _check_room(self, ratio: float) -> None:
-        total = sum(layer.total for layer in self.layers)
-        low, high = (sum(levels[end] * self.step for levels in self.bounds) / total for end in (0, 1))
-        if any(least > greatest for least, greatest in self.bounds):
-            layer = next(index for index, (least, greatest) in enumerate(self.bounds) if least > greatest)
-            raise BudgetError(f"layer {layer}: no multiple of the step lies within its bounds; widen them")
-        half = self.step / total / 2
-        if not low - half <= ratio <= high + half:
+        for index, (least, greatest) in enumerate(self.bounds):
+            if least > greatest:
+                raise BudgetError(f"layer {index}: no multiple of the step lies within its bounds; widen them")
+        least, greatest = (sum(levels[end] for levels in self.bounds) for end in (0, 1))
+        if not least <= self.level_sum <= greatest:
+            low, high = (ratio * levels / self.level_sum for levels in (least, greatest))
             raise BudgetError(
                 f"within their bounds the layers lose between {low:.1%} and {high:.1%} of the weights, not "
                 f"{ratio:.1%}; widen the bounds or protect fewer layers"
             )
+
+    @property
+    def level_sum(self) -> int:
+        """What the levels of every candidate add up to."""
+        return round(self.budget / self.step)
 
     @cached_property
     def splits(self) -> tuple[Mapping[int, int], ...]:
@@ -132,7 +139,9 @@ class Space:
 
     @cached_property
     def reachable(self) -> tuple[Mapping[int, Sequence[int]], ...]:
-        """Of every layer, attention's possible steps at every level."""
+        """Of every layer, attention's possible steps at every level; those of `splits` where it is not searched."""
+        if self.granularity == "layers":
+            return tuple({level: [steps] for level, steps in own.items()} for own in self.splits)
         return tuple(
             {level: layer.attention_steps(min(level * self.step, layer.total)) for level in range(low, high + 1)}
             for layer, (low, high) in zip(self.layers, self.bounds, strict=True)
@@ -163,18 +172,18 @@ class Space:
         return sum(costs.removed(*taken) for costs, taken in zip(self.layers, self.steps(candidate), strict=True))
 
     def contains(self, candidate: Candidate) -> bool:
-        """Whether levels and attention are within their bounds, and the budget is met to half a step."""
+        """Whether levels and attention are within their bounds, and the levels add up to the budget."""
         within = len(candidate.levels) == len(candidate.attention) == len(self.layers) and all(
             low <= level <= high and attention in self.reachable[index][level]
             for index, (level, attention, (low, high)) in enumerate(
                 zip(candidate.levels, candidate.attention, self.bounds, strict=True)
             )
         )
-        return within and abs(self.removed(candidate) - self.budget) <= self.step / 2
+        return within and sum(candidate.levels) == self.level_sum
 
     def completed(self, levels: Sequence[int], attention: Sequence[int] | None = None) -> Candidate:
         """A candidate of these levels; attention's steps are the nearest possible, or what the ranking says."""
-        if attention is None or self.granularity == "layers":
+        if attention is None:
             return Candidate(tuple(levels), tuple(self.splits[i][level] for i, level in enumerate(levels)))
         nearest = (
             min(self.reachable[index][level], key=lambda steps: abs(steps - wanted))
@@ -213,7 +222,7 @@ class Space:
             asked: levels that were wanted, not rounded; the layer that moves is the one it brings nearest to them.
         """
         found, wanted = list(levels), list(asked if asked is not None else levels)
-        missing = round((self.budget - sum(level * self.step for level in found)) / self.step)
+        missing = self.level_sum - sum(found)
         direction = 1 if missing > 0 else -1
         for _ in range(abs(missing)):
             movable = [i for i, (low, high) in enumerate(self.bounds) if low <= found[i] + direction <= high]
@@ -223,7 +232,7 @@ class Space:
         return found
 
     def uniform(self) -> Candidate:
-        """The same rate in every layer that is free to have it; what the grid cannot divide goes to the first ones."""
+        """The same rate in every layer that may have it; what the grid cannot divide is drawn by a fixed seed."""
         total = sum(costs.total for costs in self.layers)
         return self.repaired([self.budget / total] * len(self.layers), None, np.random.default_rng(0))
 
@@ -235,7 +244,8 @@ class Space:
     def settled(self, candidate: Candidate) -> Steps:
         """The candidate's cut points with single FFN steps moved until the budget is met to half of one.
 
-        Levels meet it up to half a step of every layer's FFN, an amount that this divides among the layers.
+        Levels meet it up to half a step of every layer's FFN, an amount that this divides among the layers. An FFN that
+        is whole or gone stays so.
         """
         steps = [list(taken) for taken in self.steps(candidate)]
         missing = self.budget - self.removed(candidate)
@@ -243,7 +253,7 @@ class Space:
             moved = False
             for costs, taken in zip(self.layers, steps, strict=True):
                 other = taken[1] + (1 if missing > 0 else -1)
-                if not 0 < taken[1] < len(costs.ffn) - 1 or not 0 <= other < len(costs.ffn):
+                if not 0 < taken[1] < len(costs.ffn) - 1:
                     continue
                 change = int(costs.ffn[other] - costs.ffn[taken[1]])
                 if abs(missing - change) < abs(missing):

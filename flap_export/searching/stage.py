@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final
 
 from flap_export.choosing import make_plan
 from flap_export.errors import InputError, check_choice
 from flap_export.evidence import CalibrationText
-from flap_export.ladders import layer_plan
 from flap_export.layerwise import Progress, no_progress
 from flap_export.manifest import write_manifest
 from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
-from flap_export.prediction import GPUS, expected_ms
+from flap_export.prediction import GPUS
 from flap_export.rates import RATES_NAME, Rates, rates_of_steps
-from flap_export.searching.fitness import Losses
-from flap_export.searching.journal import JOURNAL_NAME, Journal
-from flap_export.searching.judging import Judge
-from flap_export.searching.operators import Conventional, Scored
-from flap_export.searching.preparing import Prepared, prepared, stage_sequences
-from flap_export.searching.record import (
-    REQUEST_NAME,
-    SEARCH_NAME,
-    Found,
-    SearchOptions,
-    SearchReport,
-    SearchRequest,
-    SearchRun,
-)
-from flap_export.searching.selection import pareto_front
+from flap_export.searching.opening import check_proposer
+from flap_export.searching.preparing import FITS_FOLDER, Prepared, prepared, stage_sequences
+from flap_export.searching.record import REQUEST_NAME, SEARCH_NAME, SearchOptions, SearchReport, SearchRequest
+from flap_export.searching.runs import Setting
+from flap_export.searching.sources import opened_losses, workers_of
 from flap_export.searching.space import Candidate
-from flap_export.searching.strategies import STRATEGIES, StrategyName, Task, seeded
-from flap_export.shapes import DecoderShape
+from flap_export.searching.strategies import StrategyName
 from flap_export.storage import check_output
 
 RUNS_FOLDER: Final = "runs"
@@ -54,6 +41,7 @@ def search(
     seeds: Sequence[int] = (0,),
     baselines: bool = False,
     workers: str = "local",
+    replay: bool = False,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> SearchReport:
@@ -70,6 +58,7 @@ def search(
         baselines: run random and conventional search beside it, and tell what uniform rates and FLAP's come to.
         workers: where candidates are evaluated: `local`, `ray` with as many workers as its cluster has room for, or
             `ray:N` with N.
+        replay: take a language model's answers from the journals, and ask nobody.
         device: where to compute.
         progress: told what is being done.
 
@@ -79,14 +68,25 @@ def search(
     """
     chosen, prune, directory = options or SearchOptions(), resolved(prune), Path(output)
     check_search(chosen, prune, seeds)
+    workers_of(workers)
     check_output(directory, REQUEST_NAME)
     _begin(directory, SearchRequest(model=str(model), calibration=calibration, prune=prune, options=chosen))
     started = time.monotonic()
-    ready = prepared(model, directory, calibration, prune, chosen, compares=baselines, device=device, progress=progress)
-    prepare_s = time.monotonic() - started
-    with _losses(ready, workers, progress) as losses:
-        setting = _Setting(ready, losses, chosen, prune, calibration, directory / RUNS_FOLDER, progress)
+    ready = prepared(
+        model,
+        directory,
+        calibration,
+        prune,
+        chosen,
+        compares=baselines,
+        device=device,
+        progress=progress,
+        fits=False,
+    )
+    with opened_losses(ready, workers, progress) as losses:
+        setting = Setting(ready, losses, chosen, prune, calibration, directory / RUNS_FOLDER, progress, replay)
         references = setting.references()
+        prepare_s = time.monotonic() - started
         wanted = [(chosen.strategy, chosen.proposer)]
         if baselines:
             wanted += [(name, None) for name in BASELINES if (name, None) not in wanted]
@@ -108,6 +108,8 @@ def search(
         digests=dict(ready.evidence.digests),
     )
     report.save(directory / SEARCH_NAME)
+    # As large as the projections' covariances, and soon made again where the search goes on.
+    shutil.rmtree(directory / FITS_FOLDER, ignore_errors=True)
     write_manifest(directory, digests=plan.digests)
     return report
 
@@ -131,8 +133,11 @@ def check_search(options: SearchOptions, prune: PruneOptions, seeds: Sequence[in
         raise InputError("a search fits to the dense model's inputs; leave out --sequential, and prune with it after")
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"a search takes one or more different seeds, got {list(seeds)}")
-    if options.proposer is not None and options.strategy != "population":
-        raise InputError(f"a language model breeds a population, not the strategy {options.strategy}")
+    if options.proposer is not None:
+        check_proposer(options.proposer, options.proposer_model)
+        if options.strategy != "population":
+            raise InputError(f"a language model breeds a population, not the strategy {options.strategy}")
+    stage_sequences(options.stages, 1, 1)
     if options.mutations + options.crossovers < 1:
         raise InputError("a population needs children: set --mutations or --crossovers")
     if options.latency is not None:
@@ -156,136 +161,6 @@ def _begin(directory: Path, request: SearchRequest) -> None:
                 "directory, or the settings it was begun with"
             )
     request.save(path)
-
-
-@contextmanager
-def _losses(ready: Prepared, workers: str, progress: Progress) -> Iterator[Losses]:
-    name, _, count = workers.partition(":")
-    check_choice("--workers", name, ("local", "ray"))
-    if name == "local":
-        with ready.problem.opened(progress=progress) as local:
-            yield local
-        return
-    from flap_export.searching.workers import ray_losses
-
-    if count and not count.isdecimal():
-        raise InputError(f"--workers reads local, ray or ray:N, got '{workers}'")
-    with ray_losses(ready.problem, int(count) if count else None) as remote:
-        yield remote
-
-
-@final
-@dataclass(frozen=True)
-class _Setting:
-    """What all runs of one search share."""
-
-    ready: Prepared
-    losses: Losses
-    options: SearchOptions
-    prune: PruneOptions
-    calibration: CalibrationText
-    folder: Path
-    progress: Progress
-
-    def references(self) -> dict[str, float]:
-        """Fitness of the rates that are known without a search."""
-        with self._journal("references", {}) as journal:
-            judge = self._judge(journal)
-            candidates = self.ready.references
-            judge.judged(list(candidates.values()), judge.last_stage)
-            return {name: judge.scored(candidate).fitness for name, candidate in candidates.items()}
-
-    def run(self, strategy: StrategyName, proposer: str | None, seed: int) -> tuple[SearchRun, Candidate]:
-        """One strategy from one seed."""
-        options, space = self.options, self.ready.problem.space
-        name = f"{strategy}-{seed}" if proposer is None else f"{proposer.partition(':')[0]}-{seed}"
-        started = time.monotonic()
-        with self._journal(name, {"strategy": strategy, "proposer": proposer, "seed": seed}) as journal:
-            judge = self._judge(journal)
-            chance = Conventional(space, seeded(seed, strategy))
-            known = tuple(dict.fromkeys(self.ready.references.values()))
-            task = Task(
-                space,
-                judge,
-                chance,
-                chance,
-                known if options.informed else (space.uniform(),),
-                options.population,
-                options.mutations,
-                options.crossovers,
-                self.progress,
-            )
-            STRATEGIES[strategy](task)
-            finished = judge.finished()
-        best = finished[0]
-        found = SearchRun(
-            name=name,
-            strategy=strategy,
-            proposer=proposer,
-            seed=seed,
-            best=self._found(best),
-            front=tuple(map(self._found, pareto_front(finished))) if options.latency else (),
-            evaluations=round(judge.spent, 6),
-            looks=judge.looks,
-            seconds=round(time.monotonic() - started, 1),
-            curve=tuple(judge.curve),
-        )
-        return found, best.candidate
-
-    def _journal(self, name: str, own: dict[str, Any]) -> Journal:
-        request = SearchRequest(
-            model=self.ready.dense.name, calibration=self.calibration, prune=self.prune, options=self.options
-        )
-        settings = {**own, **request.settings(), "digests": dict(self.ready.evidence.digests)}
-        return Journal(self.folder / name / JOURNAL_NAME, settings)
-
-    def _judge(self, journal: Journal) -> Judge:
-        problem = self.ready.problem
-        sequences, length = problem.tokens.shape
-        return Judge(
-            self.losses,
-            journal,
-            problem.fitness,
-            length,
-            stage_sequences(self.options.stages, sequences, problem.chunk_sequences),
-            self.options.evaluations,
-            self._latency() if self.options.latency else None,
-        )
-
-    def _latency(self) -> Callable[[Candidate], float]:
-        """Expected decode latency of a candidate, in ms; see `flap_export.prediction`."""
-        options, known = self.options, {}
-        assert options.latency is not None
-        gpu = options.latency
-
-        def expected(candidate: Candidate) -> float:
-            if candidate not in known:
-                shape = self._shape(candidate)
-                size, length = options.latency_batch, options.latency_context
-                known[candidate] = expected_ms(shape, "decode", size, length, gpu=gpu, dtype="float16")
-            return known[candidate]
-
-        return expected
-
-    def _shape(self, candidate: Candidate) -> DecoderShape:
-        dense, space = self.ready.dense.shape, self.ready.problem.space
-        compensated = self.prune.compensation != "none"
-        layers = (
-            layer_plan(index, dense, costs.ladders, *taken).shape(dense.layers[index], compensated=compensated)
-            for index, (costs, taken) in enumerate(zip(space.layers, space.steps(candidate), strict=True))
-        )
-        return dense.model_copy(update={"layers": tuple(layers)})
-
-    def _found(self, scored: Scored) -> Found:
-        space = self.ready.problem.space
-        rates = rates_of_steps([layer.ladders for layer in space.layers], space.steps(scored.candidate))
-        return Found(
-            rates=tuple(rate.rate or 0.0 for rate in rates),
-            attention=tuple(rate.attention or 0.0 for rate in rates),
-            ffn=tuple(rate.ffn or 0.0 for rate in rates),
-            fitness=scored.fitness,
-            latency_ms=scored.latency_ms,
-        )
 
 
 def _write_plan(ready: Prepared, directory: Path, prune: PruneOptions, candidate: Candidate) -> PruningPlan:

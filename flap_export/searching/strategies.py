@@ -50,6 +50,7 @@ class Task:
         judge = self.judge
         summary = {"evaluations": round(judge.spent, 6), "looks": judge.looks, "best": best.fitness}
         judge.journal.finish_generation(number, summary)
+        self.operators.observe(best.fitness)
         self.progress("evaluations", round(judge.spent), round(judge.limit))
 
 
@@ -100,9 +101,9 @@ def population(task: Task) -> None:
         children = operators.mutated(parents, judge.seen)
         known = {**judge.seen, **dict.fromkeys(children)}
         children += operators.crossed(operators.parents(members, task.crossovers), known)
-        finished = _not_hopeless(judge, children, members)
         if not children:
             return
+        finished = _not_hopeless(judge, children, members)
         members = best_first([*members, *finished])[: task.population]
         generation += 1
         task.generation_done(generation, members)
@@ -120,7 +121,7 @@ def _begun(task: Task) -> list[Scored]:
 
 
 def _seen_whole(judge: Judge, candidates: Sequence[Candidate]) -> list[Scored]:
-    return judge.judged(candidates[: judge.affordable(len(candidates), judge.last_stage)], judge.last_stage)
+    return judge.judged(candidates[: judge.affordable_whole(len(candidates))], judge.last_stage)
 
 
 def _survivors(stages: int) -> list[int]:
@@ -129,17 +130,14 @@ def _survivors(stages: int) -> list[int]:
 
 def _not_hopeless(judge: Judge, children: Sequence[Candidate], members: Sequence[Scored]) -> list[Scored]:
     """Judge children stage by stage; those that are worse than all members at a stage go no further."""
-    left = list(children)[: judge.affordable(len(children))]
+    left, found = list(children), list[Scored]()
     for stage in range(len(judge.stages)):
-        found = judge.judged(left, stage) if left else []
-        if stage == judge.last_stage or not found:
-            return found
-        if judge.latency is None:
+        found = judge.judged(left[: judge.affordable(len(left), stage)], stage)
+        if judge.latency is None and stage < judge.last_stage:
             worst = max(judge.scored(member.candidate, stage).fitness for member in members)
             found = [scored for scored in found if scored.fitness <= worst]
-        share = (judge.stages[stage + 1] - judge.stages[stage]) / judge.stages[-1]
-        left = [scored.candidate for scored in found][: max(int((judge.limit - judge.spent) / share + 1e-9), 0)]
-    return []
+        left = [scored.candidate for scored in found]
+    return found
 
 
 def seeded(seed: int, purpose: str) -> np.random.Generator:

@@ -1,0 +1,269 @@
+"""Searched pruning rates on the demo model: fitness against evaluations, quality on held-out text, candidates a second.
+
+Quality: at every ratio, random search, the conventional search and a population bred by chance, each from several
+seeds under the same number of evaluations, beside rates that need no search. All share ranking and restoration
+(`--method obs`); only the rates differ. What is found is pruned and evaluated on other books and on WikiText-2.
+
+Speed: candidates assembled from cached blocks with shared prefixes, against rewriting every candidate to a checkpoint,
+loading it and running it in full, with the very same restored weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import common
+import torch
+
+from flap_export.checkpoint import write_checkpoint
+from flap_export.evaluation import evaluate
+from flap_export.evidence import CalibrationText, Evidence
+from flap_export.layerwise import no_progress
+from flap_export.loading import load_model, open_checkpoint
+from flap_export.methods import PruneOptions, resolved
+from flap_export.plan import PruningPlan
+from flap_export.pruning import prune_with
+from flap_export.rates import LayerRate, rates_of_steps
+from flap_export.rewriting import rewrite
+from flap_export.searching import SearchOptions, SearchReport, search
+from flap_export.searching.operators import Conventional, Scored
+from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared
+from flap_export.searching.space import Candidate
+from flap_export.searching.strategies import seeded
+from flap_export.searching.table import SHARES, lines_of, strategy_name
+
+DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"
+TEXTS: Final = ("heldout.txt.xz", "wikitext-2.txt.xz")
+METHOD: Final = "obs"
+
+
+def main() -> None:
+    """Search, prune, evaluate and time; print tables, write JSON and a plot."""
+    arguments = parsed_arguments()
+    conditions = common.Conditions()
+    result: dict[str, Any] = {}
+    with common.work_directory(arguments) as work:
+        if "quality" in arguments.parts:
+            result["quality"] = list(quality(arguments, work))
+        if "speed" in arguments.parts:
+            result["speed"] = speed(arguments, work)
+    print(f"written to {common.save_result(arguments, conditions, result)}")
+
+
+def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
+    made = common.parser(__doc__, "search")
+    made.add_argument("--parts", nargs="+", choices=("quality", "speed"), default=["quality", "speed"])
+    made.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--evaluations", type=float, default=430)
+    made.add_argument("--samples", type=int, default=512, help="calibration sequences of 128 tokens")
+    made.add_argument("--fitness-samples", type=int, default=32, help="sequences that fitness is measured on")
+    made.add_argument("--windows", type=int, default=256, help="evaluation windows of 128 tokens per text")
+    made.add_argument("--candidates", type=int, default=12, help="candidates that are timed in both ways")
+    arguments = made.parse_args(command_line)
+    if arguments.quick:
+        arguments.ratios, arguments.seeds, arguments.evaluations = [0.3], [0, 1], 6
+        arguments.samples, arguments.fitness_samples, arguments.windows, arguments.candidates = 16, 16, 8, 2
+    return arguments
+
+
+def text_of(arguments: argparse.Namespace) -> CalibrationText:
+    return CalibrationText(
+        source=str(DEMO / "calibration.txt.xz"), samples=arguments.samples, sequence_length=128, seed=0
+    )
+
+
+def quality(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """One result per ratio: the search, and perplexity on held-out text of what it found."""
+    for ratio in arguments.ratios:
+        folder = work / f"search-{ratio:g}"
+        report = search(
+            DEMO / "model",
+            folder,
+            calibration=text_of(arguments),
+            prune=PruneOptions(ratio=ratio, method=METHOD),
+            options=SearchOptions(
+                strategy="population", evaluations=arguments.evaluations, fitness_samples=arguments.fitness_samples
+            ),
+            seeds=arguments.seeds,
+            baselines=True,
+        )
+        rows = [*known_rows(arguments, report, folder, work), *found_rows(arguments, report, folder, work)]
+        common.show(f"{ratio:.0%}, {arguments.evaluations:g} evaluations", COLUMNS, map(row, rows))
+        yield {"ratio": ratio, "rows": rows, "curves": curves(report), "prepare_s": report.prepare_s}
+
+
+def known_rows(
+    arguments: argparse.Namespace, report: SearchReport, folder: Path, work: Path
+) -> Iterator[dict[str, Any]]:
+    """Rates that need no search, and FLAP as it is published."""
+    ready = ready_of(arguments, report, folder)
+    for name, candidate in ready.references.items():
+        perplexities = pruned_perplexities(arguments, ready.evidence, rates_of(ready, candidate), work)
+        yield {"rates": name, "fitness": report.references[name], "perplexities": [perplexities]}
+    flap = Evidence.load(folder / "evidence-flap")
+    published = perplexities_of(arguments, flap, PruneOptions(ratio=report.ratio.requested, method="flap"), work)
+    yield {"rates": "flap, units and bias too", "fitness": None, "perplexities": [published]}
+
+
+def found_rows(
+    arguments: argparse.Namespace, report: SearchReport, folder: Path, work: Path
+) -> Iterator[dict[str, Any]]:
+    """What every strategy found, from every seed."""
+    evidence = Evidence.load(folder / EVIDENCE_FOLDER)
+    for line in lines_of(report):
+        runs = [run for run in report.runs if strategy_name(run) == line.name]
+        found = [
+            [
+                LayerRate(rate=rate, attention=attention, ffn=ffn)
+                for rate, attention, ffn in zip(run.best.rates, run.best.attention, run.best.ffn, strict=True)
+            ]
+            for run in runs
+        ]
+        yield {
+            "rates": line.name,
+            "fitness": line.fitness[-1],
+            "fitness_after": dict(zip(map(str, SHARES), line.fitness, strict=True)),
+            "fitness_spread": line.spread,
+            "candidates": line.looks,
+            "seconds": line.seconds,
+            "perplexities": [pruned_perplexities(arguments, evidence, rates, work) for rates in found],
+        }
+
+
+def pruned_perplexities(
+    arguments: argparse.Namespace, evidence: Evidence, rates: Sequence[LayerRate], work: Path
+) -> list[float]:
+    """Perplexities of the model pruned at these rates, as `prune --rates` does."""
+    return perplexities_of(arguments, evidence, PruneOptions(method=METHOD, rates=tuple(rates)), work)
+
+
+def perplexities_of(
+    arguments: argparse.Namespace, evidence: Evidence, options: PruneOptions, work: Path
+) -> list[float]:
+    prune_with(DEMO / "model", work / "pruned", evidence, options)
+    found = evaluate(work / "pruned", [str(DEMO / text) for text in TEXTS], samples=arguments.windows)
+    return [source.perplexity for source in found.sources]
+
+
+def curves(report: SearchReport) -> list[dict[str, Any]]:
+    """Best fitness against evaluations, a curve per run."""
+    return [
+        {"rates": strategy_name(run), "seed": run.seed, "curve": [[p.evaluations, p.fitness] for p in run.curve]}
+        for run in report.runs
+    ]
+
+
+def ready_of(arguments: argparse.Namespace, report: SearchReport, folder: Path) -> Prepared:
+    """The problem of a search, from what it left."""
+    return prepared(
+        DEMO / "model",
+        folder,
+        report.calibration,
+        report.prune,
+        report.options,
+        compares=True,
+        device="cpu",
+        progress=no_progress,
+    )
+
+
+def rates_of(ready: Prepared, candidate: Candidate) -> tuple[LayerRate, ...]:
+    return rates_of_steps(ready.ladders, ready.problem.space.settled(candidate))
+
+
+COLUMNS: Final = ("rates", "fitness", "± seeds", "candidates", "seconds", "books", "± seeds", "WikiText-2", "± seeds")
+
+
+def row(found: dict[str, Any]) -> tuple[str, ...]:
+    columns = []
+    for values in zip(*found["perplexities"], strict=True):
+        columns += [f"{statistics.fmean(values):.2f}", f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
+    searched = (found.get("fitness_spread"), found.get("candidates"), found.get("seconds"))
+    shown = ["" if value is None else form.format(value) for value, form in zip(searched, ("{:.1g}", "{:.0f}", "{:.0f}"), strict=True)]  # fmt: skip  # noqa: E501
+    fitness = "" if found["fitness"] is None else f"{found['fitness']:.4f}"
+    return (found["rates"], fitness, *shown, *columns)
+
+
+def speed(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Candidates a second, assembled and in full: offspring of one parent, as the search sees them most."""
+    options = SearchOptions(fitness_samples=arguments.fitness_samples)
+    prune = resolved(PruneOptions(ratio=0.3, method=METHOD))
+    ready = prepared(
+        DEMO / "model", work / "speed", text_of(arguments), prune, options, compares=False, device="cpu",
+        progress=no_progress,
+    )  # fmt: skip
+    space, sequences = ready.problem.space, len(ready.problem.tokens)
+    chance = Conventional(space, seeded(0, "speed"))
+    parent = Scored(space.uniform(), 0.0)
+    drawn = chance.initial(arguments.candidates, ())
+    offspring = chance.mutated([parent] * arguments.candidates, ())
+    found, expected = {}, dense_log_probabilities(ready)
+    with ready.problem.opened() as losses:
+        losses.losses([parent.candidate], 0, sequences)
+        for name, candidates in (("offspring", offspring), ("drawn", drawn)):
+            # Blocks that are made for the first time stay for all of a search.
+            losses.losses(candidates, 0, sequences)
+            losses.forget_states()
+            losses.losses([parent.candidate], 0, sequences)
+            started = time.monotonic()
+            assembled = losses.losses(candidates, 0, sequences)
+            assembled_s = time.monotonic() - started
+            started = time.monotonic()
+            whole = [run_in_full(ready, candidate, expected, work / "full") for candidate in candidates]
+            full_s = time.monotonic() - started
+            found[name] = {
+                "candidates": len(candidates),
+                "assembled_per_s": len(candidates) / assembled_s,
+                "full_per_s": len(candidates) / full_s,
+                "times_faster": full_s / assembled_s,
+                "largest_relative_difference": max(
+                    abs(a - b) / b for a, b in zip(assembled, whole, strict=True)
+                ),
+            }  # fmt: skip
+    rows = [
+        (name, f"{one['assembled_per_s']:.2f}", f"{one['full_per_s']:.2f}", f"{one['times_faster']:.1f}x",
+         f"{one['largest_relative_difference']:.0e}") for name, one in found.items()
+    ]  # fmt: skip
+    tokens = ready.problem.tokens.numel()
+    common.show(f"{tokens} tokens", ("candidates", "assembled/s", "in full/s", "faster", "difference"), rows)
+    return {"tokens": tokens, **found}
+
+
+@torch.no_grad()
+def dense_log_probabilities(ready: Prepared) -> list[torch.Tensor]:
+    """What candidates are compared with, chunk by chunk; computed once, in either way."""
+    model = load_model(DEMO / "model", dtype=torch.float32)
+    chunks = ready.problem.tokens.split(ready.problem.chunk_sequences)
+    return [model(input_ids=chunk, use_cache=False).logits.log_softmax(-1) for chunk in chunks]
+
+
+@torch.no_grad()
+def run_in_full(ready: Prepared, candidate: Candidate, expected: Sequence[torch.Tensor], folder: Path) -> float:
+    """Rewrite a candidate to a checkpoint, load it, and sum its KL divergence from the dense model."""
+    dense, problem = ready.dense, ready.problem
+    plan = plan_of(ready, rates_of_steps(ready.ladders, problem.space.steps(candidate)))
+    shape = plan.pruned_shape(dense.shape, compensated=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder, dense, plan, shape, rewrite(dense, plan, problem.restore))
+    model, total = load_model(folder, dtype=torch.float32), 0.0
+    for chunk, reference in zip(problem.tokens.split(problem.chunk_sequences), expected, strict=True):
+        given = model(input_ids=chunk, use_cache=False).logits.log_softmax(-1)
+        total += float((reference.exp() * (reference - given)).sum(dtype=torch.float64))
+    return total
+
+
+def plan_of(ready: Prepared, rates: Sequence[LayerRate]) -> PruningPlan:
+    from flap_export.choosing import make_plan
+
+    options = resolved(PruneOptions(method=METHOD, rates=tuple(rates)))
+    return make_plan(open_checkpoint(DEMO / "model"), ready.evidence, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""`search`: options in, rates, a plan and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+
+from flap_export.cli import console
+from flap_export.cli.options import Device, Json, Output, Samples, SequenceLength, Verbose
+from flap_export.errors import InputError
+
+if TYPE_CHECKING:
+    from flap_export.searching import SearchReport
+
+
+def search(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
+    output: Output,
+    ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.")],
+    calibration: Annotated[str, typer.Option(help="Text source; fitness is measured on sequences of its own.")],
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    method: Annotated[str, typer.Option(help="Ranks units and restores: obs, flap, magnitude, llm-pruner.")] = "obs",
+    metric: Annotated[str | None, typer.Option(help="wifv, ifv or wifn; the method's own by default.")] = None,
+    compensation: Annotated[str | None, typer.Option(help="none, bias or least-squares; the method's own.")] = None,
+    head_units: Annotated[str, typer.Option(help="groups (whole KV groups) or queries (one head of each).")] = "groups",
+    align_channels: Annotated[int, typer.Option(min=1, help="FFN widths are multiples of this.")] = 1,
+    strategy: Annotated[
+        str | None, typer.Option(help="evolutionary, population or random; population with a --proposer.")
+    ] = None,
+    proposer: Annotated[
+        str | None, typer.Option(help="A language model that breeds: openai:URL, local:PATH, or self.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--model", help="The model's name at the server.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for the server to answer.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0, help="Requests after the first, for one answer.")] = 5,
+    prices: Annotated[
+        str | None, typer.Option(metavar="PROMPT:ANSWER", help="Of a million tokens, for the cost of a search.")
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Take answers from the journals of an earlier search, ask nobody.")
+    ] = False,
+    evaluations: Annotated[float, typer.Option(min=1, help="Looks at a candidate on all of the text.")] = 430,
+    population: Annotated[int, typer.Option(min=2, help="Candidates of a population.")] = 30,
+    mutations: Annotated[int, typer.Option(min=0, help="Of one generation of a population.")] = 10,
+    crossovers: Annotated[int, typer.Option(min=0, help="Of one generation of a population.")] = 10,
+    granularity: Annotated[str, typer.Option(help="layers, or modules: attention's part is searched too.")] = "layers",
+    step: Annotated[float, typer.Option(help="Of a layer's rate, at most.")] = 0.05,
+    min_rate: Annotated[float, typer.Option(help="Of every layer.")] = 0.0,
+    max_rate: Annotated[float, typer.Option(help="Of every layer.")] = 0.9,
+    bound: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER=LEAST:MOST", help="Of one layer; may repeat.")
+    ] = None,
+    protect_first: Annotated[int, typer.Option(min=0, help="Layers that lose nothing.")] = 0,
+    protect_last: Annotated[int, typer.Option(min=0, help="Layers that lose nothing.")] = 0,
+    fitness: Annotated[str, typer.Option(help="kl (to the dense logits) or perplexity.")] = "kl",
+    fitness_samples: Annotated[int, typer.Option(min=1, help="Sequences that fitness is measured on.")] = 64,
+    stage: Annotated[
+        list[float] | None, typer.Option(help="Shares of them to look at in turn, the last 1; repeat (0.25 1).")
+    ] = None,
+    uninformed: Annotated[bool, typer.Option("--uninformed", help="Begin with uniform rates only.")] = False,
+    latency: Annotated[str | None, typer.Option(help="A GPU of `predict`, as a second objective.")] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Sequences of the decode step that is predicted.")] = 1,
+    latency_context: Annotated[int, typer.Option(min=1, help="Cached tokens before it.")] = 1024,
+    seed: Annotated[list[int] | None, typer.Option(help="One run from each; repeat (0).")] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Run random and conventional search beside it, as long.")
+    ] = False,
+    workers: Annotated[str, typer.Option(help="local, ray or ray:N.")] = "local",
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Precision to calibrate and evaluate in.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search one pruning rate per layer under an exact budget; goes on where it was interrupted."""
+    console.configure_logging(verbose)
+    from flap_export.evidence import CalibrationText
+    from flap_export.methods import PruneOptions
+    from flap_export.searching import SearchOptions
+    from flap_export.searching import search as search_rates
+    from flap_export.storage import validated
+
+    options = validated(
+        SearchOptions,
+        {
+            "strategy": strategy or ("population" if proposer else "evolutionary"),
+            "proposer": proposer,
+            "proposer_model": name,
+            "proposer_timeout_s": timeout,
+            "proposer_retries": retries,
+            "prices": _numbers("--prices", "PROMPT:ANSWER", prices) if prices else None,
+            "evaluations": evaluations,
+            "population": population,
+            "mutations": mutations,
+            "crossovers": crossovers,
+            "granularity": granularity,
+            "step": step,
+            "least": min_rate,
+            "greatest": max_rate,
+            "bounds": _bounds(bound or ()),
+            "protect_first": protect_first,
+            "protect_last": protect_last,
+            "fitness": fitness,
+            "fitness_samples": fitness_samples,
+            "stages": tuple(stage or (0.25, 1.0)),
+            "informed": not uninformed,
+            "latency": latency,
+            "latency_batch": latency_batch,
+            "latency_context": latency_context,
+        },
+    )
+    seeds = tuple(seed or (0,))
+    text = validated(
+        CalibrationText,
+        {
+            "source": calibration,
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "seed": seeds[0],
+            "dtype": dtype,
+        },
+    )
+    prune = validated(
+        PruneOptions,
+        {
+            "ratio": ratio,
+            "method": method,
+            "metric": metric,
+            "compensation": compensation,
+            "head_units": head_units,
+            "align_channels": align_channels,
+        },
+    )
+    with console.progress_bars() as progress:
+        report = search_rates(
+            model,
+            output,
+            calibration=text,
+            prune=prune,
+            options=options,
+            seeds=seeds,
+            baselines=baselines,
+            workers=workers,
+            replay=replay,
+            device=device,
+            progress=progress,
+        )
+    console.show(report, [*of_search(report), f"rates: {output}/rates.json; prune with `--rates` of it"], json)
+
+
+def _bounds(texts: Sequence[str]) -> dict[int, tuple[float, float]]:
+    found = {}
+    for text in texts:
+        layer, _, rates = text.partition("=")
+        if not layer.strip().isdecimal():
+            raise InputError(f"--bound reads LAYER=LEAST:MOST, such as 3=0.1:0.4; got '{text}'")
+        found[int(layer)] = _numbers("--bound", "LAYER=LEAST:MOST", rates)
+    return found
+
+
+def _numbers(option: str, form: str, text: str) -> tuple[float, float]:
+    try:
+        first, second = map(float, text.split(":"))
+    except ValueError as error:
+        raise InputError(f"{option} reads {form}, two numbers; got '{text}'") from error
+    return first, second
+
+
+def of_search(report: SearchReport) -> Iterator[RenderableType]:
+    """Fitness of every strategy against evaluations, and of the rates known beforehand."""
+    from flap_export.searching.table import SHARES, lines_of
+
+    unit = "KL, nats per token" if report.options.fitness == "kl" else "perplexity"
+    shown = [f"after {share * report.options.evaluations:g}" for share in SHARES]
+    drawn = console.table(f"{unit}, mean over seeds", "rates", *shown, "spread", "candidates", "seconds")
+    for name, value in report.references.items():
+        drawn.add_row(escape(name), *[""] * (len(SHARES) - 1), f"{value:.4g}", "", "", "")
+    for line in lines_of(report):
+        values = [f"{value:.4g}" for value in line.fitness]
+        spread = f"{line.spread:.1g}" if line.seeds > 1 else ""
+        drawn.add_row(escape(line.name), *values, spread, f"{line.looks:.0f}", f"{line.seconds:.0f}")
+    yield drawn
+    for run in report.runs:
+        if run.usage is not None:
+            used, cost = run.usage, "" if run.cost is None else f", cost {run.cost:.4g}"
+            yield (
+                f"{escape(run.name)}: {used.questions} questions, {used.valid} proposals taken, {used.invalid} not "
+                f"understood, {used.duplicate} known already, {used.missing} missing, {used.filled} filled by chance; "
+                f"{used.prompt_tokens} + {used.completion_tokens} tokens{cost}"
+            )
+    best = next(run for run in report.runs if run.name == report.chosen)
+    yield f"best: {escape(report.chosen)}, rates " + " ".join(f"{rate:.2f}" for rate in best.best.rates)
+    if report.fitness_shares_calibration:
+        yield "[yellow]the text is too short: fitness was measured on sequences that units were ranked by[/]"
