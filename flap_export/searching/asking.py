@@ -55,10 +55,8 @@ class Usage(Value):
         """With some counts added."""
         return Usage.model_validate({**self.model_dump(), **{k: getattr(self, k) + n for k, n in counts.items()}})
 
-    def cost(self, prompt_price: float | None, completion_price: float | None) -> float | None:
-        """What the tokens come to, at prices per million of them; None where one is not known."""
-        if prompt_price is None or completion_price is None:
-            return None
+    def cost(self, prompt_price: float, completion_price: float) -> float:
+        """What the tokens come to, at prices per million of them."""
         return (self.prompt_tokens * prompt_price + self.completion_tokens * completion_price) / 1e6
 
 

@@ -283,7 +283,6 @@ def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
 def test_costs_are_per_million_tokens() -> None:
     usage = Usage(prompt_tokens=2_000_000, completion_tokens=500_000)
     assert usage.cost(2.5, 10.0) == pytest.approx(10.0)
-    assert usage.cost(None, 10.0) is usage.cost(2.5, None) is None
     assert Usage.model_validate_json(usage.model_dump_json()) == usage
 
 
