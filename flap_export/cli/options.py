@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from flap_export.errors import check_choice
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what is being done, to standard error.")]
@@ -15,3 +17,14 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Cores one operator may
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Sequences to use; a shorter text is then an error.")]
 SequenceLength = Annotated[int | None, typer.Option(min=2, help="Tokens of one sequence (128).")]
+
+
+def one_of(option: str, value: str | None, known: Any) -> Any:
+    """A value, if it is one of those a table knows; None is.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value is not None:
+        check_choice(f"--{option}", value, known)
+    return value
