@@ -1,6 +1,6 @@
 """The operators of a search as Self-Pruner has them: a language model writes, chooses, crosses and mutates rates.
 
-Self-Pruner (arXiv 2502.14413, section 3.2). What it answers is parsed, brought to the budget and taken where it is new;
+Self-Pruner (arXiv 2502.14413, section 3). What it answers is parsed, brought to the budget and taken where it is new;
 what is missing after some questions comes from the conventional operators, so that any model at all, and any answer,
 leaves a search that goes on.
 """

@@ -55,7 +55,8 @@ class OpenAIServer:
             InputError: the address is not one.
             MissingRequirementError: the client is not installed.
         """
-        self._url, self._model = checked_url(url), model
+        check_url(url)
+        self._url, self._model = url, model
         self._timeout_s, self._max_retries, self._backoff_s = timeout_s, max_retries, backoff_s
         self._options: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
         self._refused: set[str] = set()
@@ -145,8 +146,8 @@ class _PassingError(Exception):
         self.wait_s = wait_s
 
 
-def checked_url(url: str) -> str:
-    """A server's address, without a slash at its end.
+def check_url(url: str) -> None:
+    """Whether a server's address is one.
 
     Raises:
         InputError: it is no address of a web server, or holds a password.
@@ -160,7 +161,6 @@ def checked_url(url: str) -> str:
         raise InputError(f"a server's address holds no key or password; set {KEY_VARIABLE} in the environment")
     if not whole:
         raise InputError(f"a server's address reads http://host:port/v1 or https://host/v1, got '{url}'")
-    return url.rstrip("/")
 
 
 def _key() -> str:

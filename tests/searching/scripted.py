@@ -70,12 +70,14 @@ class Scripted:
         self.script, self.dies_at = script, dies_at
         self.prompts: list[str] = []
         self.temperatures: list[float] = []
+        self.seeds: list[int] = []
 
     def answer(self, messages: Sequence[Message], *, temperature: float, seed: int) -> Answer:
         if len(self.prompts) == self.dies_at:
             raise ProposerUnavailableError("nobody is there", "begin again")
         self.prompts.append(prompt_of(messages))
         self.temperatures.append(temperature)
+        self.seeds.append(seed)
         text = self.script(self.prompts[-1], seed)
         return Answer(text, len(self.prompts[-1]), len(text), 0.25 * len(self.prompts), attempts=1 + seed % 2)
 

@@ -43,6 +43,11 @@ def test_good_answers_are_taken_and_brought_to_the_budget(tmp_path: Path, granul
     assert usage.questions == len(proposer.prompts) == 1 + 2 * 3 + (usage.duplicate > 0)
     assert usage.prompt_tokens == sum(map(len, proposer.prompts))
     assert usage.seconds == pytest.approx(0.25 * sum(range(1, usage.questions + 1)))
+    questions = [one["question"] for one in lines(tmp_path, "answer")]
+    assert [one["seed"] for one in questions] == proposer.seeds
+    assert [one["temperature"] for one in questions] == proposer.temperatures
+    assert [one["messages"][0]["content"] for one in questions] == proposer.prompts
+    assert [one["number"] for one in questions] == list(range(1, usage.questions + 1))
     repairs = lines(tmp_path, "repair")
     assert len(repairs) == usage.valid + usage.duplicate
     taken = [(tuple(r["levels"]), tuple(r["attention"])) for r in repairs if "levels" in r and not r["problem"]]
@@ -112,15 +117,16 @@ def test_what_is_known_or_proposed_twice_is_no_news(tmp_path: Path) -> None:
     assert (operators.usage.valid, operators.usage.duplicate, operators.usage.filled) == (1, 2, 2)
 
 
-def test_more_than_was_asked_for_is_left_out(tmp_path: Path) -> None:
+def test_more_than_was_asked_for_is_left_out_and_still_new(tmp_path: Path) -> None:
     space = small_space()
-    surplus = "<candidates>[[0, 0.3, 0.3, 0.3, 0.3, 0.6], [0.6, 0.3, 0.3, 0.3, 0.3, 0], [0.3,0.3,0.3,0.3,0.3,0.3]]"
+    early, late = "[0, 0.3, 0.3, 0.3, 0.3, 0.6]", "[0.6, 0.3, 0.3, 0.3, 0.3, 0]"
+    answers = iter([f"<candidates>[{early}, [1], {late}]</candidates>", f"<candidates>[{late}]</candidates>"])
     with opened(tmp_path) as journal:
-        operators = operators_of(space, Scripted(lambda prompt, seed: surplus), journal)
-        assert [space.rates(one)[0] for one in operators.initial(1, ())] == [0]
-        # What was not taken is still new.
-        assert [space.rates(one)[0] for one in operators.initial(1, ())] == [0]
-    assert len(lines(tmp_path, "repair")) == 2
+        operators = operators_of(space, Scripted(lambda prompt, seed: next(answers)), journal)
+        found = operators.initial(2, ())
+    assert [space.rates(one)[0] for one in found] == pytest.approx([0, 0.6])
+    assert [one["raw"] for one in lines(tmp_path, "repair")] == [early, "[1]", late]
+    assert (operators.usage.valid, operators.usage.invalid, operators.usage.duplicate) == (2, 1, 0)
 
 
 NONSENSE: dict[str, Callable[[str, int], str]] = {

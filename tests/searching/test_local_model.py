@@ -10,6 +10,8 @@ import pytest
 import torch
 from scripted import bred, opened, operators_of, prompt_of, small_space
 from tiny import VOCABULARY, tiny_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from flap_export.errors import InputError, ModelError
 from flap_export.searching.local_model import LocalModel
@@ -87,16 +89,18 @@ def test_the_demo_models_nonsense_is_survived_by_all_operators(demo: LocalModel,
     assert replayed.usage == operators.usage
 
 
-def test_a_chat_template_is_followed(tmp_path: Path) -> None:
+def test_a_chat_template_is_followed_and_writes_the_special_tokens(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DEMO, tmp_path / "model"))
-    plain = LocalModel(str(folder), max_new_tokens=2)._prompt_ids(HELLO)
+    tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    plain = LocalModel(str(folder), max_new_tokens=2)
+    assert plain._tokenizer.decode(plain._prompt_ids(HELLO)) == "<|begin|>The town of\n\nYork\n\n"
     (folder / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}!{% endfor %}"
     )
-    model = LocalModel(str(folder), max_new_tokens=2)
-    templated = model._tokenizer.decode(model._prompt_ids(HELLO))
-    assert templated == "<|begin|>The town of!York!"
-    assert model._tokenizer.decode(plain, skip_special_tokens=True) == "The town of\n\nYork\n\n"
+    templated = LocalModel(str(folder), max_new_tokens=2)
+    assert templated._tokenizer.decode(templated._prompt_ids(HELLO)) == "<|begin|>The town of!York!"
 
 
 def test_the_model_that_is_pruned_answers_for_itself() -> None:

@@ -20,7 +20,7 @@ from flap_export.errors import InputError
 from flap_export.searching.openai_server import KEY_VARIABLE, OpenAIServer
 from flap_export.searching.proposers import Recorded
 
-for package in ("openai", "fastapi", "uvicorn", "transformers.cli.serve"):
+for package in ("openai", "fastapi", "uvicorn", "accelerate", "transformers.cli.serve"):
     pytest.importorskip(package, reason="pip install 'transformers[serving]'")
 pytestmark = pytest.mark.slow
 
