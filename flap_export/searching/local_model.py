@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, final
 
 import torch
@@ -33,8 +34,9 @@ class LocalModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+            with _without_bars():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
         # transformers and the hub's client raise exceptions of many libraries.
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -95,3 +97,17 @@ class LocalModel:
         """Nothing is padded in a batch of one; transformers wants an id all the same."""
         stated = self._tokenizer.pad_token_id
         return int(stated) if stated is not None else 0
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Only the command line draws bars."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
