@@ -25,7 +25,7 @@ def written(path: Path) -> bytes:
         journal.record_answer(QUESTION, {"text": "[0.3]"})
         journal.append({"event": "note", "text": "of no effect"})
         journal.record_answer({**QUESTION, "generation": 2}, {"text": "none"})
-        journal.sync()
+        journal.finish_generation(1, {"best": 0.5})
     return path.read_bytes()
 
 
@@ -47,7 +47,14 @@ def test_what_was_written_comes_back_in_order(tmp_path: Path) -> None:
         assert second["text"] == "none"
         assert journal.answer(QUESTION) is None
     assert path.read_bytes() == before
-    assert [line["event"] for line in lines_of(path)] == ["search", *["loss"] * 3, "answer", "note", "answer"]
+    assert [line["event"] for line in lines_of(path)] == [
+        "search",
+        *["loss"] * 3,
+        "answer",
+        "note",
+        "answer",
+        "generation",
+    ]
 
 
 def test_losses_are_known_as_soon_as_they_are_recorded(tmp_path: Path) -> None:
