@@ -1,7 +1,7 @@
 """Searched pruning rates on the demo model: fitness against evaluations, quality on held-out text, candidates a second.
 
-Quality: at every ratio, random search, the conventional search and a population bred by chance, each from several
-seeds under the same number of evaluations, beside rates that need no search. All share ranking and restoration
+Quality: at every ratio the conventional search from several seeds, beside rates that need no search; at some also
+random search and a population bred by chance, under the same number of evaluations. All share ranking and restoration
 (`--method obs`); only the rates differ. What is found is pruned and evaluated on other books and on WikiText-2.
 
 Speed: candidates assembled from cached blocks with shared prefixes, against rewriting every candidate to a checkpoint,
@@ -58,7 +58,8 @@ def main() -> None:
 def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     made = common.parser(__doc__, "search")
     made.add_argument("--parts", nargs="+", choices=("quality", "speed"), default=["quality", "speed"])
-    made.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    made.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.2])
+    made.add_argument("--compared-ratios", type=float, nargs="*", default=[0.3], help="where all strategies run")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--evaluations", type=float, default=430)
     made.add_argument("--samples", type=int, default=512, help="calibration sequences of 128 tokens")
@@ -88,10 +89,12 @@ def quality(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any
             calibration=text_of(arguments),
             prune=PruneOptions(ratio=ratio, method=METHOD),
             options=SearchOptions(
-                strategy="population", evaluations=arguments.evaluations, fitness_samples=arguments.fitness_samples
+                strategy="population" if ratio in arguments.compared_ratios else "evolutionary",
+                evaluations=arguments.evaluations,
+                fitness_samples=arguments.fitness_samples,
             ),
             seeds=arguments.seeds,
-            baselines=True,
+            baselines=ratio in arguments.compared_ratios,
         )
         rows = [*known_rows(arguments, report, folder, work), *found_rows(arguments, report, folder, work)]
         common.show(f"{ratio:.0%}, {arguments.evaluations:g} evaluations", COLUMNS, map(row, rows))
@@ -105,7 +108,7 @@ def known_rows(
     ready = ready_of(arguments, report, folder)
     for name, candidate in ready.references.items():
         perplexities = pruned_perplexities(arguments, ready.evidence, rates_of(ready, candidate), work)
-        yield {"rates": name, "fitness": report.references[name], "perplexities": [perplexities]}
+        yield {"rates": name, "fitness": report.references.get(name), "perplexities": [perplexities]}
     flap = Evidence.load(folder / "evidence-flap")
     published = perplexities_of(arguments, flap, PruneOptions(ratio=report.ratio.requested, method="flap"), work)
     yield {"rates": "flap, units and bias too", "fitness": None, "perplexities": [published]}
@@ -168,6 +171,7 @@ def ready_of(arguments: argparse.Namespace, report: SearchReport, folder: Path) 
         report.prune,
         report.options,
         compares=True,
+        fits=False,
         device="cpu",
         progress=no_progress,
     )

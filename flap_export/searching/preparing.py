@@ -31,8 +31,9 @@ from flap_export.text import read_windows
 EVIDENCE_FOLDER: Final = "evidence"
 FITS_FOLDER: Final = "fits"
 _OPTIONS_NAME: Final = "options.json"
-CHUNK_TOKENS: Final = 2048
-"""Tokens that go through a layer at once, about."""
+CHUNK_TOKENS: Final = 512
+"""Tokens that go through a layer at once, about: enough to keep cores busy, few enough for short early looks."""
+GPU_CHUNK_TOKENS: Final = 8192
 
 
 @final
@@ -110,7 +111,7 @@ def prepared(
         protect_last=options.protect_last,
     )
     tokens = calibration_tokens(dense, evidence)
-    chunk = max(CHUNK_TOKENS // tokens.shape[1], 1)
+    chunk = max((CHUNK_TOKENS if device == "cpu" else GPU_CHUNK_TOKENS) // tokens.shape[1], 1)
     dtype = compute_dtype(dense, text.dtype, device)
     own, shares = fitness_tokens(dense, text, tokens, options.fitness_samples, chunk)
     problem = Problem(
