@@ -5,7 +5,8 @@ random search and a population bred by chance, under the same number of evaluati
 (`--method obs`); only the rates differ. What is found is pruned and evaluated on other books and on WikiText-2.
 
 Speed: candidates assembled from cached blocks with shared prefixes, against rewriting every candidate to a checkpoint,
-loading it and running it in full, with the very same restored weights.
+loading it and running it in full, with the very same restored weights, and against pruning it as `prune --rates` does,
+which fits the kept weights anew.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ import common
 import torch
 
 from flap_export.checkpoint import write_checkpoint
+from flap_export.choosing import make_plan
 from flap_export.evaluation import evaluate
 from flap_export.evidence import CalibrationText, Evidence
 from flap_export.layerwise import no_progress
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
 from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune_with
 from flap_export.rates import LayerRate, rates_of_steps
 from flap_export.rewriting import rewrite
 from flap_export.searching import SearchOptions, SearchReport, search
+from flap_export.searching.fitness import LocalLosses, Losses
+from flap_export.searching.journal import JOURNAL_NAME, Journal
+from flap_export.searching.judging import Judge
 from flap_export.searching.operators import Conventional, Scored
-from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared
+from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared, stage_sequences
 from flap_export.searching.space import Candidate
-from flap_export.searching.strategies import seeded
+from flap_export.searching.strategies import Task, evolutionary, seeded
 from flap_export.searching.table import SHARES, lines_of, strategy_name
 
 DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"
 TEXTS: Final = ("heldout.txt.xz", "wikitext-2.txt.xz")
 METHOD: Final = "obs"
+GENERATIONS: Final = 8
+"""Of the search that is timed, about."""
 
 
 def main() -> None:
@@ -66,10 +73,12 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--fitness-samples", type=int, default=32, help="sequences that fitness is measured on")
     made.add_argument("--windows", type=int, default=256, help="evaluation windows of 128 tokens per text")
     made.add_argument("--candidates", type=int, default=12, help="candidates that are timed in both ways")
+    made.add_argument("--pruned-candidates", type=int, default=2, help="candidates that are pruned anew")
     arguments = made.parse_args(command_line)
     if arguments.quick:
         arguments.ratios, arguments.seeds, arguments.evaluations = [0.3], [0, 1], 6
-        arguments.samples, arguments.fitness_samples, arguments.windows, arguments.candidates = 16, 16, 8, 2
+        arguments.samples, arguments.fitness_samples, arguments.windows = 16, 16, 8
+        arguments.candidates, arguments.pruned_candidates = 2, 1
     return arguments
 
 
@@ -195,48 +204,86 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def speed(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Candidates a second, assembled and in full: offspring of one parent, as the search sees them most."""
+    """Candidates a second: in a search, assembled and seen on all of the text, rewritten and run in full.
+
+    The candidates are offspring of one parent, which a search sees most, and drawn ones, which share the least.
+    """
     options = SearchOptions(fitness_samples=arguments.fitness_samples)
     prune = resolved(PruneOptions(ratio=0.3, method=METHOD))
     ready = prepared(
         DEMO / "model", work / "speed", text_of(arguments), prune, options, compares=False, device="cpu",
         progress=no_progress,
     )  # fmt: skip
-    space, sequences = ready.problem.space, len(ready.problem.tokens)
-    chance = Conventional(space, seeded(0, "speed"))
-    parent = Scored(space.uniform(), 0.0)
-    drawn = chance.initial(arguments.candidates, ())
-    offspring = chance.mutated([parent] * arguments.candidates, ())
-    found, expected = {}, dense_log_probabilities(ready)
+    chance = Conventional(ready.problem.space, seeded(0, "speed"))
+    parent = ready.problem.space.uniform()
+    found: dict[str, Any] = {"tokens": ready.problem.tokens.numel()}
     with ready.problem.opened() as losses:
-        losses.losses([parent.candidate], 0, sequences)
-        for name, candidates in (("offspring", offspring), ("drawn", drawn)):
-            # Blocks that are made for the first time stay for all of a search.
-            losses.losses(candidates, 0, sequences)
-            losses.forget_states()
-            losses.losses([parent.candidate], 0, sequences)
-            started = time.monotonic()
-            assembled = losses.losses(candidates, 0, sequences)
-            assembled_s = time.monotonic() - started
-            started = time.monotonic()
-            whole = [run_in_full(ready, candidate, expected, work / "full") for candidate in candidates]
-            full_s = time.monotonic() - started
-            found[name] = {
-                "candidates": len(candidates),
-                "assembled_per_s": len(candidates) / assembled_s,
-                "full_per_s": len(candidates) / full_s,
-                "times_faster": full_s / assembled_s,
-                "largest_relative_difference": max(
-                    abs(a - b) / b for a, b in zip(assembled, whole, strict=True)
-                ),
-            }  # fmt: skip
-    rows = [
-        (name, f"{one['assembled_per_s']:.2f}", f"{one['full_per_s']:.2f}", f"{one['times_faster']:.1f}x",
-         f"{one['largest_relative_difference']:.0e}") for name, one in found.items()
-    ]  # fmt: skip
-    tokens = ready.problem.tokens.numel()
-    common.show(f"{tokens} tokens", ("candidates", "assembled/s", "in full/s", "faster", "difference"), rows)
-    return {"tokens": tokens, **found}
+        found["search_per_s"] = searched_per_s(ready, losses, work, options)
+        for name, candidates in (
+            ("offspring", chance.mutated([Scored(parent, 0.0)] * arguments.candidates, ())),
+            ("drawn", chance.initial(arguments.candidates, ())),
+        ):
+            found[name] = compared(ready, losses, parent, candidates, work)
+    drawn, expected = chance.initial(arguments.pruned_candidates, ()), dense_log_probabilities(ready)
+    started = time.monotonic()
+    for candidate in drawn:
+        prune_with(DEMO / "model", work / "full", ready.evidence, options_of(rates_of(ready, candidate)))
+        run_checkpoint(ready, work / "full", expected)
+    found["pruned_per_s"] = len(drawn) / (time.monotonic() - started)
+    common.show(f"{found['tokens']} tokens", ("way", "candidates a second", "difference"), speed_rows(found))
+    return found
+
+
+def speed_rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Rates of all ways, fastest first, and how far fitness is from that of the whole model."""
+    yield ("a search, most of them seen on a quarter of the text", f"{found['search_per_s']:.2f}", "")
+    for name in ("offspring", "drawn"):
+        yield (f"assembled, {name}", f"{found[name]['assembled_per_s']:.2f}", f"{found[name]['difference']:.0e}")
+    yield ("rewritten with the factors at hand, loaded and run", f"{found['drawn']['full_per_s']:.2f}", "")
+    yield ("pruned by `prune --rates`, loaded and run", f"{found['pruned_per_s']:.3f}", "")
+
+
+def searched_per_s(ready: Prepared, losses: Losses, work: Path, options: SearchOptions) -> float:
+    """Candidates that the conventional search sees in a second, after its first generations."""
+    problem = ready.problem
+    stages = stage_sequences(options.stages, len(problem.tokens), problem.chunk_sequences)
+    path = work / "speed" / JOURNAL_NAME
+    path.unlink(missing_ok=True)
+    times: list[tuple[float, int]] = []
+    with Journal(path, {}) as journal:
+        judge = Judge(losses, journal, problem.fitness, problem.tokens.shape[1], stages, GENERATIONS * 8.0)
+        chance = Conventional(problem.space, seeded(0, "searched"))
+        evolutionary(
+            Task(problem.space, judge, chance, chance, ready.start,
+                 progress=lambda *_: times.append((time.monotonic(), judge.looks)))
+        )  # fmt: skip
+    # Blocks are made in the first generations; a search has many more.
+    (began, before), (ended, after) = times[len(times) // 2], times[-1]
+    return (after - before) / (ended - began)
+
+
+def compared(
+    ready: Prepared, losses: LocalLosses, parent: Candidate, candidates: Sequence[Candidate], work: Path
+) -> dict[str, Any]:
+    """The same candidates in both ways."""
+    sequences = len(ready.problem.tokens)
+    # Blocks that are made for the first time stay for all of a search.
+    losses.losses(candidates, 0, sequences)
+    losses.forget_states()
+    losses.losses([parent], 0, sequences)
+    started = time.monotonic()
+    assembled = losses.losses(candidates, 0, sequences)
+    assembled_s = time.monotonic() - started
+    expected = dense_log_probabilities(ready)
+    started = time.monotonic()
+    whole = [run_in_full(ready, candidate, expected, work / "full") for candidate in candidates]
+    full_s = time.monotonic() - started
+    return {
+        "candidates": len(candidates),
+        "assembled_per_s": len(candidates) / assembled_s,
+        "full_per_s": len(candidates) / full_s,
+        "difference": max(abs(one - other) / other for one, other in zip(assembled, whole, strict=True)),
+    }
 
 
 @torch.no_grad()
@@ -247,7 +294,6 @@ def dense_log_probabilities(ready: Prepared) -> list[torch.Tensor]:
     return [model(input_ids=chunk, use_cache=False).logits.log_softmax(-1) for chunk in chunks]
 
 
-@torch.no_grad()
 def run_in_full(ready: Prepared, candidate: Candidate, expected: Sequence[torch.Tensor], folder: Path) -> float:
     """Rewrite a candidate to a checkpoint, load it, and sum its KL divergence from the dense model."""
     dense, problem = ready.dense, ready.problem
@@ -255,6 +301,13 @@ def run_in_full(ready: Prepared, candidate: Candidate, expected: Sequence[torch.
     shape = plan.pruned_shape(dense.shape, compensated=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, dense, plan, shape, rewrite(dense, plan, problem.restore))
+    return run_checkpoint(ready, folder, expected)
+
+
+@torch.no_grad()
+def run_checkpoint(ready: Prepared, folder: Path, expected: Sequence[torch.Tensor]) -> float:
+    """Load a checkpoint, and sum its KL divergence from the dense model."""
+    problem = ready.problem
     model, total = load_model(folder, dtype=torch.float32), 0.0
     for chunk, reference in zip(problem.tokens.split(problem.chunk_sequences), expected, strict=True):
         given = model(input_ids=chunk, use_cache=False).logits.log_softmax(-1)
@@ -263,10 +316,11 @@ def run_in_full(ready: Prepared, candidate: Candidate, expected: Sequence[torch.
 
 
 def plan_of(ready: Prepared, rates: Sequence[LayerRate]) -> PruningPlan:
-    from flap_export.choosing import make_plan
+    return make_plan(ready.dense, ready.evidence, options_of(rates))
 
-    options = resolved(PruneOptions(method=METHOD, rates=tuple(rates)))
-    return make_plan(open_checkpoint(DEMO / "model"), ready.evidence, options)
+
+def options_of(rates: Sequence[LayerRate]) -> PruneOptions:
+    return resolved(PruneOptions(method=METHOD, rates=tuple(rates)))
 
 
 if __name__ == "__main__":

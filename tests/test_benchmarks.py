@@ -26,6 +26,7 @@ SCRIPTS = (
     "prune_memory",
     "pruned_vs_dense",
     "reference_differences",
+    "search",
 )
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

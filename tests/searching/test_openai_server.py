@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import bred, opened, operators_of, prompt_of, small_space, well
+from scripted import bred, opened, operators_of, small_space
+from served import Reply, Server, fails, good, half, hangs_up, late, says, sends
 
 from flap_export.errors import InputError, MissingRequirementError
 from flap_export.searching.openai_server import KEY_VARIABLE, OpenAIServer
@@ -23,105 +20,6 @@ pytest.importorskip("openai", reason="pip install 'flap-export[search]'")
 
 HELLO: list[Message] = [{"role": "user", "content": "hello"}]
 KEY = "sk-secret-of-this-test"
-Reply = Callable[["_Handler", dict[str, Any]], None]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with self.server.lock:
-            place = len(self.server.requests)
-            self.server.requests.append(body)
-            self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
-            self.server.paths.append(self.path)
-        script = self.server.script
-        script[min(place, len(script) - 1)](self, body)
-
-    def send(self, status: int, body: str, kind: str = "application/json", **headers: str) -> None:
-        data = body.encode()
-        self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(data)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on the terminal."""
-
-
-class Server(ThreadingHTTPServer):
-    """Replies by a script, the last of which stands for all that follow."""
-
-    daemon_threads = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.script: list[Reply] = []
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.lock, self.ended = threading.Lock(), threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the script."""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.ended.set()
-        server.shutdown()
-        thread.join()
-
-
-def completion(text: str | None, **extra: Any) -> str:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-    values = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-    return json.dumps({**values, **extra})
-
-
-def says(text: str | None, **extra: Any) -> Reply:
-    return lambda handler, body: handler.send(200, completion(text, **extra))
-
-
-def fails(status: int, message: str = "out of order", *, param: str | None = None, **headers: str) -> Reply:
-    body = json.dumps({"error": {"message": message, "type": "t", "param": param, "code": None}})
-    return lambda handler, request: handler.send(status, body, **headers)
-
-
-def sends(body: str, kind: str = "application/json") -> Reply:
-    return lambda handler, request: handler.send(200, body, kind)
-
-
-def late(handler: _Handler, body: dict[str, Any]) -> None:
-    handler.server.ended.wait(5)
-
-
-def hangs_up(handler: _Handler, body: dict[str, Any]) -> None:
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def half(handler: _Handler, body: dict[str, Any]) -> None:
-    """Promise more than comes."""
-    handler.send_response(200)
-    handler.send_header("content-type", "application/json")
-    handler.send_header("content-length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [')
-    handler.close_connection = True
 
 
 def asked(server: Server, *script: Reply, **options: Any) -> OpenAIServer:
@@ -290,9 +188,6 @@ def test_a_search_survives_whatever_a_server_answers(
 ) -> None:
     """Good, nonsense, empty, busy and half answers, then none at all; the search goes on where it stopped."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-
-    def good(handler: _Handler, body: dict[str, Any]) -> None:
-        handler.send(200, completion(well(prompt_of(body["messages"]), body["seed"])))
 
     space = small_space()
     script = [good, fails(429), says("no idea"), says("[[0.1]]"), sends("<p>", "text/html"), half, says(None), good]
