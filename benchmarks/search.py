@@ -236,8 +236,8 @@ def speed(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 def speed_rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Rates of all ways, fastest first, and how far fitness is from that of the whole model."""
     search = found["search"]
-    way = f"a search of {search['evaluations']:.0f} evaluations, {search['candidates']} candidates, in {search['seconds']:.0f} s"
-    yield (way, f"{search['per_s']:.2f}", "")
+    seen = f"{search['evaluations']:.0f} evaluations, {search['candidates']} candidates"
+    yield (f"a search of {seen} in {search['seconds']:.0f} s", f"{search['per_s']:.2f}", "")
     for name in ("offspring", "drawn"):
         yield (f"assembled, {name}", f"{found[name]['assembled_per_s']:.2f}", f"{found[name]['difference']:.0e}")
     yield ("rewritten with the factors at hand, loaded and run", f"{found['drawn']['full_per_s']:.2f}", "")
