@@ -33,10 +33,10 @@ RIDGE_SHARE: Final = 0.7
 
 @final
 class NestedFits:
-    """The factors of all projections, in a folder."""
+    """The factors of all projections, in a folder; blocks are solved for on a device."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
         with writing_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -47,8 +47,8 @@ class NestedFits:
             save_file(tensors, partial_path)
 
     def load(self, site: Site) -> NestedLeastSquares:
-        """The factor of one projection, mapped from its file."""
-        return NestedLeastSquares(**load_file(self._path(site)))
+        """The factor of one projection; on a CPU it is mapped from its file."""
+        return NestedLeastSquares(**load_file(self._path(site), device=self._device))
 
     def holds(self, sites: Sequence[Site]) -> bool:
         """Whether all of these are there."""
@@ -59,12 +59,13 @@ class NestedFits:
 
         Rounded to the weight's dtype before its bias makes up for the mean, as it will be saved.
         """
-        fit = self.load(site)
+        fit, dense, kept = self.load(site), weight.to(self._device), kept.to(self._device)
         assert bool(torch.isin(kept, fit.order[: len(kept)]).all()), "what stays is no cut point of the ranking"
-        found: Restored = fit.restored(weight, len(kept))
+        found: Restored = fit.restored(dense, len(kept))
         rounded = found.weight.to(weight.dtype)
         mean = fit.mean
-        return rounded, weight.to(mean.dtype) @ mean - rounded.to(mean.dtype) @ mean[kept]
+        bias = dense.to(mean.dtype) @ mean - rounded.to(mean.dtype) @ mean[kept]
+        return rounded.to(weight.device), bias.to(weight.device)
 
     def _path(self, site: Site) -> Path:
         return self._folder / f"{site.layer}.{site.space}.{site.expert}.safetensors"

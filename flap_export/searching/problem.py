@@ -73,7 +73,7 @@ class Problem:
         return Supernet(
             dense,
             [layer.ladders for layer in self.space.layers],
-            self.restore,
+            self.restorer(device or self.device),
             compensated=self.compensation != "none",
             dtype=self.dtype,
             device=device or self.device,
@@ -81,10 +81,14 @@ class Problem:
 
     @property
     def restore(self) -> Restore:
-        """What restoring projections become."""
+        """What restoring projections become, solved for on the problem's device."""
+        return self.restorer(self.device)
+
+    def restorer(self, device: str) -> Restore:
+        """What restoring projections become, solved for on this device."""
         if self.compensation == "least-squares":
             assert self.fits is not None
-            return NestedFits(self.fits).restored
+            return NestedFits(self.fits, device).restored
         if self.compensation == "bias":
             assert self.statistics is not None
             return mean_restorer(self.statistics)
