@@ -2,7 +2,8 @@
 
 Quality: at every ratio the conventional search from several seeds, beside rates that need no search; at some also
 random search and a population bred by chance, under the same number of evaluations. All share ranking and restoration
-(`--method obs`); only the rates differ. What is found is pruned and evaluated on other books and on WikiText-2.
+(`--method obs`); only the rates differ. What the conventional search found is pruned and evaluated on other books and
+on WikiText-2.
 
 Speed: candidates assembled from cached blocks with shared prefixes, against rewriting every candidate to a checkpoint,
 loading it and running it in full, with the very same restored weights, and against pruning it as `prune --rates` does,
@@ -12,6 +13,7 @@ which fits the kept weights anew.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +43,7 @@ from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared,
 from flap_export.searching.space import Candidate
 from flap_export.searching.strategies import Task, evolutionary, seeded
 from flap_export.searching.table import SHARES, lines_of, strategy_name
+from flap_export.storage import digest_of_json, write_text
 
 DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"
 TEXTS: Final = ("heldout.txt.xz", "wikitext-2.txt.xz")
@@ -143,7 +146,9 @@ def found_rows(
             "fitness_spread": line.spread,
             "candidates": line.looks,
             "seconds": line.seconds,
-            "perplexities": [pruned_perplexities(arguments, evidence, rates, work) for rates in found],
+            "perplexities": [pruned_perplexities(arguments, evidence, rates, work) for rates in found]
+            if line.name == "evolutionary"
+            else [],
         }
 
 
@@ -157,9 +162,14 @@ def pruned_perplexities(
 def perplexities_of(
     arguments: argparse.Namespace, evidence: Evidence, options: PruneOptions, work: Path
 ) -> list[float]:
-    prune_with(DEMO / "model", work / "pruned", evidence, options)
-    found = evaluate(work / "pruned", [str(DEMO / text) for text in TEXTS], samples=arguments.windows)
-    return [source.perplexity for source in found.sources]
+    """Perplexities after pruning; kept in the work directory, so that an interrupted benchmark goes on."""
+    kept = work / "perplexities" / f"{digest_of_json([options.model_dump(mode='json'), arguments.windows])}.json"
+    if not kept.is_file():
+        prune_with(DEMO / "model", work / "pruned", evidence, options)
+        found = evaluate(work / "pruned", [str(DEMO / text) for text in TEXTS], samples=arguments.windows)
+        write_text(kept, json.dumps([source.perplexity for source in found.sources]))
+    perplexities: list[float] = json.loads(kept.read_text())
+    return perplexities
 
 
 def curves(report: SearchReport) -> list[dict[str, Any]]:
@@ -193,7 +203,7 @@ COLUMNS: Final = ("rates", "fitness", "± seeds", "candidates", "seconds", "book
 
 
 def row(found: dict[str, Any]) -> tuple[str, ...]:
-    columns = []
+    columns = [] if found["perplexities"] else [""] * 2 * len(TEXTS)
     for values in zip(*found["perplexities"], strict=True):
         columns += [f"{statistics.fmean(values):.2f}", f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
     searched = (found.get("fitness_spread"), found.get("candidates"), found.get("seconds"))
