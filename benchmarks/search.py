@@ -1,9 +1,11 @@
 """Searched pruning rates on the demo model: fitness against evaluations, quality on held-out text, candidates a second.
 
-Quality: at every ratio the conventional search from several seeds, beside rates that need no search; at some also
-random search and a population bred by chance, under the same number of evaluations. All share ranking and restoration
-(`--method obs`); only the rates differ. What the conventional search found is pruned and evaluated on other books and
-on WikiText-2.
+Quality: at every ratio the conventional search from several seeds, beside rates that need no search. All share ranking
+and restoration (`--method obs`); only the rates differ. What is found is pruned and evaluated on other books and on
+WikiText-2.
+
+Strategies: random search, the conventional search and a population bred by chance, all from uniform rates and under the
+same number of evaluations.
 
 Speed: candidates assembled from cached blocks with shared prefixes, against rewriting every candidate to a checkpoint,
 loading it and running it in full, with the very same restored weights, and against pruning it as `prune --rates` does,
@@ -41,13 +43,14 @@ from flap_export.searching.judging import Judge
 from flap_export.searching.operators import Conventional, Scored
 from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared, stage_sequences
 from flap_export.searching.space import Candidate
-from flap_export.searching.strategies import Task, evolutionary, seeded
+from flap_export.searching.strategies import StrategyName, Task, evolutionary, seeded
 from flap_export.searching.table import SHARES, lines_of, strategy_name
 from flap_export.storage import digest_of_json, write_text
 
 DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"
 TEXTS: Final = ("heldout.txt.xz", "wikitext-2.txt.xz")
 METHOD: Final = "obs"
+PARTS: Final = ("quality", "strategies", "speed")
 
 
 def main() -> None:
@@ -58,6 +61,8 @@ def main() -> None:
     with common.work_directory(arguments) as work:
         if "quality" in arguments.parts:
             result["quality"] = list(quality(arguments, work))
+        if "strategies" in arguments.parts:
+            result["strategies"] = list(strategies(arguments, work))
         if "speed" in arguments.parts:
             result["speed"] = speed(arguments, work)
     print(f"written to {common.save_result(arguments, conditions, result)}")
@@ -65,11 +70,11 @@ def main() -> None:
 
 def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     made = common.parser(__doc__, "search")
-    made.add_argument("--parts", nargs="+", choices=("quality", "speed"), default=["quality", "speed"])
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     made.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.2])
-    made.add_argument("--compared-ratios", type=float, nargs="*", default=[0.3], help="where all strategies run")
+    made.add_argument("--compared-ratios", type=float, nargs="*", default=[0.3], help="where strategies are compared")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--evaluations", type=float, default=200)
+    made.add_argument("--evaluations", type=float, default=100)
     made.add_argument("--samples", type=int, default=512, help="calibration sequences of 128 tokens")
     made.add_argument("--fitness-samples", type=int, default=32, help="sequences that fitness is measured on")
     made.add_argument("--windows", type=int, default=256, help="evaluation windows of 128 tokens per text")
@@ -94,22 +99,53 @@ def quality(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any
     """One result per ratio: the search, and perplexity on held-out text of what it found."""
     for ratio in arguments.ratios:
         folder = work / f"search-{ratio:g}"
-        report = search(
-            DEMO / "model",
-            folder,
-            calibration=text_of(arguments),
-            prune=PruneOptions(ratio=ratio, method=METHOD),
-            options=SearchOptions(
-                strategy="population" if ratio in arguments.compared_ratios else "evolutionary",
-                evaluations=arguments.evaluations,
-                fitness_samples=arguments.fitness_samples,
-            ),
-            seeds=arguments.seeds,
-            baselines=ratio in arguments.compared_ratios,
-        )
+        report = searched(arguments, folder, ratio, "evolutionary")
         rows = [*known_rows(arguments, report, folder, work), *found_rows(arguments, report, folder, work)]
         common.show(f"{ratio:.0%}, {arguments.evaluations:g} evaluations", COLUMNS, map(row, rows))
         yield {"ratio": ratio, "rows": rows, "curves": curves(report), "prepare_s": report.prepare_s}
+
+
+def strategies(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """What every strategy makes of uniform rates: at the known ones of `obs` there is little left to find."""
+    for ratio in arguments.compared_ratios:
+        folder = work / f"strategies-{ratio:g}"
+        report = searched(arguments, folder, ratio, "population", baselines=True, informed=False)
+        lines = [
+            {
+                "rates": line.name,
+                "fitness_after": dict(zip(map(str, SHARES), line.fitness, strict=True)),
+                "spread": line.spread,
+                "candidates": line.looks,
+                "seconds": line.seconds,
+            }
+            for line in lines_of(report)
+        ]
+        shown = [
+            (line.name, *(f"{value:.4f}" for value in line.fitness), f"{line.spread:.1g}", f"{line.looks:.0f}")
+            for line in lines_of(report)
+        ]
+        after = [f"after {share * arguments.evaluations:g}" for share in SHARES]
+        common.show(f"{ratio:.0%}, from uniform rates", ("strategy", *after, "± seeds", "candidates"), shown)
+        yield {"ratio": ratio, "references": report.references, "strategies": lines, "curves": curves(report)}
+
+
+def searched(
+    arguments: argparse.Namespace, folder: Path, ratio: float, strategy: StrategyName, **options: bool
+) -> SearchReport:
+    return search(
+        DEMO / "model",
+        folder,
+        calibration=text_of(arguments),
+        prune=PruneOptions(ratio=ratio, method=METHOD),
+        options=SearchOptions(
+            strategy=strategy,
+            evaluations=arguments.evaluations,
+            fitness_samples=arguments.fitness_samples,
+            informed=options.get("informed", True),
+        ),
+        seeds=arguments.seeds,
+        baselines=options.get("baselines", False),
+    )
 
 
 def known_rows(
@@ -146,9 +182,7 @@ def found_rows(
             "fitness_spread": line.spread,
             "candidates": line.looks,
             "seconds": line.seconds,
-            "perplexities": [pruned_perplexities(arguments, evidence, rates, work) for rates in found]
-            if line.name == "evolutionary"
-            else [],
+            "perplexities": [pruned_perplexities(arguments, evidence, rates, work) for rates in found],
         }
 
 
@@ -203,7 +237,7 @@ COLUMNS: Final = ("rates", "fitness", "± seeds", "candidates", "seconds", "book
 
 
 def row(found: dict[str, Any]) -> tuple[str, ...]:
-    columns = [] if found["perplexities"] else [""] * 2 * len(TEXTS)
+    columns = []
     for values in zip(*found["perplexities"], strict=True):
         columns += [f"{statistics.fmean(values):.2f}", f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
     searched = (found.get("fitness_spread"), found.get("candidates"), found.get("seconds"))
