@@ -157,7 +157,7 @@ def known_rows(
         perplexities = pruned_perplexities(arguments, ready.evidence, rates_of(ready, candidate), work)
         yield {"rates": name, "fitness": report.references.get(name), "perplexities": [perplexities]}
     flap = Evidence.load(folder / "evidence-flap")
-    published = perplexities_of(arguments, flap, PruneOptions(ratio=report.ratio.requested, method="flap"), work)
+    published = perplexities_of(arguments, flap, PruneOptions(ratio=report.prune.ratio, method="flap"), work)
     yield {"rates": "flap, units and bias too", "fitness": None, "perplexities": [published]}
 
 

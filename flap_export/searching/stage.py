@@ -93,9 +93,10 @@ def search(
         runs = [setting.run(strategy, proposer, seed) for strategy, proposer in wanted for seed in seeds]
     best, candidate = min(runs[: len(seeds)], key=lambda run: run[0].best.fitness)
     plan = _write_plan(ready, directory, prune, candidate)
+    asked = prune.ratio or plan.ratio.requested
     report = SearchReport(
         model=ready.dense.name,
-        ratio=plan.ratio,
+        ratio=plan.ratio.model_copy(update={"requested": asked}),
         options=chosen,
         prune=prune,
         calibration=calibration,
