@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class Journal:
         self._answers: deque[tuple[str, dict[str, Any]]] = deque()
         self._repairs: Counter[int] = Counter()
         self._generations = -1
+        self._seconds, self._since = 0.0, time.monotonic()
         own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
         with writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,11 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(f"another process searches with the journal '{self.path}'; wait for it to end") from error
+
+    @property
+    def seconds(self) -> float:
+        """Of the search up to its last generation: what earlier processes took for theirs, and this one since."""
+        return self._seconds
 
     def loss(self, key: Key) -> float | None:
         """What was measured before, or None."""
@@ -132,10 +139,12 @@ class Journal:
 
     def finish_generation(self, number: int, summary: Mapping[str, Any]) -> None:
         """Write what a generation came to, unless that was done before, and have everything on the disk."""
+        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
         if number <= self._generations:
             return
-        self._generations = number
-        self.append({"event": "generation", "generation": number, **summary})
+        self._generations, self._seconds = number, self._seconds + elapsed
+        seconds = round(self._seconds, 3)
+        self.append({"event": "generation", "generation": number, "seconds": seconds, **summary})
         with writing_errors(self.path):
             os.fsync(self._file.fileno())
 
@@ -149,7 +158,7 @@ class Journal:
         elif event["event"] == "repair":
             self._repairs[int(event["question"])] += 1
         elif event["event"] == "generation":
-            self._generations = int(event["generation"])
+            self._generations, self._seconds = int(event["generation"]), float(event["seconds"])
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

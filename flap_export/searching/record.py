@@ -121,7 +121,7 @@ class SearchRun(Value):
     looks: int
     """Candidates that were seen, on however little text."""
     seconds: float
-    """Of this process; what an interrupted one had done before is not in it."""
+    """To the last generation; of one that was interrupted, what it had finished before counts too."""
     curve: tuple[CurvePoint, ...]
     usage: Usage | None = None
     """Of the language model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,6 @@ class Setting:
         """One strategy from one seed."""
         options, space = self.options, self.ready.problem.space
         name = f"{strategy}-{seed}" if proposer is None else f"{proposer.partition(':')[0]}-{seed}"
-        started = time.monotonic()
         # A server may move: what answers depend on is its model.
         model = options.proposer_model if proposer and options.proposer_model else proposer
         with self._journal(name, {"strategy": strategy, "proposer": model, "seed": seed}) as journal:
@@ -75,7 +73,7 @@ class Setting:
                 self.progress,
             )
             STRATEGIES[strategy](task)
-            finished = judge.finished()
+            finished, seconds = judge.finished(), journal.seconds
         usage = operators.usage if isinstance(operators, LanguageModel) else None
         best = finished[0]
         found = SearchRun(
@@ -87,7 +85,7 @@ class Setting:
             front=tuple(map(self._found, pareto_front(finished))) if options.latency else (),
             evaluations=round(judge.spent, 6),
             looks=judge.looks,
-            seconds=round(time.monotonic() - started, 1),
+            seconds=round(seconds, 1),
             curve=tuple(judge.curve),
             usage=usage,
             cost=usage.cost(*options.prices) if usage and options.prices else None,

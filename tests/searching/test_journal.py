@@ -164,3 +164,22 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         Journal(tmp_path / "file" / "folder" / JOURNAL_NAME, SETTINGS)
+
+
+def test_seconds_add_up_over_processes_and_those_of_repeated_generations_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("flap_export.searching.journal.time.monotonic", lambda: clock[0])
+    path = tmp_path / JOURNAL_NAME
+    with Journal(path, SETTINGS) as journal:
+        for number in (0, 1):
+            clock[0] += 5
+            journal.finish_generation(number, {})
+        clock[0] += 50
+    with Journal(path, SETTINGS) as journal:
+        assert journal.seconds == 10
+        for number, taken in ((0, 1), (1, 1), (2, 7)):
+            clock[0] += taken
+            journal.finish_generation(number, {})
+        assert journal.seconds == 17
