@@ -124,6 +124,7 @@ def strategies(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, 
             (line.name, *(f"{value:.4f}" for value in line.fitness), f"{line.spread:.1g}", f"{line.looks:.0f}")
             for line in lines_of(report)
         ]
+        shown += [(name, "", "", f"{value:.4f}", "", "") for name, value in report.references.items()]
         after = [f"after {share * arguments.evaluations:g}" for share in SHARES]
         common.show(f"{ratio:.0%}, from uniform rates", ("strategy", *after, "± seeds", "candidates"), shown)
         yield {"ratio": ratio, "references": report.references, "strategies": lines, "curves": curves(report)}
@@ -302,7 +303,7 @@ def timed_search(
             losses, journal, problem.fitness, problem.tokens.shape[1], stages, arguments.timed_evaluations
         )  # fmt: skip
         chance = Conventional(problem.space, seeded(0, "timed"))
-        evolutionary(Task(problem.space, judge, chance, chance, ready.start))
+        evolutionary(Task(judge, chance, chance, ready.start))
     seconds = time.monotonic() - started
     return {
         "evaluations": judge.spent,

@@ -30,7 +30,6 @@ from flap_export.searching.space import Candidate, Space
 from flap_export.searching.supernet import Supernet
 
 FitnessName = Literal["kl", "perplexity"]
-FITNESSES: Final[tuple[FitnessName, ...]] = ("kl", "perplexity")
 STATE_BYTES: Final = 1 << 30
 """Memory for hidden states after prefixes of layers."""
 REFERENCE_BYTES: Final = 1 << 30

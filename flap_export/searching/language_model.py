@@ -144,6 +144,7 @@ class LanguageModel:
         if proposal.value is None:
             return Fate(proposal.raw, problem=proposal.problem)
         candidate = meant(self._space, proposal.value, self._random)
+        assert self._space.contains(candidate), "what is repaired keeps the budget"
         moved = round(distance(proposal.value, shares(self._space, candidate)), 6)
         repair = {"levels": candidate.levels, "attention": candidate.attention, "moved": moved}
         if candidate in taken:

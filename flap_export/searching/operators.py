@@ -91,6 +91,7 @@ class Conventional:
         for draw in draws:
             candidate = draw()
             for attempt in range(_ATTEMPTS):
+                assert self._space.contains(candidate), "operators keep the budget"
                 if candidate not in found and candidate not in known:
                     found[candidate] = None
                     break

@@ -62,7 +62,6 @@ class Setting:
             chance = Conventional(space, seeded(seed, strategy))
             operators = chance if proposer is None else self._asking(proposer, journal, chance, seed)
             task = Task(
-                space,
                 judge,
                 operators,
                 chance,

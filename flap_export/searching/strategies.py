@@ -18,7 +18,7 @@ from flap_export.layerwise import Progress, no_progress
 from flap_export.searching.judging import Judge, narrowed
 from flap_export.searching.operators import Conventional, Operators, Scored
 from flap_export.searching.selection import best_first
-from flap_export.searching.space import Candidate, Space
+from flap_export.searching.space import Candidate
 
 StrategyName = Literal["evolutionary", "population", "random"]
 OFFSPRING: Final = 16
@@ -32,7 +32,6 @@ NARROWING: Final = 4
 class Task:
     """What a strategy works on."""
 
-    space: Space
     judge: Judge
     operators: Operators
     chance: Conventional

@@ -77,7 +77,7 @@ def task_of(folder: Path, space: Space, losses: Any, *, seed: int = 0, **options
     with Journal(folder / f"{next(_journals)}.jsonl", {}) as journal:
         judge = Judge(losses, journal, "kl", TOKENS, **own)
         chance = Conventional(space, seeded(seed, "test"))
-        yield Task(space, judge, chance, chance, **{"start": (space.uniform(),), "population": 10, **options})
+        yield Task(judge, chance, chance, **{"start": (space.uniform(),), "population": 10, **options})
 
 
 def found_by(strategy: str, folder: Path, losses: Any, space: Space, **options: Any) -> Judge:
