@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from flap_export.loading import Checkpoint, materialize, meta_model, read_parameters, release
+from flap_export.products import with_fast_linears
 from flap_export.storage import writing_errors
 
 Progress = Callable[[str, int, int], None]
@@ -61,13 +63,20 @@ class _Recorder(nn.Module):
 
 
 @final
+class _Replayed(threading.local):
+    """Hidden states that are replayed, to every thread its own."""
+
+    hidden_states: Tensor
+
+
+@final
 class _Replay(nn.Module):
     """Stands in for a decoder layer: gives hidden states that were computed before, in the form its layer does."""
 
-    def __init__(self, layer: nn.Module, hidden_states: Tensor, gives_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, replayed: _Replayed, gives_tuple: bool) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
-        self._hidden_states, self._gives_tuple = hidden_states, gives_tuple
+        self._replayed, self._gives_tuple = replayed, gives_tuple
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -76,7 +85,8 @@ class _Replay(nn.Module):
             return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
-        return (self._hidden_states,) if self._gives_tuple else self._hidden_states
+        hidden_states = self._replayed.hidden_states
+        return (hidden_states,) if self._gives_tuple else hidden_states
 
 
 @final
@@ -156,7 +166,8 @@ class LayerStream:
     ) -> None:
         self._checkpoint, self._tokens, self._model, self._folder = checkpoint, tokens, model, folder
         self._dtype, self._device, self._prefetch, self._progress = dtype, device, prefetch, progress
-        self._states, self._gives_tuple = 0, False
+        self._layers = cast(nn.ModuleList, model.get_submodule(checkpoint.family.layers))
+        self._states, self._gives_tuple, self._replayed = 0, False, _Replayed()
         self.hidden = self.new_states(len(tokens))
         """What the layers visited so far gave; before the first, the embeddings."""
         self.chunks = self._embed(chunk_sequences)
@@ -182,7 +193,7 @@ class LayerStream:
         Raises:
             ModelError: weights are missing or hold NaN.
         """
-        layers = self._layers()
+        layers = self._layers
         with ThreadPoolExecutor(1) if self._prefetch else nullcontext() as executor:
             read = self._reader(executor, 0)
             for index, layer in enumerate(layers):
@@ -212,33 +223,30 @@ class LayerStream:
         Args:
             states: what the last layer gave, or might have given, [sequences, length, H] each.
         """
-        self.materialize_head()
+        self.open_head()
         for chunk in self.chunks:
             if chunk.rows.start >= len(states[0]):
                 break
             yield (self.chunk_logits(chunk, hidden[chunk.rows]) for hidden in states)
 
     def chunk_logits(self, chunk: Chunk, states: Tensor) -> Tensor:
-        """Logits of one chunk of sequences; the head is in memory, and the stream has been walked through.
+        """Logits of one chunk of sequences; after `open_head`, in any thread.
 
         Args:
             chunk: of this stream.
             states: what the last layer gave, or might have given, for its sequences [B, length, H].
         """
-        layers, path = self._layers(), self._checkpoint.family.layers
-        states = states.to(self._device)
-        replays = [_Replay(layer, states, self._gives_tuple) for layer in layers]
-        self._model.set_submodule(path, nn.ModuleList(replays))
-        try:
-            tokens = self._tokens[chunk.rows.start : chunk.rows.start + len(states)].to(self._device)
-            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
-            return logits
-        finally:
-            self._model.set_submodule(path, layers)
+        self._replayed.hidden_states = states.to(self._device)
+        tokens = self._tokens[chunk.rows.start : chunk.rows.start + len(states)].to(self._device)
+        logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+        del self._replayed.hidden_states
+        return logits
 
-    def materialize_head(self) -> None:
-        """Have what `chunk_logits` needs in memory: the embeddings, the last norm and the head."""
+    def open_head(self) -> None:
+        """Once the stream has been walked through: have the embeddings, the last norm and the head in memory."""
         family = self._checkpoint.family
+        replays = (_Replay(layer, self._replayed, self._gives_tuple) for layer in self._layers)
+        self._model.set_submodule(family.layers, nn.ModuleList(replays))
         self._around_layers()
         if self._checkpoint.shape.tied_embeddings:
             embedding, head = (self._model.get_submodule(path) for path in (family.embedding, family.head))
@@ -249,18 +257,13 @@ class LayerStream:
     def _reader(self, executor: Executor | None, index: int) -> Callable[[], Iterable[tuple[str, Tensor]]]:
         """How to get the parameters of one layer: read by another thread meanwhile, or when asked."""
         prefix = f"{self._checkpoint.family.layers}.{index}"
-        parameters = read_parameters(self._layers()[index], prefix, self._checkpoint.weights)
+        parameters = read_parameters(self._layers[index], prefix, self._checkpoint.weights)
         return (lambda: parameters) if executor is None else executor.submit(list, parameters).result
-
-    def _layers(self) -> nn.ModuleList:
-        layers = self._model.get_submodule(self._checkpoint.family.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
 
     def _around_layers(self) -> dict[str, nn.Module]:
         """The decoder's modules beside its layers, with their weights in memory: embeddings and the last norm."""
-        family, layers = self._checkpoint.family, self._layers()
-        decoder = self._model.get_submodule(family.decoder)
+        family = self._checkpoint.family
+        decoder, layers = self._model.get_submodule(family.decoder), self._model.get_submodule(family.layers)
         around = {
             f"{family.decoder}.{name}": module for name, module in decoder.named_children() if module is not layers
         }
@@ -275,7 +278,7 @@ class LayerStream:
 
     def _embed(self, chunk_sequences: int) -> list[Chunk]:
         """Fill `hidden` with the embeddings; returns the chunks with the arguments each layer gets."""
-        layers, layers_path = self._layers(), self._checkpoint.family.layers
+        layers, layers_path = self._layers, self._checkpoint.family.layers
         around = self._around_layers()
         decoder = self._model.get_submodule(self._checkpoint.family.decoder)
         chunks: list[Chunk] = []
@@ -328,6 +331,6 @@ def streamed(
         OutputError: the temporary folder cannot hold the hidden states.
     """
     ahead = device != "cpu" if prefetch is None else prefetch
-    model = meta_model(checkpoint, dtype)
+    model = with_fast_linears(meta_model(checkpoint, dtype))
     with tempfile.TemporaryDirectory(prefix="flap-export-") as folder, torch.no_grad():
         yield LayerStream(checkpoint, tokens, model, Path(folder), dtype, device, chunk_sequences, ahead, progress)

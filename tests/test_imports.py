@@ -31,6 +31,7 @@ STAGES = (
     "text",
     "modeling_pruned",
     "loading",
+    "products",
     "moments",
     "statistics",
     "scoring",

@@ -3,7 +3,8 @@
 Sequences go through in chunks of one size, so that what is computed for a candidate does not depend, to the last bit,
 on which others it is computed beside. Of every chunk the hidden states after each prefix of layers are kept while
 memory allows: candidates are walked through in the order of their layers' cut points, neighbours share the longest
-prefixes, and the offspring of a parent start where they differ from it.
+prefixes, and the offspring of a parent start where they differ from it. On a CPU every core takes a chunk and some
+candidates by itself, which keeps it busier than a share of every product does.
 
     KL = mean over tokens of sum_v p(v) (log p(v) - log q(v))     p the dense model's, q the candidate's
 
@@ -13,18 +14,19 @@ prefixes, and the offspring of a parent start where they differ from it.
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
-from flap_export.allocation import Steps
 from flap_export.errors import InputError
-from flap_export.layerwise import Chunk, LayerStream, Progress, no_progress, streamed
+from flap_export.layerwise import LayerStream, Progress, no_progress, streamed
 from flap_export.loading import Checkpoint
 from flap_export.searching.space import Candidate, Space
 from flap_export.searching.supernet import Supernet
@@ -34,6 +36,8 @@ STATE_BYTES: Final = 1 << 30
 """Memory for hidden states after prefixes of layers."""
 REFERENCE_BYTES: Final = 1 << 30
 """Memory for the dense model's probabilities; beyond it they are computed again for every batch of candidates."""
+_BLOCK_ELEMENTS: Final = 1 << 18
+"""Logits that are reduced at once: as many as stay in a core's cache."""
 
 
 class Losses(Protocol):
@@ -47,6 +51,10 @@ class Losses(Protocol):
         ...
 
 
+_Path = tuple[tuple[int, int], ...]
+"""A candidate's cut points, layer by layer."""
+
+
 @final
 @dataclass(frozen=True)
 class _Reference:
@@ -54,8 +62,105 @@ class _Reference:
 
     probabilities: Tensor
     """[B, n, V]"""
-    negative_entropy: float
-    """Sum over tokens of sum_v p(v) log p(v)."""
+    entropy: float
+    """Summed over tokens, computed as cross entropies are."""
+
+
+@final
+class _ChunkLosses:
+    """Losses on one chunk of sequences; several threads may ask."""
+
+    def __init__(
+        self, stream: LayerStream, number: int, embedded: Tensor, targets: Tensor | None, supernet: Supernet
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            stream: of the dense model, walked through.
+            number: of the chunk.
+            embedded: its hidden states before the first layer [B, n, H].
+            targets: its tokens [B, n], for perplexity; None for the divergence from the dense model.
+            supernet: the candidates' layers.
+        """
+        self._chunk = stream.chunks[number]
+        self.rows = self._chunk.rows
+        self._stream, self._number, self._embedded, self._targets = stream, number, embedded, targets
+        self._supernet = supernet
+        self._states: OrderedDict[_Path, Tensor] = OrderedDict()
+        """After prefixes of layers, what is needed least first."""
+        self._most_states = max(STATE_BYTES // (len(stream.chunks) * embedded.nbytes), 1)
+        self._kept_reference: _Reference | None = None
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def losses(self, paths: Sequence[_Path]) -> list[float]:
+        """Loss of every candidate, summed over the chunk's tokens; those that share prefixes stand side by side."""
+        with self._lock:
+            reference = self._reference() if self._targets is None else None
+        return [self._loss(self._logits(self._after(path)), reference) for path in paths]
+
+    def forget_states(self) -> None:
+        """Let go of the hidden states that are kept for candidates to come."""
+        self._states.clear()
+
+    def _after(self, path: _Path) -> Tensor:
+        """Hidden states after all layers, from the longest prefix that is known."""
+        depth, state = self._known(path)
+        for index in range(depth, len(path)):
+            state = self._chunk.through(index, self._supernet.layer(index, *path[index]), state)
+            self._keep(path[: index + 1], state)
+        with self._lock:
+            self._touch(path)
+        return state
+
+    def _known(self, path: _Path) -> tuple[int, Tensor]:
+        """The longest prefix that is known, and the hidden states after it."""
+        with self._lock:
+            depth = next((d for d in range(len(path), 0, -1) if path[:d] in self._states), 0)
+            self._touch(path[:depth])
+            return depth, self._states[path[:depth]] if depth else self._embedded
+
+    def _keep(self, prefix: _Path, state: Tensor) -> None:
+        with self._lock:
+            self._states[prefix] = state
+            if len(self._states) > self._most_states:
+                self._states.popitem(last=False)
+
+    def _touch(self, path: _Path) -> None:
+        """Note that a path is in use: the shorter a prefix, the more candidates share it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._states:
+                self._states.move_to_end(path[:length])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """In single precision at least, [B, n, V]."""
+        logits = self._stream.chunk_logits(self._chunk, states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _loss(self, logits: Tensor, reference: _Reference | None) -> float:
+        if reference is not None:
+            return _cross_entropy(reference.probabilities, logits) - reference.entropy
+        assert self._targets is not None
+        chosen = logits[:, :-1].gather(-1, self._targets[:, 1:, None]).squeeze(-1)
+        return float((logits[:, :-1].logsumexp(-1) - chosen).sum(dtype=torch.float64))
+
+    def _reference(self) -> _Reference:
+        if self._kept_reference is not None:
+            return self._kept_reference
+        logits = self._logits(self._stream.hidden[self.rows])
+        probabilities = logits.softmax(-1)
+        found = _Reference(probabilities, _cross_entropy(probabilities, logits))
+        if (self._number + 1) * probabilities.nbytes <= REFERENCE_BYTES:
+            self._kept_reference = found
+        return found
+
+
+def _cross_entropy(probabilities: Tensor, logits: Tensor) -> float:
+    """Sum over tokens of -sum_v p(v) log q(v); both [B, n, V]."""
+    size = logits.shape[-1]
+    rows = max(_BLOCK_ELEMENTS // size, 1) if logits.device.type == "cpu" else logits.numel() // size
+    blocks = zip(torch.split(probabilities.view(-1, size), rows), torch.split(logits.view(-1, size), rows), strict=True)
+    return float(torch.cat([q.logsumexp(-1) - torch.linalg.vecdot(p, q) for p, q in blocks]).sum(dtype=torch.float64))
 
 
 @final
@@ -65,15 +170,26 @@ class LocalLosses:
     def __init__(
         self, stream: LayerStream, tokens: Tensor, space: Space, supernet: Supernet, fitness: FitnessName, device: str
     ) -> None:
-        self._stream, self._tokens, self._space, self._supernet = stream, tokens, space, supernet
-        self._fitness, self._device = fitness, device
-        self._embedded = stream.hidden.clone()
+        """Run the dense model; arguments as `open_losses` has them."""
+        self._space = space
+        embedded = stream.hidden.clone()
         for visited in stream:
             visited.propagate()
-        stream.materialize_head()
-        self._states: OrderedDict[tuple[int, Steps], Tensor] = OrderedDict()
-        self._state_bytes = 0
-        self._references: dict[int, _Reference] = {}
+        stream.open_head()
+        self._chunks = [
+            _ChunkLosses(
+                stream,
+                number,
+                embedded[chunk.rows].to(device),
+                tokens[chunk.rows].to(device) if fitness == "perplexity" else None,
+                supernet,
+            )
+            for number, chunk in enumerate(stream.chunks)
+        ]
+        self._cores = torch.get_num_threads()
+        # Work for a GPU stands in one queue, whichever thread gives it.
+        self._threads = self._cores if device == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._threads)
 
     def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
         """Loss of every candidate, summed over the tokens of sequences first..last-1, in nats.
@@ -81,16 +197,28 @@ class LocalLosses:
         Raises:
             InputError: a candidate's logits are not finite.
         """
-        chunks = [(n, chunk) for n, chunk in enumerate(self._stream.chunks) if first <= chunk.rows.start < last]
-        assert chunks[0][1].rows.start == first, "a look begins where a chunk does"
-        assert chunks[-1][1].rows.stop == last, "a look ends where a chunk does"
-        totals = dict.fromkeys(candidates, 0.0)
-        steps = {candidate: tuple(self._space.steps(candidate)) for candidate in totals}
-        for number, chunk in chunks:
-            reference = self._reference(number, chunk) if self._fitness == "kl" else None
-            for candidate in sorted(totals, key=steps.__getitem__):
-                logits = self._logits(chunk, self._state(number, chunk, steps[candidate]))
-                totals[candidate] += self._loss(chunk, logits, reference)
+        chunks = [chunk for chunk in self._chunks if first <= chunk.rows.start < last]
+        assert chunks[0].rows.start == first, "a look begins where a chunk does"
+        assert chunks[-1].rows.stop == last, "a look ends where a chunk does"
+        paths = {candidate: tuple(self._space.steps(candidate)) for candidate in candidates}
+        ordered = sorted(paths, key=paths.__getitem__)
+        # Of one chunk only neighbours stay together, and no more of them than leave work for every thread.
+        groups = -(-self._threads // len(chunks))
+        size = -(-len(ordered) // groups)
+        tasks = [(chunk, ordered[start : start + size]) for chunk in chunks for start in range(0, len(ordered), size)]
+        cores = max(self._cores // min(self._threads, len(tasks)), 1)
+
+        def done(task: tuple[_ChunkLosses, Sequence[Candidate]]) -> list[float]:
+            chunk, group = task
+            torch.set_num_threads(cores)
+            return chunk.losses([paths[candidate] for candidate in group])
+
+        totals = dict.fromkeys(ordered, 0.0)
+        for (_, group), found in zip(tasks, self._pool.map(done, tasks), strict=True):
+            for candidate, loss in zip(group, found, strict=True):
+                totals[candidate] += loss
+        # Part of the setting is the process's: the caller computes with all cores again.
+        torch.set_num_threads(self._cores)
         for candidate, total in totals.items():
             if not math.isfinite(total):
                 raise InputError(
@@ -101,48 +229,12 @@ class LocalLosses:
 
     def forget_states(self) -> None:
         """Let go of the hidden states that are kept for candidates to come."""
-        self._states.clear()
-        self._state_bytes = 0
+        for chunk in self._chunks:
+            chunk.forget_states()
 
-    def _state(self, number: int, chunk: Chunk, steps: Steps) -> Tensor:
-        """Hidden states after all layers, from the longest prefix that is known."""
-        depth = next((d for d in range(len(steps), 0, -1) if (number, steps[:d]) in self._states), 0)
-        if depth:
-            self._states.move_to_end((number, steps[:depth]))
-            state = self._states[number, steps[:depth]]
-        else:
-            state = self._embedded[chunk.rows].to(self._device)
-        for index in range(depth, len(steps)):
-            state = chunk.through(index, self._supernet.layer(index, *steps[index]), state)
-            self._states[number, steps[: index + 1]] = state
-            self._state_bytes += state.nbytes
-            while self._state_bytes > STATE_BYTES and len(self._states) > 1:
-                self._state_bytes -= self._states.popitem(last=False)[1].nbytes
-        return state
-
-    def _logits(self, chunk: Chunk, states: Tensor) -> Tensor:
-        """In single precision at least."""
-        logits = self._stream.chunk_logits(chunk, states)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _loss(self, chunk: Chunk, logits: Tensor, reference: _Reference | None) -> float:
-        if reference is None:
-            tokens = self._tokens[chunk.rows].to(logits.device)
-            targets = logits[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-            return float((logits[:, :-1].logsumexp(-1) - targets).sum(dtype=torch.float64))
-        expected = torch.linalg.vecdot(reference.probabilities, logits)
-        return reference.negative_entropy + float((logits.logsumexp(-1) - expected).sum(dtype=torch.float64))
-
-    def _reference(self, number: int, chunk: Chunk) -> _Reference:
-        if number in self._references:
-            return self._references[number]
-        logits = self._logits(chunk, self._stream.hidden[chunk.rows])
-        probabilities = logits.softmax(-1)
-        expected = torch.linalg.vecdot(probabilities, logits)
-        found = _Reference(probabilities, float((expected - logits.logsumexp(-1)).sum(dtype=torch.float64)))
-        if (len(self._references) + 1) * probabilities.nbytes <= REFERENCE_BYTES:
-            self._references[number] = found
-        return found
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -174,10 +266,13 @@ def open_losses(
     Raises:
         ModelError: weights are missing or hold NaN.
     """
-    with streamed(
-        dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
-    ) as stream:
-        yield LocalLosses(stream, tokens, space, supernet, fitness, device)
+    with (
+        streamed(
+            dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
+        ) as stream,
+        closing(LocalLosses(stream, tokens, space, supernet, fitness, device)) as losses,
+    ):
+        yield losses
 
 
 def tokens_counted(fitness: FitnessName, sequences: int, length: int) -> int:

@@ -7,6 +7,7 @@ blocks: nothing is computed to make one.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, final
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from flap_export.ladders import LayerLadders, layer_plan
 from flap_export.loading import Checkpoint, MetaLayers, materialize
+from flap_export.products import with_fast_linears
 from flap_export.rewriting import Restore, kept_channels, rewrite_layer
 from flap_export.statistics import CutSpace
 
@@ -55,15 +57,20 @@ class Supernet:
         self._blocks: OrderedDict[tuple[int, CutSpace, int], dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
         self._layers: dict[tuple[int, int, int], nn.Module] = {}
+        self._lock = threading.Lock()
 
     def layer(self, index: int, attention: int, ffn: int) -> nn.Module:
-        """Layer `index` after so many steps of its two ladders, with its weights."""
+        """Layer `index` after so many steps of its two ladders, with its weights; any thread may ask."""
+        with self._lock:
+            return self._layer(index, attention, ffn)
+
+    def _layer(self, index: int, attention: int, ffn: int) -> nn.Module:
         key = index, attention, ffn
         tensors = {**self._block(index, "query", attention), **self._block(index, "ffn", ffn)}
         if key not in self._layers:
             plan = layer_plan(index, self._dense.shape, self._ladders[index], attention, ffn)
             shape = plan.shape(self._dense.shape.layers[index], compensated=self._compensated)
-            layer = self._meta.made(index, shape)
+            layer = with_fast_linears(self._meta.made(index, shape))
             materialize(layer, tensors.items(), dtype=self._dtype, device=self._device)
             self._layers[key] = layer.to(self._device)
         return self._layers[key]

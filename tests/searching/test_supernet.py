@@ -140,6 +140,29 @@ def test_not_a_bit_depends_on_what_is_evaluated_beside(
     assert tiny._bytes == sum(tensor.nbytes for block in tiny._blocks.values() for tensor in block.values())
 
 
+def test_threads_change_nothing(tmp_path: Path) -> None:
+    """More of them than chunks, fewer, or one; what the caller computes with is left alone.
+
+    Not a bit depends on how many candidates the threads of one process divide among themselves.
+    """
+    problem = tiny_problem("llama", tmp_path, num_hidden_layers=3)
+    candidates = candidates_of(problem)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            with problem.opened() as losses:
+                # One chunk, whose candidates are divided among threads; then all, which find its states.
+                first = losses.losses(candidates, 0, 2)
+                found.append(first + losses.losses(candidates, 0, 6))
+                losses.forget_states()
+                assert losses.losses(candidates[:1], 0, 2) == first[:1]
+                assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, [found[0]] * 3, rtol=1e-6)
+
+
 def test_what_is_evaluated_twice_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are made once, and of a candidate only the layers from the first new one on."""
     problem = tiny_problem("llama", tmp_path, num_hidden_layers=3, sequences=4)
@@ -205,9 +228,11 @@ def test_fitness_from_losses() -> None:
 def test_logits_that_are_not_finite_are_refused(fitness: Any, tmp_path: Path) -> None:
     """The dense model's are; nothing restores what the candidate loses."""
     problem = tiny_problem("llama", tmp_path, fitness=fitness, compensation="none")
-    with problem.opened() as losses:
+    dense = open_checkpoint(problem.model)
+    supernet = problem.supernet(dense)
+    with open_losses(dense, problem.tokens, problem.space, supernet, fitness=fitness, chunk_sequences=2) as losses:
         whole, cut = (candidate_of(problem.space, [(0.5, share), (0, 0)]) for share in (0.0, 0.5))
-        layer = losses._supernet.layer(0, *problem.space.steps(cut)[0])
+        layer = supernet.layer(0, *problem.space.steps(cut)[0])
         layer.get_parameter("mlp.down_proj.weight").data[0, 0] = math.inf
         with pytest.raises(InputError, match=r"the logits at rates \[0\.\d+, 0\.0\] are not finite.*--dtype float32"):
             losses.losses([whole, cut], 0, 6)

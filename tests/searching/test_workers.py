@@ -142,10 +142,11 @@ def test_errors_of_ours_come_out_as_ours(cluster: Any, tmp_path: Path, monkeypat
         assert losses.losses([candidate], 0, 6)[0] > 0
 
         def broken(worker: Any) -> None:
-            worker._losses._supernet._restore = lambda site, weight, kept: (weight[:, kept] * float("nan"), None)
-            worker._losses._supernet._blocks.clear()
-            worker._losses._supernet._layers.clear()
-            worker._losses._states.clear()
+            supernet = worker._losses._chunks[0]._supernet
+            supernet._restore = lambda site, weight, kept: (weight[:, kept] * float("nan"), None)
+            supernet._blocks.clear()
+            supernet._layers.clear()
+            worker._losses.forget_states()
 
         cluster.get(losses.actors[0].__ray_call__.remote(broken))
         with pytest.raises(InputError, match=r"^the logits at rates \[0\.\d+, 0\.0\] are not finite; .*float32$"):
