@@ -60,7 +60,7 @@ def search(
     fitness: Annotated[str, typer.Option(help="kl (to the dense logits) or perplexity.")] = "kl",
     fitness_samples: Annotated[int, typer.Option(min=1, help="Sequences that fitness is measured on.")] = 64,
     stage: Annotated[
-        list[float] | None, typer.Option(help="Shares of them to look at in turn, the last 1; repeat (0.25 1).")
+        list[float] | None, typer.Option(help="Shares of them to look at in turn, the last 1; repeat (0.125 0.5 1).")
     ] = None,
     uninformed: Annotated[bool, typer.Option("--uninformed", help="Begin with uniform rates only.")] = False,
     latency: Annotated[str | None, typer.Option(help="A GPU of `predict`, as a second objective.")] = None,
@@ -106,7 +106,7 @@ def search(
             "protect_last": protect_last,
             "fitness": fitness,
             "fitness_samples": fitness_samples,
-            "stages": tuple(stage or (0.25, 1.0)),
+            **({"stages": tuple(stage)} if stage else {}),
             "informed": not uninformed,
             "latency": latency,
             "latency_batch": latency_batch,

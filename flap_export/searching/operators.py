@@ -11,7 +11,7 @@ import numpy as np
 from flap_export.searching.space import Candidate, Space
 
 MAX_SWITCHES: Final = 3
-"""Level switches of one mutation, at most (EvoPress, arXiv 2410.14649, section 3)."""
+"""Level switches of one mutation, at most; the fewer of two draws is taken (EvoPress, arXiv 2410.14649)."""
 TOURNAMENT: Final = 2
 _ATTEMPTS: Final = 50
 """Draws for a candidate that is not known yet; a small space may hold no more."""
@@ -79,7 +79,7 @@ class Conventional:
         return self.distinct([lambda pair=pair: self._child(*pair) for pair in pairs], known)  # type: ignore[misc]
 
     def mutated(self, parents: Sequence[Scored], known: Collection[Candidate]) -> list[Candidate]:
-        """Level switches: one layer loses a step of what another gains, once to three times."""
+        """Level switches: one layer loses a step of what another gains, once to three times, mostly once."""
         return self.distinct(
             [lambda parent=parent: self.switched(parent.candidate) for parent in parents],  # type: ignore[misc]
             {*known, *(parent.candidate for parent in parents)},
@@ -117,7 +117,7 @@ class Conventional:
         """A neighbour by level switches; with attention apart, a switch may move attention's part of one layer."""
         space, random = self._space, self._random
         levels, attention = list(candidate.levels), list(candidate.attention)
-        for _ in range(1 + int(random.integers(MAX_SWITCHES))):
+        for _ in range(1 + int(random.integers(MAX_SWITCHES, size=2).min())):
             if space.granularity == "modules" and random.random() < 0.5:
                 index = int(random.integers(len(levels)))
                 attention[index] += int(random.choice([-1, 1]))

@@ -52,7 +52,7 @@ class SearchOptions(Value):
     fitness: FitnessName = "kl"
     fitness_samples: int = Field(default=64, ge=1)
     """Calibration sequences that fitness is measured on; those that units are ranked by are others."""
-    stages: tuple[float, ...] = (0.25, 1.0)
+    stages: tuple[float, ...] = (0.125, 0.5, 1.0)
     """Shares of them that a candidate has been seen on after each look; the last is 1."""
     informed: bool = True
     """Begin with known rates: uniform, and the method's own allocation."""
