@@ -8,19 +8,21 @@ Strategies: random search, the conventional search and a population bred by chan
 same number of evaluations.
 
 Speed: candidates assembled from cached blocks with shared prefixes, against rewriting every candidate to a checkpoint,
-loading it and running it in full, with the very same restored weights, and against pruning it as `prune --rates` does,
-which fits the kept weights anew.
+loading it and running it in full: in one and the same search, and on all of its text. The rewritten ones get the very
+same restored weights, from the search's own factors or fitted anew to the kept channels; `prune --rates`, which fits
+them to a compressed model, comes last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import common
 import torch
@@ -35,16 +37,18 @@ from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune_with
 from flap_export.rates import LayerRate, rates_of_steps
-from flap_export.rewriting import rewrite
+from flap_export.rewriting import Restore, rewrite
 from flap_export.searching import SearchOptions, SearchReport, search
 from flap_export.searching.fitness import LocalLosses, Losses
+from flap_export.searching.fitting import NestedFits
 from flap_export.searching.journal import JOURNAL_NAME, Journal
 from flap_export.searching.judging import Judge
 from flap_export.searching.operators import Conventional, Scored
 from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared, stage_sequences
 from flap_export.searching.space import Candidate
-from flap_export.searching.strategies import StrategyName, Task, evolutionary, seeded
+from flap_export.searching.strategies import OFFSPRING, StrategyName, Task, evolutionary, seeded
 from flap_export.searching.table import SHARES, lines_of, strategy_name
+from flap_export.statistics import Site
 from flap_export.storage import digest_of_json, write_text
 
 DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"
@@ -78,14 +82,17 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--samples", type=int, default=512, help="calibration sequences of 128 tokens")
     made.add_argument("--fitness-samples", type=int, default=32, help="sequences that fitness is measured on")
     made.add_argument("--windows", type=int, default=256, help="evaluation windows of 128 tokens per text")
-    made.add_argument("--candidates", type=int, default=12, help="candidates that are timed in both ways")
+    made.add_argument("--candidates", type=int, default=OFFSPRING, help="candidates that are timed in both ways")
+    made.add_argument("--rounds", type=int, default=3, help="of timing them")
     made.add_argument("--timed-evaluations", type=float, default=430, help="of the search that is timed")
-    made.add_argument("--pruned-candidates", type=int, default=2, help="candidates that are pruned anew")
+    made.add_argument("--rewritten-evaluations", type=float, default=40, help="of the search that rewrites candidates")
+    made.add_argument("--pruned-candidates", type=int, default=4, help="candidates that are pruned anew")
     arguments = made.parse_args(command_line)
     if arguments.quick:
         arguments.ratios, arguments.seeds, arguments.evaluations = [0.3], [0, 1], 6
         arguments.samples, arguments.fitness_samples, arguments.windows = 16, 16, 8
-        arguments.candidates, arguments.pruned_candidates, arguments.timed_evaluations = 2, 1, 12
+        arguments.candidates, arguments.pruned_candidates, arguments.rounds = 2, 1, 1
+        arguments.timed_evaluations = arguments.rewritten_evaluations = 6
     return arguments
 
 
@@ -248,9 +255,10 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def speed(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Candidates a second: in a search, assembled and seen on all of the text, rewritten and run in full.
+    """Candidates a second, in a search and on all of the text.
 
-    The candidates are offspring of one parent, which a search sees most, and drawn ones, which share the least.
+    On all of the text candidates are offspring of one parent, a generation of them, which a search sees most, and drawn
+    ones, which share the least.
     """
     options = SearchOptions(fitness_samples=arguments.fitness_samples)
     prune = resolved(PruneOptions(ratio=0.3, method=METHOD))
@@ -260,48 +268,122 @@ def speed(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     )  # fmt: skip
     chance = Conventional(ready.problem.space, seeded(0, "speed"))
     parent = ready.problem.space.uniform()
+    rewritten = Rewritten(ready, work / "rewritten", ready.problem.restore)
+    refitted = Rewritten(ready, work / "refitted", refitting(ready))
     found: dict[str, Any] = {"tokens": ready.problem.tokens.numel()}
     with ready.problem.opened() as losses:
-        found["search"] = timed_search(arguments, ready, losses, work, options)
+        found["search"] = timed_search(arguments.timed_evaluations, ready, losses, work, options)
+    few = arguments.rewritten_evaluations
+    for name, source in (("search_rewritten", rewritten), ("search_refitted", refitted)):
+        found[name] = timed_search(few, ready, source, work, options)
+        source.forget()
+    # Opened once more: no block is made yet.
+    with ready.problem.opened() as losses:
+        found["search_assembled"] = timed_search(few, ready, losses, work, options)
         for name, candidates in (
             ("offspring", chance.mutated([Scored(parent, 0.0)] * arguments.candidates, ())),
             ("drawn", chance.initial(arguments.candidates, ())),
         ):
-            found[name] = compared(ready, losses, parent, candidates, work)
+            found[name] = compared(losses, rewritten, parent, candidates, arguments.rounds)
     drawn, expected = chance.initial(arguments.pruned_candidates, ()), dense_log_probabilities(ready)
+    started = time.monotonic()
+    refitted.losses(drawn, 0, refitted.sequences)
+    found["refitted_per_s"] = len(drawn) / (time.monotonic() - started)
     started = time.monotonic()
     for candidate in drawn:
         prune_with(DEMO / "model", work / "full", ready.evidence, options_of(rates_of(ready, candidate)))
         run_checkpoint(ready, work / "full", expected)
     found["pruned_per_s"] = len(drawn) / (time.monotonic() - started)
-    common.show(f"{found['tokens']} tokens", ("way", "candidates a second", "difference"), speed_rows(found))
+    common.show("candidates a second", ("looks", "way", "a second", "difference"), speed_rows(found))
     return found
 
 
-def speed_rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Rates of all ways, fastest first, and how far fitness is from that of the whole model."""
-    search = found["search"]
-    seen = f"{search['evaluations']:.0f} evaluations, {search['candidates']} candidates"
-    yield (f"a search of {seen} in {search['seconds']:.0f} s", f"{search['per_s']:.2f}", "")
+def speed_rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """What was measured, and how far fitness is from that of the rewritten checkpoint."""
+    for name, way in (
+        ("search", "assembled"),
+        ("search_assembled", "assembled"),
+        ("search_rewritten", "rewritten with the factors at hand, loaded and run"),
+        ("search_refitted", "rewritten with weights fitted anew, loaded and run"),
+    ):
+        search = found[name]
+        seen = f"a search: {search['candidates']} candidates, {search['evaluations']:.0f} evaluations"
+        difference = abs(search["fitness"] / found["search_assembled"]["fitness"] - 1)
+        yield (seen, way, f"{search['per_s']:.2f}", "" if search is found["search"] else f"{difference:.0e}")
+    whole = f"all of the text, {found['tokens']} tokens"
     for name in ("offspring", "drawn"):
-        yield (f"assembled, {name}", f"{found[name]['assembled_per_s']:.2f}", f"{found[name]['difference']:.0e}")
-    yield ("rewritten with the factors at hand, loaded and run", f"{found['drawn']['full_per_s']:.2f}", "")
-    yield ("pruned by `prune --rates`, loaded and run", f"{found['pruned_per_s']:.3f}", "")
+        both = found[name]
+        yield (whole, f"assembled, {name}", f"{both['assembled_per_s']:.2f}", f"{both['difference']:.0e}")
+    yield (whole, "rewritten with the factors at hand, loaded and run", f"{found['drawn']['full_per_s']:.2f}", "")
+    yield (whole, "rewritten with weights fitted anew, loaded and run", f"{found['refitted_per_s']:.2f}", "")
+    yield (whole, "pruned by `prune --rates`, loaded and run", f"{found['pruned_per_s']:.3f}", "")
+
+
+@final
+class Rewritten:
+    """Losses of candidates that are rewritten to checkpoints, loaded and run in full."""
+
+    def __init__(self, ready: Prepared, folder: Path, restore: Restore) -> None:
+        """A candidate's checkpoint is kept for its next look.
+
+        Args:
+            ready: the search's problem.
+            folder: for checkpoints.
+            restore: what restoring projections become.
+        """
+        self._ready, self._folder, self._restore = ready, folder, restore
+        self._expected = dense_log_probabilities(ready)
+        self.sequences = len(ready.problem.tokens)
+
+    def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
+        return [self._loss(candidate, first, last) for candidate in candidates]
+
+    def forget(self) -> None:
+        """Let go of the checkpoints."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _loss(self, candidate: Candidate, first: int, last: int) -> float:
+        ready = self._ready
+        folder = self._folder / digest_of_json([candidate.levels, candidate.attention])[:16]
+        if not folder.is_dir():
+            plan = plan_of(ready, rates_of_steps(ready.ladders, ready.problem.space.steps(candidate)))
+            shape = plan.pruned_shape(ready.dense.shape, compensated=True)
+            folder.mkdir(parents=True)
+            write_checkpoint(folder, ready.dense, plan, shape, rewrite(ready.dense, plan, self._restore))
+        return run_checkpoint(ready, folder, self._expected, first, last)
+
+
+def refitting(ready: Prepared) -> Restore:
+    """Least squares from covariances in memory, as it is without nested factors: a factorisation for every cut."""
+    assert ready.problem.fits is not None
+    fits, correlations = NestedFits(ready.problem.fits), dict[Site, torch.Tensor]()
+
+    def restore(site: Site, weight: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        fit = fits.load(site)
+        if site not in correlations:
+            correlations[site] = fit.factor @ fit.factor.T
+        stay = len(kept)
+        own = torch.linalg.cholesky(correlations[site][:stay, :stay])
+        exact = weight.to(fit.mean.dtype)
+        shared = correlations[site][:stay, stay:] @ (exact[:, fit.order[stay:]] * fit.scale[stay:]).T
+        added = torch.cholesky_solve(shared, own).T / fit.scale[:stay]
+        restored = (exact[:, fit.order[:stay]] + added)[:, fit.order[:stay].argsort()]
+        return restored.to(weight.dtype), exact @ fit.mean - restored @ fit.mean[kept]
+
+    return restore
 
 
 def timed_search(
-    arguments: argparse.Namespace, ready: Prepared, losses: Losses, work: Path, options: SearchOptions
+    evaluations: float, ready: Prepared, losses: Losses, work: Path, options: SearchOptions
 ) -> dict[str, Any]:
-    """A conventional search from its beginning to its end: blocks are made on the way."""
+    """A conventional search from its beginning to its end."""
     problem = ready.problem
     stages = stage_sequences(options.stages, len(problem.tokens), problem.chunk_sequences)
     path = work / "speed" / JOURNAL_NAME
     path.unlink(missing_ok=True)
     started = time.monotonic()
     with Journal(path, {}) as journal:
-        judge = Judge(
-            losses, journal, problem.fitness, problem.tokens.shape[1], stages, arguments.timed_evaluations
-        )  # fmt: skip
+        judge = Judge(losses, journal, problem.fitness, problem.tokens.shape[1], stages, evaluations)
         chance = Conventional(problem.space, seeded(0, "timed"))
         evolutionary(Task(judge, chance, chance, ready.start))
     seconds = time.monotonic() - started
@@ -315,26 +397,27 @@ def timed_search(
 
 
 def compared(
-    ready: Prepared, losses: LocalLosses, parent: Candidate, candidates: Sequence[Candidate], work: Path
+    losses: LocalLosses, rewritten: Rewritten, parent: Candidate, candidates: Sequence[Candidate], rounds: int
 ) -> dict[str, Any]:
-    """The same candidates in both ways."""
-    sequences = len(ready.problem.tokens)
+    """The same candidates on all of the text in both ways, by turns; medians of the rounds."""
+    sequences = rewritten.sequences
     # Blocks that are made for the first time stay for all of a search.
     losses.losses(candidates, 0, sequences)
-    losses.forget_states()
-    losses.losses([parent], 0, sequences)
-    started = time.monotonic()
-    assembled = losses.losses(candidates, 0, sequences)
-    assembled_s = time.monotonic() - started
-    expected = dense_log_probabilities(ready)
-    started = time.monotonic()
-    whole = [run_in_full(ready, candidate, expected, work / "full") for candidate in candidates]
-    full_s = time.monotonic() - started
+    times: dict[str, list[float]] = {"assembled": [], "full": []}
+    for _ in range(rounds):
+        losses.forget_states()
+        losses.losses([parent], 0, sequences)
+        rewritten.forget()
+        found = []
+        for name, source in (("assembled", losses), ("full", rewritten)):
+            started = time.monotonic()
+            found.append(source.losses(candidates, 0, sequences))
+            times[name].append(time.monotonic() - started)
     return {
         "candidates": len(candidates),
-        "assembled_per_s": len(candidates) / assembled_s,
-        "full_per_s": len(candidates) / full_s,
-        "difference": max(abs(one - other) / other for one, other in zip(assembled, whole, strict=True)),
+        "assembled_per_s": len(candidates) / statistics.median(times["assembled"]),
+        "full_per_s": len(candidates) / statistics.median(times["full"]),
+        "difference": max(abs(one - other) / other for one, other in zip(*found, strict=True)),
     }
 
 
@@ -346,22 +429,15 @@ def dense_log_probabilities(ready: Prepared) -> list[torch.Tensor]:
     return [model(input_ids=chunk, use_cache=False).logits.log_softmax(-1) for chunk in chunks]
 
 
-def run_in_full(ready: Prepared, candidate: Candidate, expected: Sequence[torch.Tensor], folder: Path) -> float:
-    """Rewrite a candidate to a checkpoint, load it, and sum its KL divergence from the dense model."""
-    dense, problem = ready.dense, ready.problem
-    plan = plan_of(ready, rates_of_steps(ready.ladders, problem.space.steps(candidate)))
-    shape = plan.pruned_shape(dense.shape, compensated=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(folder, dense, plan, shape, rewrite(dense, plan, problem.restore))
-    return run_checkpoint(ready, folder, expected)
-
-
 @torch.no_grad()
-def run_checkpoint(ready: Prepared, folder: Path, expected: Sequence[torch.Tensor]) -> float:
-    """Load a checkpoint, and sum its KL divergence from the dense model."""
-    problem = ready.problem
+def run_checkpoint(
+    ready: Prepared, folder: Path, expected: Sequence[torch.Tensor], first: int = 0, last: int | None = None
+) -> float:
+    """Load a checkpoint, and sum its KL divergence from the dense model over sequences first..last-1."""
+    problem, size = ready.problem, ready.problem.chunk_sequences
     model, total = load_model(folder, dtype=torch.float32), 0.0
-    for chunk, reference in zip(problem.tokens.split(problem.chunk_sequences), expected, strict=True):
+    chunks = problem.tokens[:last].split(size)
+    for chunk, reference in list(zip(chunks, expected, strict=False))[first // size :]:
         given = model(input_ids=chunk, use_cache=False).logits.log_softmax(-1)
         total += float((reference.exp() * (reference - given)).sum(dtype=torch.float64))
     return total
