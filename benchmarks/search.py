@@ -367,8 +367,8 @@ def refitting(ready: Prepared) -> Restore:
         exact = weight.to(fit.mean.dtype)
         shared = correlations[site][:stay, stay:] @ (exact[:, fit.order[stay:]] * fit.scale[stay:]).T
         added = torch.cholesky_solve(shared, own).T / fit.scale[:stay]
-        restored = (exact[:, fit.order[:stay]] + added)[:, fit.order[:stay].argsort()]
-        return restored.to(weight.dtype), exact @ fit.mean - restored @ fit.mean[kept]
+        restored = (exact[:, fit.order[:stay]] + added)[:, fit.order[:stay].argsort()].to(weight.dtype)
+        return restored, exact @ fit.mean - restored.to(exact.dtype) @ fit.mean[kept]
 
     return restore
 
