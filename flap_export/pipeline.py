@@ -1,89 +1,40 @@
-"""`run`: every stage of a recipe in order, resumed where it stopped.
-
-A stage is done when its record in `.stages/` carries the key of what it would do now and its outputs are unchanged.
-The key covers the stage's options and the digests of its inputs, not how they came about: a changed recipe redoes
-exactly the stages whose inputs change. Outputs appear whole or not at all, so a run may be killed anywhere.
-"""
+"""`run`: every stage of a recipe in order, resumed where it stopped; see `flap_export.running`."""
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final, final
+from typing import Any, Final, final
 
-from flap_export import __version__
 from flap_export.alignment import ALIGNMENT_NAME, compare_alignment
 from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
 from flap_export.building import BuildOptions, build
-from flap_export.errors import FlapExportError, GateBreachedError, OutputError
+from flap_export.errors import GateBreachedError
 from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
 from flap_export.evidence import Evidence, evidence_options, gather
 from flap_export.exporting import export
 from flap_export.ideal import Phase
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
-from flap_export.manifest import FileEntry, listed_files, write_manifest
+from flap_export.manifest import write_manifest
 from flap_export.methods import resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.pruning import prune_with
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.engines import ENGINES
-from flap_export.storage import Record, check_output, digest_of_json, write_text, writing_errors
+from flap_export.running import RUN_NAME, Run, Stage, begin, locked, perform
+from flap_export.storage import check_output, digest_of_json
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
 
-logger = logging.getLogger(__name__)
-
-RUN_NAME: Final = "run.json"
-STAGES_FOLDER: Final = ".stages"
 CALIBRATION_FOLDER: Final = "calibration"
 CHECKPOINT_FOLDER: Final = "checkpoint"
 DENSE_FOLDER: Final = "onnx/dense"
 PRUNED_FOLDER: Final = "onnx/pruned"
-
-
-class StageRecord(Record):
-    """That a stage is done, and what it left."""
-
-    kind: ClassVar[str] = "stage record"
-
-    key: str
-    outputs: dict[str, FileEntry]
-
-
-@final
-@dataclass(frozen=True)
-class Run:
-    """One recipe in one directory."""
-
-    recipe: Recipe
-    directory: Path
-    progress: Progress
-
-
-@final
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run."""
-
-    name: str
-    needs: tuple[str, ...]
-    """Stages whose outputs it reads."""
-    outputs: tuple[str, ...]
-    """Files or folders it writes, relative to the run's directory."""
-    options: Callable[[Recipe], Any]
-    """What of the recipe it depends on, as JSON."""
-    action: Callable[[Run], None]
-    applies: Callable[[Recipe], bool] = lambda recipe: True
-    """Whether the recipe asks for it; outputs of an earlier recipe that did go away."""
 
 
 @final
@@ -126,11 +77,11 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
     directory = Path(output)
     check_output(directory, RUN_NAME)
     current = Run(recipe, directory, progress)
-    with _locked(directory):
-        _begin(current)
+    with locked(directory):
+        begin(current)
         known = _input_digests(recipe)
         for stage in STAGES:
-            _perform(stage, current, known)
+            perform(stage, current, known)
             if stage.name == "validate" and _parity(directory).worst is not None:
                 # What was measured on a wrong artifact says nothing: older results must not stand beside the breach.
                 for name in (LATENCY_NAME, ALIGNMENT_NAME):
@@ -141,86 +92,6 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
         report(directory, recipe=values)
         write_manifest(directory, digests=known, recipe=values)
     return result
-
-
-def _perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
-    """Do a stage unless it is done; afterwards `known` has the digest of its outputs."""
-    directory = current.directory
-    if not stage.applies(current.recipe):
-        _clear(stage, directory)
-        known[stage.name] = digest_of_json({})
-        return
-    inputs = {need: known[need] for need in stage.needs}
-    key = digest_of_json([stage.name, __version__, stage.options(current.recipe), inputs])
-    record_path = directory / STAGES_FOLDER / f"{stage.name}.json"
-    record = _valid_record(record_path, key, directory)
-    if record is None:
-        logger.info("stage %s", stage.name)
-        current.progress(stage.name, 0, 1)
-        record_path.unlink(missing_ok=True)
-        with writing_errors(directory):
-            stage.action(current)
-        record = StageRecord(key=key, outputs=_measured(stage, directory))
-        record.save(record_path)
-        current.progress(stage.name, 1, 1)
-    else:
-        logger.info("stage %s is done already", stage.name)
-    known[stage.name] = digest_of_json({name: entry.sha256 for name, entry in record.outputs.items()})
-
-
-def _clear(stage: Stage, directory: Path) -> None:
-    for name in (*stage.outputs, f"{STAGES_FOLDER}/{stage.name}.json"):
-        path = directory / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _valid_record(path: Path, key: str, directory: Path) -> StageRecord | None:
-    """The record at `path` if it is of `key` and the outputs it lists are unchanged."""
-    if not path.is_file():
-        return None
-    try:
-        record = StageRecord.load(path)
-    except FlapExportError:
-        return None
-    unchanged = record.key == key and all(entry.matches(directory / name) for name, entry in record.outputs.items())
-    return record if unchanged else None
-
-
-def _measured(stage: Stage, directory: Path) -> dict[str, FileEntry]:
-    entries = {}
-    for name in stage.outputs:
-        path = directory / name
-        for file in listed_files(path) if path.is_dir() else filter(Path.is_file, [path]):
-            entries[file.relative_to(directory).as_posix()] = FileEntry.of(file)
-    return entries
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the run's directory; the operating system lets go of it when the process ends, however it ends."""
-    with writing_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        _take(descriptor, directory)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
-
-
-def _begin(current: Run) -> None:
-    """Write the resolved recipe and clear what a killed run left half-written."""
-    for pattern in (".*.partial*", ".*.retired-*"):
-        for leftover in current.directory.rglob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    write_text(current.directory / RUN_NAME, current.recipe.model_dump_json(indent=2, by_alias=True) + "\n")
 
 
 def _input_digests(recipe: Recipe) -> dict[str, str]:

@@ -69,6 +69,7 @@ STAGES = (
     "alignment",
     "recipe",
     "reporting",
+    "running",
     "pipeline",
     "cli",
     "__main__",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
-from flap_export import pipeline
+from flap_export import pipeline, running
 from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, TextError
 from flap_export.manifest import verify
@@ -56,8 +56,8 @@ def performed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the stages whose action ran, in order."""
     names: list[str] = []
 
-    def noting(stage: pipeline.Stage) -> pipeline.Stage:
-        def action(current: pipeline.Run) -> None:
+    def noting(stage: running.Stage) -> running.Stage:
+        def action(current: running.Run) -> None:
             names.append(stage.name)
             stage.action(current)
 
@@ -178,7 +178,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(by_alias=True))
     command = [sys.executable, "-m", "flap_export", "run", str(tmp_path / "recipe.yaml"), "--output", str(directory)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    marker, deadline = directory / pipeline.STAGES_FOLDER / "prune.json", time.monotonic() + 120
+    marker, deadline = directory / running.STAGES_FOLDER / "prune.json", time.monotonic() + 120
     while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -195,7 +195,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     directory = tmp_path / "run"
-    with pipeline._locked(directory), pytest.raises(OutputError, match="another run is at work"):
+    with running.locked(directory), pytest.raises(OutputError, match="another run is at work"):
         pipeline.run(recipe_of(), directory)
 
 

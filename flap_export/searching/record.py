@@ -9,9 +9,9 @@ from pydantic import Field
 from flap_export.evidence import CalibrationText
 from flap_export.methods import PruneOptions
 from flap_export.plan import Ratio
-from flap_export.searching.asking import Usage
 from flap_export.searching.fitness import FitnessName
 from flap_export.searching.judging import CurvePoint
+from flap_export.searching.language.asking import Usage
 from flap_export.searching.space import Granularity
 from flap_export.searching.strategies import StrategyName
 from flap_export.storage import Record, Value

@@ -16,11 +16,11 @@ from flap_export.rates import rates_of_steps
 from flap_export.searching.fitness import Losses
 from flap_export.searching.journal import JOURNAL_NAME, Journal
 from flap_export.searching.judging import Judge
-from flap_export.searching.language_model import LanguageModel
-from flap_export.searching.opening import open_proposer
+from flap_export.searching.language.language_model import LanguageModel
+from flap_export.searching.language.opening import open_proposer
+from flap_export.searching.language.proposers import Proposer, Recorded
 from flap_export.searching.operators import Conventional, Scored
 from flap_export.searching.preparing import Prepared, stage_sequences
-from flap_export.searching.proposers import Proposer, Recorded
 from flap_export.searching.record import Found, SearchOptions, SearchRequest, SearchRun
 from flap_export.searching.selection import pareto_front
 from flap_export.searching.space import Candidate

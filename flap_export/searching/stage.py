@@ -17,7 +17,7 @@ from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.prediction import GPUS
 from flap_export.rates import RATES_NAME, Rates, rates_of_steps
-from flap_export.searching.opening import check_proposer
+from flap_export.searching.language.opening import check_proposer
 from flap_export.searching.preparing import FITS_FOLDER, Prepared, prepared, stage_sequences
 from flap_export.searching.record import REQUEST_NAME, SEARCH_NAME, SearchOptions, SearchReport, SearchRequest
 from flap_export.searching.runs import Setting

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from served import Server
 
-from flap_export.searching.openai_server import KEY_VARIABLE
+from flap_export.searching.language.openai_server import KEY_VARIABLE
 
 
 @pytest.fixture

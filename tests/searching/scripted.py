@@ -13,9 +13,9 @@ import torch
 from flap_export.ladders import ladders_from_scores
 from flap_export.scoring import LayerScores
 from flap_export.searching.journal import Journal
-from flap_export.searching.language_model import LanguageModel
+from flap_export.searching.language.language_model import LanguageModel
+from flap_export.searching.language.proposers import Answer, Message, Proposer, ProposerUnavailableError
 from flap_export.searching.operators import Conventional, Scored
-from flap_export.searching.proposers import Answer, Message, Proposer, ProposerUnavailableError
 from flap_export.searching.space import Candidate, Granularity, Space
 from flap_export.shapes import DecoderShape, LayerShape
 

@@ -12,9 +12,9 @@ import pytest
 from scripted import Scripted, bred, fitness_of, opened, operators_of, scored, small_space, wanted, well
 
 from flap_export.errors import InputError
-from flap_export.searching.asking import DUPLICATE, HIGHEST_TEMPERATURE, Usage
+from flap_export.searching.language.asking import DUPLICATE, HIGHEST_TEMPERATURE, Usage
+from flap_export.searching.language.proposers import ProposerUnavailableError, Recorded
 from flap_export.searching.operators import Conventional, Scored
-from flap_export.searching.proposers import ProposerUnavailableError, Recorded
 from flap_export.searching.space import GRANULARITIES, Granularity, Space
 
 LAYERS_CLAIMED = "<candidates>[[0.3, 0.3, 0.3, 0.3, 0.3, 0.3]]</candidates>"

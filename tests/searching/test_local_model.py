@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from flap_export.errors import InputError, ModelError
-from flap_export.searching.local_model import LocalModel
-from flap_export.searching.opening import open_proposer
-from flap_export.searching.prompts import ask_initial
-from flap_export.searching.proposers import Message, Recorded
+from flap_export.searching.language.local_model import LocalModel
+from flap_export.searching.language.opening import open_proposer
+from flap_export.searching.language.prompts import ask_initial
+from flap_export.searching.language.proposers import Message, Recorded
 
 DEMO = Path(__file__).parents[2] / "pipelines" / "demo" / "model"
 HELLO: list[Message] = [{"role": "user", "content": "The town of"}, {"role": "user", "content": "York"}]

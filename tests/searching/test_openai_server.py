@@ -12,9 +12,9 @@ from scripted import bred, opened, operators_of, small_space
 from served import Reply, Server, fails, good, half, hangs_up, late, says, sends
 
 from flap_export.errors import InputError, MissingRequirementError
-from flap_export.searching.openai_server import KEY_VARIABLE, OpenAIServer
-from flap_export.searching.opening import open_proposer
-from flap_export.searching.proposers import Message, ProposerUnavailableError
+from flap_export.searching.language.openai_server import KEY_VARIABLE, OpenAIServer
+from flap_export.searching.language.opening import open_proposer
+from flap_export.searching.language.proposers import Message, ProposerUnavailableError
 
 pytest.importorskip("openai", reason="pip install 'flap-export[search]'")
 
@@ -114,7 +114,7 @@ def test_nobody_at_the_address_pauses_the_search() -> None:
 
 def test_waits_double_and_follow_what_the_server_asks_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("flap_export.searching.openai_server.time.sleep", waits.append)
+    monkeypatch.setattr("flap_export.searching.language.openai_server.time.sleep", waits.append)
     script = (fails(500), fails(429, retry_after="7"), fails(429, retry_after="9999"), fails(503, retry_after="soon"))
     asked(server, *script, fails(500), says("rates"), max_retries=5, backoff_s=1.0).answer(
         HELLO, temperature=0.7, seed=0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flap_export.searching.parsing import MAX_RAW, candidates_from, parents_from
+from flap_export.searching.language.parsing import MAX_RAW, candidates_from, parents_from
 
 
 def rates(text: str) -> list[list[float] | str]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scripted import LAYERS, prompt_of, scored, small_space
 
-from flap_export.searching.notation import distance, meant, shares, width, written
+from flap_export.searching.language.notation import distance, meant, shares, width, written
+from flap_export.searching.language.parsing import candidates_from
+from flap_export.searching.language.prompts import ask_crossover, ask_initial, ask_mutation, ask_parents
 from flap_export.searching.operators import Conventional, Scored
-from flap_export.searching.parsing import candidates_from
-from flap_export.searching.prompts import ask_crossover, ask_initial, ask_mutation, ask_parents
 from flap_export.searching.space import GRANULARITIES, Granularity, Space
 
 

@@ -17,8 +17,8 @@ import pytest
 from scripted import bred, opened, operators_of, small_space
 
 from flap_export.errors import InputError
-from flap_export.searching.openai_server import KEY_VARIABLE, OpenAIServer
-from flap_export.searching.proposers import Recorded
+from flap_export.searching.language.openai_server import KEY_VARIABLE, OpenAIServer
+from flap_export.searching.language.proposers import Recorded
 
 for package in ("openai", "fastapi", "uvicorn", "accelerate", "transformers.cli.serve"):
     pytest.importorskip(package, reason="pip install 'transformers[serving]'")

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 from urllib.parse import urlsplit
 
 from flap_export.errors import InputError, MissingRequirementError
-from flap_export.searching.proposers import Answer, Message, ProposerUnavailableError
+from flap_export.searching.language.proposers import Answer, Message, ProposerUnavailableError
 
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 MAX_WAIT_S: Final = 60.0
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @final
 class OpenAIServer:
-    """Asks one server; see `flap_export.searching.proposers.Proposer`."""
+    """Asks one server; see `flap_export.searching.language.proposers.Proposer`."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 
 from flap_export.errors import ModelError
-from flap_export.searching.proposers import Answer, Message
+from flap_export.searching.language.proposers import Answer, Message
 
 MAX_NEW_TOKENS: Final = 2048
 """Of an answer: thirty candidates of eighty layers do not fit, ten do."""
@@ -18,7 +18,7 @@ MAX_NEW_TOKENS: Final = 2048
 
 @final
 class LocalModel:
-    """Answers with a model that stays loaded; see `flap_export.searching.proposers.Proposer`."""
+    """Answers with a model that stays loaded; see `flap_export.searching.language.proposers.Proposer`."""
 
     def __init__(self, model: str, *, device: str = "cpu", max_new_tokens: int = MAX_NEW_TOKENS) -> None:
         """Load model and tokenizer, in the dtype the checkpoint states.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar, final
 
-from flap_export.searching.notation import Shares
-from flap_export.searching.prompts import CANDIDATES_TAG, PARENTS_TAG
+from flap_export.searching.language.notation import Shares
+from flap_export.searching.language.prompts import CANDIDATES_TAG, PARENTS_TAG
 
 MAX_RAW: Final = 2000
 """Characters of a proposal that are kept; the answer has all of them."""

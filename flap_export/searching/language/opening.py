@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from flap_export.errors import InputError
-from flap_export.searching.proposers import Proposer
+from flap_export.searching.language.proposers import Proposer
 
 FORMS: Final = "openai:URL (with the name of its model), local:PATH or self"
 
@@ -38,11 +38,11 @@ def open_proposer(
     check_proposer(text, model_name)
     kind, _, place = text.partition(":")
     if kind == "openai":
-        from flap_export.searching.openai_server import OpenAIServer
+        from flap_export.searching.language.openai_server import OpenAIServer
 
         assert model_name
         return OpenAIServer(place, model_name, timeout_s=timeout_s, max_retries=max_retries)
-    from flap_export.searching.local_model import LocalModel
+    from flap_export.searching.language.local_model import LocalModel
 
     return LocalModel(place or str(pruned_model), device=device)
 

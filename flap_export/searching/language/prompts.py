@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
-from flap_export.searching.notation import shares, width, written
+from flap_export.searching.language.notation import shares, width, written
+from flap_export.searching.language.proposers import Message
 from flap_export.searching.operators import Pair, Scored
-from flap_export.searching.proposers import Message
 from flap_export.searching.space import Space
 
 OperatorName = Literal["initial", "parents", "crossover", "mutation"]

@@ -16,8 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from flap_export.searching.journal import Journal
-from flap_export.searching.prompts import OperatorName
-from flap_export.searching.proposers import Answer, Message, Proposer
+from flap_export.searching.language.prompts import OperatorName
+from flap_export.searching.language.proposers import Answer, Message, Proposer
 from flap_export.storage import Value
 
 HIGHEST_TEMPERATURE: Final = 1.2

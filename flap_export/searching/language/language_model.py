@@ -12,13 +12,13 @@ from typing import Final, TypeVar, final
 
 import numpy as np
 
-from flap_export.searching.asking import DUPLICATE, Fate, Prompt, Questions, Usage
 from flap_export.searching.journal import Journal
-from flap_export.searching.notation import Shares, distance, meant, shares, width
+from flap_export.searching.language.asking import DUPLICATE, Fate, Prompt, Questions, Usage
+from flap_export.searching.language.notation import Shares, distance, meant, shares, width
+from flap_export.searching.language.parsing import Proposal, candidates_from, parents_from
+from flap_export.searching.language.prompts import OperatorName, ask_crossover, ask_initial, ask_mutation, ask_parents
+from flap_export.searching.language.proposers import Proposer
 from flap_export.searching.operators import Conventional, Pair, Scored
-from flap_export.searching.parsing import Proposal, candidates_from, parents_from
-from flap_export.searching.prompts import OperatorName, ask_crossover, ask_initial, ask_mutation, ask_parents
-from flap_export.searching.proposers import Proposer
 from flap_export.searching.space import Candidate, Space
 
 SHOWN: Final = 10
