@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -36,6 +36,8 @@ STATE_BYTES: Final = 1 << 30
 """Memory for hidden states after prefixes of layers."""
 REFERENCE_BYTES: Final = 1 << 30
 """Memory for the dense model's probabilities; beyond it they are computed again for every batch of candidates."""
+LOGITS_BYTES: Final = 2 << 30
+"""Memory for the logits of all threads together."""
 _BLOCK_ELEMENTS: Final = 1 << 18
 """Logits that are reduced at once: as many as stay in a core's cache."""
 
@@ -159,7 +161,8 @@ def _cross_entropy(probabilities: Tensor, logits: Tensor) -> float:
     """Sum over tokens of -sum_v p(v) log q(v); both [B, n, V]."""
     size = logits.shape[-1]
     rows = max(_BLOCK_ELEMENTS // size, 1) if logits.device.type == "cpu" else logits.numel() // size
-    blocks = zip(torch.split(probabilities.view(-1, size), rows), torch.split(logits.view(-1, size), rows), strict=True)
+    ours, theirs = (torch.split(tensor.reshape(-1, size), rows) for tensor in (probabilities, logits))
+    blocks = zip(ours, theirs, strict=True)
     return float(torch.cat([q.logsumexp(-1) - torch.linalg.vecdot(p, q) for p, q in blocks]).sum(dtype=torch.float64))
 
 
@@ -168,10 +171,17 @@ class LocalLosses:
     """Losses computed in this process; see the module and `open_losses`."""
 
     def __init__(
-        self, stream: LayerStream, tokens: Tensor, space: Space, supernet: Supernet, fitness: FitnessName, device: str
+        self,
+        stream: LayerStream,
+        tokens: Tensor,
+        space: Space,
+        supernet: Supernet,
+        fitness: FitnessName,
+        device: str,
+        threads: int,
     ) -> None:
-        """Run the dense model; arguments as `open_losses` has them."""
-        self._space = space
+        """Run the dense model; arguments as `open_losses` has them, and how many threads may compute at a time."""
+        self._space, self._supernet = space, supernet
         embedded = stream.hidden.clone()
         for visited in stream:
             visited.propagate()
@@ -186,10 +196,8 @@ class LocalLosses:
             )
             for number, chunk in enumerate(stream.chunks)
         ]
-        self._cores = torch.get_num_threads()
-        # Work for a GPU stands in one queue, whichever thread gives it.
-        self._threads = self._cores if device == "cpu" else 1
-        self._pool = ThreadPoolExecutor(self._threads)
+        self._cores, self._threads = torch.get_num_threads(), threads
+        self._pool = ThreadPoolExecutor(threads)
 
     def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
         """Loss of every candidate, summed over the tokens of sequences first..last-1, in nats.
@@ -213,12 +221,15 @@ class LocalLosses:
             torch.set_num_threads(cores)
             return chunk.losses([paths[candidate] for candidate in group])
 
+        self._make_blocks(paths.values())
         totals = dict.fromkeys(ordered, 0.0)
-        for (_, group), found in zip(tasks, self._pool.map(done, tasks), strict=True):
-            for candidate, loss in zip(group, found, strict=True):
-                totals[candidate] += loss
-        # Part of the setting is the process's: the caller computes with all cores again.
-        torch.set_num_threads(self._cores)
+        try:
+            for (_, group), found in zip(tasks, self._pool.map(done, tasks), strict=True):
+                for candidate, loss in zip(group, found, strict=True):
+                    totals[candidate] += loss
+        finally:
+            # Part of the setting is the process's: the caller computes with all cores again.
+            torch.set_num_threads(self._cores)
         for candidate, total in totals.items():
             if not math.isfinite(total):
                 raise InputError(
@@ -226,6 +237,12 @@ class LocalLosses:
                     "the model overflows in this precision, set --dtype float32"
                 )
         return [totals[candidate] for candidate in candidates]
+
+    @torch.no_grad()
+    def _make_blocks(self, paths: Iterable[_Path]) -> None:
+        """Make what is missing with all cores, rather than with one while the others wait for it."""
+        for index, taken in dict.fromkeys(step for path in paths for step in enumerate(path)):
+            self._supernet.layer(index, *taken)
 
     def forget_states(self) -> None:
         """Let go of the hidden states that are kept for candidates to come."""
@@ -270,9 +287,23 @@ def open_losses(
         streamed(
             dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
         ) as stream,
-        closing(LocalLosses(stream, tokens, space, supernet, fitness, device)) as losses,
+        closing(
+            LocalLosses(
+                stream, tokens, space, supernet, fitness, device, _threads(dense, tokens, chunk_sequences, device)
+            )
+        ) as losses,
     ):
         yield losses
+
+
+def _threads(dense: Checkpoint, tokens: Tensor, chunk_sequences: int, device: str) -> int:
+    """How many chunks may be at work at a time."""
+    if device != "cpu":
+        # Work for a GPU stands in one queue, whichever thread gives it.
+        return 1
+    chunk_tokens = min(chunk_sequences, len(tokens)) * tokens.shape[1]
+    logits_bytes = chunk_tokens * dense.shape.vocabulary_size * torch.float32.itemsize
+    return min(torch.get_num_threads(), max(LOGITS_BYTES // logits_bytes, 1))
 
 
 def tokens_counted(fitness: FitnessName, sequences: int, length: int) -> int:

@@ -22,7 +22,7 @@ from flap_export.rewriting import Restore, kept_channels, rewrite_layer
 from flap_export.statistics import CutSpace
 
 BLOCK_BYTES: Final = 4 << 30
-"""Memory for blocks; what was used longest ago goes first, and is made again when it is asked for."""
+"""Memory for blocks on a CPU; what was used longest ago goes first, and is made again when it is asked for."""
 
 
 @final
@@ -38,7 +38,7 @@ class Supernet:
         compensated: bool,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        block_bytes: int = BLOCK_BYTES,
+        block_bytes: int | None = None,
     ) -> None:
         """Nothing is made yet.
 
@@ -49,10 +49,11 @@ class Supernet:
             compensated: whether it gains a bias by that.
             dtype: precision to compute in.
             device: where.
-            block_bytes: memory for blocks.
+            block_bytes: memory for blocks; None is `BLOCK_BYTES`, or half of what is free on a GPU.
         """
         self._dense, self._ladders, self._restore = dense, tuple(ladders), restore
-        self._compensated, self._dtype, self._device, self._limit = compensated, dtype, device, block_bytes
+        self._compensated, self._dtype, self._device = compensated, dtype, device
+        self._limit = _room(device) if block_bytes is None else block_bytes
         self._meta = MetaLayers(dense, dtype)
         self._blocks: OrderedDict[tuple[int, CutSpace, int], dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
@@ -104,6 +105,13 @@ class Supernet:
         position = 1 if part == "query" else 2
         for layer in [other for other in self._layers if other[0] == index and other[position] == steps]:
             del self._layers[layer]
+
+
+def _room(device: str) -> int:
+    if device == "cpu":
+        return BLOCK_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) // 2
 
 
 def _size(block: dict[str, Tensor]) -> int:
