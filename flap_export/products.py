@@ -1,8 +1,8 @@
 """Matrix products of a layer on processors where PyTorch's choice is not the fastest.
 
 In single precision PyTorch multiplies with MKL, which keeps to AVX2 on processors that Intel did not make. oneDNN,
-which PyTorch brings along too and compiles models to, uses AVX-512 wherever it is: on an AMD EPYC 9005 it is twice as
-fast. Both sum in single precision; only the order differs.
+which PyTorch brings along too and compiles models to, uses AVX-512 wherever it is (`benchmarks/cpu_products.py`). Both
+sum in single precision; only the order differs.
 """
 
 from __future__ import annotations

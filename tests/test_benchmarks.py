@@ -19,6 +19,7 @@ import torch
 from flap_export.loading import load_model, open_checkpoint
 
 SCRIPTS = (
+    "cpu_products",
     "export_cost",
     "gpu",
     "methods",
