@@ -312,6 +312,7 @@ def streamed(
     device: str,
     chunk_sequences: int = 8,
     prefetch: bool | None = None,
+    fast_linears: bool = False,
     progress: Progress = no_progress,
 ) -> Iterator[LayerStream]:
     """Walk through all decoder layers, with what each makes of `tokens` handed to the next; without gradients.
@@ -324,6 +325,7 @@ def streamed(
         chunk_sequences: sequences per chunk.
         prefetch: read the next layer's weights while one computes, at the price of a second layer in memory; None
             does so where the device has a memory of its own.
+        fast_linears: multiply as `flap_export.products` does, which takes memory beside a layer's weights.
         progress: told after every layer.
 
     Raises:
@@ -331,6 +333,8 @@ def streamed(
         OutputError: the temporary folder cannot hold the hidden states.
     """
     ahead = device != "cpu" if prefetch is None else prefetch
-    model = with_fast_linears(meta_model(checkpoint, dtype))
+    model = meta_model(checkpoint, dtype)
+    if fast_linears:
+        with_fast_linears(model)
     with tempfile.TemporaryDirectory(prefix="flap-export-") as folder, torch.no_grad():
         yield LayerStream(checkpoint, tokens, model, Path(folder), dtype, device, chunk_sequences, ahead, progress)

@@ -2,7 +2,8 @@
 
 In single precision PyTorch multiplies with MKL, which keeps to AVX2 on processors that Intel did not make. oneDNN,
 which PyTorch brings along too and compiles models to, uses AVX-512 wherever it is (`benchmarks/cpu_products.py`). Both
-sum in single precision; only the order differs.
+sum in single precision; only the order differs. oneDNN takes memory beside the weights, which shows with large layers:
+what has to fit into little memory, as calibration has, does without.
 """
 
 from __future__ import annotations

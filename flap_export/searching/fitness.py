@@ -285,7 +285,13 @@ def open_losses(
     """
     with (
         streamed(
-            dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
+            dense,
+            tokens,
+            dtype=dtype,
+            device=device,
+            chunk_sequences=chunk_sequences,
+            fast_linears=True,
+            progress=progress,
         ) as stream,
         closing(
             LocalLosses(
