@@ -8,6 +8,7 @@
     │   ├── PlanError              a pruning plan that does not fit its model
     │   ├── RecipeError            a recipe: unknown key, wrong type
     │   ├── ArtifactError          an exported artifact: damaged, or asked for more than it holds
+    │   ├── OtherSearchError       a search's directory: begun with other settings
     │   └── OutputError            an output directory: holds something else, disk full
     ├── MissingRequirementError    a package extra or a device is not there      exit code 3
     └── GateBreachedError          parity, quality or speedup below its gate     exit code 1
@@ -52,6 +53,10 @@ class RecipeError(InputError):
 
 class ArtifactError(InputError):
     """An exported artifact that is damaged or asked for more than it holds."""
+
+
+class OtherSearchError(InputError):
+    """The directory of a search holds one that was begun with other settings."""
 
 
 class OutputError(InputError):

@@ -12,7 +12,7 @@ from typing import Any, Final, final
 from flap_export.alignment import ALIGNMENT_NAME, compare_alignment
 from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
 from flap_export.building import BuildOptions, build
-from flap_export.errors import GateBreachedError
+from flap_export.errors import GateBreachedError, OtherSearchError
 from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
 from flap_export.evidence import Evidence, evidence_options, gather
 from flap_export.exporting import export
@@ -20,21 +20,22 @@ from flap_export.ideal import Phase
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
 from flap_export.manifest import write_manifest
-from flap_export.methods import resolved
+from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.pruning import prune_with
+from flap_export.rates import RATES_NAME, Rates
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.engines import ENGINES
+from flap_export.reporting.records import CHECKPOINT, DENSE_ARTIFACT, PRUNED_ARTIFACT, SEARCH
 from flap_export.running import RUN_NAME, Run, Stage, begin, locked, perform
+from flap_export.searching import SEARCH_NAME, SearchReport, search
+from flap_export.searching.stage import check_search
 from flap_export.storage import check_output, digest_of_json
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
 
 CALIBRATION_FOLDER: Final = "calibration"
-CHECKPOINT_FOLDER: Final = "checkpoint"
-DENSE_FOLDER: Final = "onnx/dense"
-PRUNED_FOLDER: Final = "onnx/pruned"
 
 
 @final
@@ -44,6 +45,7 @@ class RunResult:
 
     report: Path
     plan: PruningPlan
+    search: SearchReport | None
     quality: QualityReport | None
     parity: ParityReport
     latency: LatencyReport | None
@@ -51,7 +53,7 @@ class RunResult:
 
     def as_json(self) -> dict[str, Any]:
         """What a CI job reads: the verdict, and every record of the run."""
-        records = {"quality": self.quality, "parity": self.parity, "latency": self.latency}
+        records = {"search": self.search, "quality": self.quality, "parity": self.parity, "latency": self.latency}
         return {
             "passed": not self.breaches,
             "breaches": [{"gate": breach.gate, "message": str(breach)} for breach in self.breaches],
@@ -73,7 +75,9 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
         InputError: the recipe's model, texts or budget cannot be used, or `output` holds something else.
         MissingRequirementError: a package or device is not there.
     """
-    resolved(recipe.prune)
+    prune = resolved(recipe.prune)
+    if recipe.search is not None:
+        check_search(recipe.search.options, prune, recipe.search.seeds)
     directory = Path(output)
     check_output(directory, RUN_NAME)
     current = Run(recipe, directory, progress)
@@ -114,13 +118,48 @@ def _calibrate(current: Run) -> None:
     evidence.save(folder)
 
 
+def _search(current: Run) -> None:
+    """Search, or go on with a search of the same settings."""
+    recipe, folder = current.recipe, current.directory / SEARCH
+    section = recipe.search
+    assert section is not None
+    searched = partial(
+        search,
+        recipe.model,
+        folder,
+        calibration=recipe.calibrate,
+        prune=recipe.prune,
+        options=section.options,
+        seeds=section.seeds,
+        baselines=section.baselines,
+        workers=section.workers,
+        evidence=Evidence.load(current.directory / CALIBRATION_FOLDER),
+        device=recipe.device,
+        progress=current.progress,
+    )
+    try:
+        searched()
+    except OtherSearchError:
+        shutil.rmtree(folder)
+        searched()
+
+
+def _prune_options(current: Run) -> PruneOptions:
+    """What is asked of `prune`: the rates that were searched in place of the ratio, where there are some."""
+    prune = current.recipe.prune
+    if current.recipe.search is None:
+        return prune
+    rates = Rates.read(current.directory / SEARCH / RATES_NAME)
+    return prune.model_copy(update={"rates": rates.layers, "ratio": None})
+
+
 def _prune(current: Run) -> None:
     recipe = current.recipe
     plan = prune_with(
         recipe.model,
-        current.directory / CHECKPOINT_FOLDER,
+        current.directory / CHECKPOINT,
         Evidence.load(current.directory / CALIBRATION_FOLDER),
-        recipe.prune,
+        _prune_options(current),
         device=recipe.device,
         dtype=recipe.calibrate.dtype,
         progress=current.progress,
@@ -130,12 +169,12 @@ def _prune(current: Run) -> None:
 
 def _export_dense(current: Run) -> None:
     section = current.recipe.export
-    export(current.recipe.model, current.directory / DENSE_FOLDER, dtype=section.dtype, max_length=section.max_length)
+    export(current.recipe.model, current.directory / DENSE_ARTIFACT, dtype=section.dtype, max_length=section.max_length)
 
 
 def _export_pruned(current: Run) -> None:
     section, directory = current.recipe.export, current.directory
-    export(directory / CHECKPOINT_FOLDER, directory / PRUNED_FOLDER, dtype=section.dtype, max_length=section.max_length)
+    export(directory / CHECKPOINT, directory / PRUNED_ARTIFACT, dtype=section.dtype, max_length=section.max_length)
 
 
 def _build(model: str, source: str, current: Run) -> None:
@@ -165,7 +204,7 @@ def _build(model: str, source: str, current: Run) -> None:
 def _benched(current: Run) -> tuple[Path, Path]:
     """Dense and pruned, as they are measured: engines where there are some and a GPU to run them."""
     has_engines = current.recipe.build.backend is not None and current.recipe.device == "cuda"
-    names = (ENGINES["dense"], ENGINES["pruned"]) if has_engines else (DENSE_FOLDER, PRUNED_FOLDER)
+    names = (ENGINES["dense"], ENGINES["pruned"]) if has_engines else (DENSE_ARTIFACT, PRUNED_ARTIFACT)
     return current.directory / names[0], current.directory / names[1]
 
 
@@ -173,7 +212,7 @@ def _evaluate(current: Run) -> None:
     section = current.recipe.evaluate
     quality = evaluate_both(
         current.recipe.model,
-        current.directory / CHECKPOINT_FOLDER,
+        current.directory / CHECKPOINT,
         section.sources,
         samples=section.samples,
         sequence_length=section.sequence_length,
@@ -185,8 +224,8 @@ def _evaluate(current: Run) -> None:
 def _validate(current: Run) -> None:
     section, directory = current.recipe.validate_, current.directory
     parity = validate(
-        directory / PRUNED_FOLDER,
-        reference=directory / CHECKPOINT_FOLDER,
+        directory / PRUNED_ARTIFACT,
+        reference=directory / CHECKPOINT,
         engine=None if current.recipe.build.backend is None else directory / ENGINES["pruned"],
         prompt_length=section.prompt_length,
         decode_steps=section.decode_steps,
@@ -218,9 +257,9 @@ def _align(current: Run) -> None:
     recipe, path = current.recipe, current.directory / ALIGNMENT_NAME
     found = compare_alignment(
         recipe.model,
-        current.directory / PRUNED_FOLDER,
+        current.directory / PRUNED_ARTIFACT,
         Evidence.load(current.directory / CALIBRATION_FOLDER),
-        recipe.prune,
+        _prune_options(current),
         sources=recipe.evaluate.sources,
         samples=recipe.evaluate.samples,
         sequence_length=recipe.evaluate.sequence_length,
@@ -257,15 +296,23 @@ def _calibration_options(recipe: Recipe) -> Any:
 
 STAGES: Final = (
     Stage("calibrate", ("model", "calibration text"), (CALIBRATION_FOLDER,), _calibration_options, _calibrate),
-    Stage("prune", ("model", "calibrate"), (CHECKPOINT_FOLDER, PLAN_NAME), _dump("prune", "device"), _prune),
-    Stage("export-dense", ("model",), (DENSE_FOLDER,), _dump("export"), _export_dense),
-    Stage("export", ("prune",), (PRUNED_FOLDER,), _dump("export"), _export_pruned),
+    Stage(
+        "search",
+        ("model", "calibrate"),
+        (SEARCH,),
+        _dump("search", "prune", "calibrate", "device"),
+        _search,
+        lambda recipe: recipe.search is not None,
+    ),
+    Stage("prune", ("model", "calibrate", "search"), (CHECKPOINT, PLAN_NAME), _dump("prune", "device"), _prune),
+    Stage("export-dense", ("model",), (DENSE_ARTIFACT,), _dump("export"), _export_dense),
+    Stage("export", ("prune",), (PRUNED_ARTIFACT,), _dump("export"), _export_pruned),
     Stage(
         "build-dense",
         ("export-dense",),
         (ENGINES["dense"],),
         _dump("build"),
-        partial(_build, "dense", DENSE_FOLDER),
+        partial(_build, "dense", DENSE_ARTIFACT),
         _builds_engines,
     ),
     Stage(
@@ -273,7 +320,7 @@ STAGES: Final = (
         ("export",),
         (ENGINES["pruned"],),
         _dump("build"),
-        partial(_build, "pruned", PRUNED_FOLDER),
+        partial(_build, "pruned", PRUNED_ARTIFACT),
         _builds_engines,
     ),
     Stage(
@@ -294,7 +341,7 @@ STAGES: Final = (
     ),
     Stage(
         "align",
-        ("model", "calibrate", "export", "evaluation texts"),
+        ("model", "calibrate", "search", "export", "evaluation texts"),
         (ALIGNMENT_NAME,),
         _dump("prune", "evaluate", "bench", "device"),
         _align,
@@ -310,12 +357,14 @@ def _parity(directory: Path) -> ParityReport:
 
 def _result(current: Run) -> RunResult:
     directory = current.directory
+    found = SearchReport.load(directory / SEARCH / SEARCH_NAME) if current.recipe.search is not None else None
     quality = QualityReport.load(directory / QUALITY_NAME) if (directory / QUALITY_NAME).is_file() else None
     latency = LatencyReport.load(directory / LATENCY_NAME) if (directory / LATENCY_NAME).is_file() else None
     parity = _parity(directory)
     return RunResult(
         report=directory / REPORT_NAME,
         plan=PruningPlan.load(directory / PLAN_NAME),
+        search=found,
         quality=quality,
         parity=parity,
         latency=latency,

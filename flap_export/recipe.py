@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from flap_export.artifact import DtypeName
 from flap_export.building.flavours import Flavour
@@ -16,12 +17,29 @@ from flap_export.errors import InputError, RecipeError
 from flap_export.evidence import CalibrationText
 from flap_export.methods import PruneOptions
 from flap_export.rates import Rates
+from flap_export.searching import SearchOptions
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SearchSection(SearchOptions):
+    """Stage `search`: rates per layer for the ratio of `prune`; left out where the recipe has no such section."""
+
+    seeds: tuple[int, ...] = (0,)
+    """One run from each; the best of all is taken."""
+    baselines: bool = False
+    """Run random and conventional search beside it."""
+    workers: str = "local"
+    """Where candidates are evaluated: `local`, `ray` or `ray:N`."""
+
+    @property
+    def options(self) -> SearchOptions:
+        """How to search."""
+        return SearchOptions.model_validate(self.model_dump(include=set(SearchOptions.model_fields)))
 
 
 class ExportSection(Section):
@@ -101,6 +119,7 @@ class Recipe(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     calibrate: CalibrationText
     prune: PruneOptions
+    search: SearchSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     export: ExportSection = ExportSection()
     build: BuildSection = BuildSection()
@@ -209,7 +228,15 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location:
         field = next((field for name, field in section.model_fields.items() if part in (name, field.alias)), None)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        sections = [kind for kind in _kinds(field) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
             return []
-        section = field.annotation
+        section = sections[0]
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _kinds(field: FieldInfo | None) -> tuple[Any, ...]:
+    """What a field may hold: its type, or those of a union."""
+    if field is None:
+        return ()
+    return get_args(field.annotation) or (field.annotation,)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from flap_export import pipeline, running
 from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, TextError
 from flap_export.manifest import verify
+from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
+from flap_export.searching import preparing
+from flap_export.searching.fitness import LocalLosses
+from flap_export.searching.space import Candidate
 
-STAGE_NAMES = [stage.name for stage in pipeline.STAGES if stage.name not in ("build-dense", "build", "align")]
+STAGE_NAMES = [stage.name for stage in pipeline.STAGES if stage.name not in ("search", "build-dense", "build", "align")]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,63 @@ def test_changed_rates_redo_what_depends_on_them(
     assert performed_by(performed, recipe_of(prune={"rates": [0.4, 0.2]}), directory) == []
     after_rates = ["prune", "export", "evaluate", "validate", "bench"]
     assert performed_by(performed, recipe_of(prune={"rates": [0.2, 0.4]}), directory) == after_rates
+
+
+SEARCH = {"evaluations": 8, "fitness_samples": 2, "step": 0.1}
+
+
+def test_a_run_searches_rates_and_prunes_at_them(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "gather", None)  # what the run has gathered must do
+    directory = tmp_path / "run"
+    result = pipeline.run(recipe_of(search=SEARCH), directory)
+    assert performed == ["calibrate", "search", *STAGE_NAMES[1:]]
+    assert result.search is not None
+    assert result.plan.ratio.achieved == pytest.approx(0.3, abs=0.02)
+    assert PruningPlan.load(directory / "search" / "plan.json").layers == result.plan.layers
+    assert "How the rates were searched" in result.report.read_text(encoding="utf-8")
+    assert result.as_json()["search"]["chosen"] == "evolutionary-0"
+
+    assert performed_by(performed, recipe_of(search=SEARCH), directory) == []
+    assert performed_by(performed, recipe_of(search={**SEARCH, "evaluations": 12}), directory)[0] == "search"
+    # Levels of another size: nothing of the old search is of use.
+    assert performed_by(performed, recipe_of(search={**SEARCH, "step": 0.2}), directory)[0] == "search"
+    without = ["prune", "export", "evaluate", "validate", "bench"]
+    assert performed_by(performed, recipe_of(), directory) == without
+    assert not (directory / "search").exists()
+    assert "How the rates were searched" not in result.report.read_text(encoding="utf-8")
+
+
+def test_a_search_that_was_killed_goes_on_and_one_of_another_text_begins_anew(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, asked = LocalLosses.losses, list[int]()
+
+    def dying(self: LocalLosses, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
+        asked.append(len(candidates))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return losses(self, candidates, first, last)
+
+    monkeypatch.setattr(LocalLosses, "losses", dying)
+    text = save_tokens(tmp_path / "calibration.npy", tokens_of(6, 12, seed=1))
+    recipe = recipe_of(calibrate={"source": text}, search=SEARCH)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe, tmp_path / "run")
+    resumed = pipeline.run(recipe, tmp_path / "run").search
+    in_two_parts, lost = sum(asked), asked[2]
+    asked[3:] = []
+    whole = pipeline.run(recipe, tmp_path / "other").search
+    assert resumed is not None
+    assert whole is not None
+    assert resumed.runs[0].best == whole.runs[0].best
+    assert in_two_parts == sum(asked[3:]) + lost, "a loss was measured twice"
+
+    save_tokens(tmp_path / "calibration.npy", tokens_of(6, 12, seed=3))
+    again = pipeline.run(recipe, tmp_path / "run").search
+    assert again is not None
+    assert again.digests["calibration"] != whole.digests["calibration"]
 
 
 def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:

@@ -9,6 +9,7 @@ import yaml
 from flap_export.errors import RecipeError
 from flap_export.methods import resolved
 from flap_export.recipe import Recipe, load_recipe, recipe_from
+from flap_export.searching import SearchOptions
 
 ROOT = Path(__file__).parents[1]
 SMALLEST: dict[str, Any] = {"model": "org/model", "calibrate": {"source": "hf:wikitext:train"}, "prune": {"ratio": 0.2}}
@@ -24,6 +25,14 @@ def written(folder: Path, values: Any) -> Path:
 def test_the_recipes_of_this_repository_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert 0 < recipe.prune.ratio < 1
+
+
+def test_a_section_for_a_search_says_how_to_search() -> None:
+    section = recipe_from({**SMALLEST, "search": {"evaluations": 9, "bounds": {3: [0.1, 0.4]}, "seeds": [1, 2]}}).search
+    assert section is not None
+    assert section.seeds == (1, 2)
+    assert section.options == SearchOptions(evaluations=9, bounds={3: (0.1, 0.4)})
+    assert recipe_from(SMALLEST).search is None
 
 
 def test_there_are_recipes() -> None:
@@ -49,6 +58,8 @@ def test_the_smallest_recipe_has_the_papers_defaults(tmp_path: Path) -> None:
         ("calibrate.sample", 3, r"unknown key 'calibrate\.sample'; did you mean 'calibrate\.samples'\?"),
         ("validate.decode_step", 3, r"did you mean 'validate\.decode_steps'\?"),
         ("gates.min_decode_speedup", 3, r"did you mean 'gates\.minimum_decode_speedup'\?"),
+        ("search.evaluation", 3, r"unknown key 'search\.evaluation'; did you mean 'search\.evaluations'\?"),
+        ("search.seeds", 0, r"'search\.seeds' is 0: input should be a valid tuple"),
         ("model.x", 3, r"needs a section 'model', which is a plain value"),
         ("prune.ratio", "much", r"'prune\.ratio' is 'much': input should be a valid number"),
         ("prune.metric", "wifw", r"'prune\.metric' is 'wifw': input should be 'wifv', 'ifv' or 'wifn'"),

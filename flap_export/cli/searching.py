@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
-from rich.console import RenderableType
-from rich.markup import escape
 
-from flap_export.cli import console
+from flap_export.cli import console, summaries
 from flap_export.cli.options import Device, Json, Output, Samples, SequenceLength, Verbose
 from flap_export.errors import InputError
-
-if TYPE_CHECKING:
-    from flap_export.searching import SearchReport
 
 
 def search(
@@ -149,7 +144,9 @@ def search(
             device=device,
             progress=progress,
         )
-    console.show(report, [*of_search(report), f"rates: {output}/rates.json; prune with `--rates` of it"], json)
+    console.show(
+        report, [*summaries.of_search(report), f"rates: {output}/rates.json; prune with `--rates` of it"], json
+    )
 
 
 def _bounds(texts: Sequence[str]) -> dict[int, tuple[float, float]]:
@@ -168,31 +165,3 @@ def _numbers(option: str, form: str, text: str) -> tuple[float, float]:
     except ValueError as error:
         raise InputError(f"{option} reads {form}, two numbers; got '{text}'") from error
     return first, second
-
-
-def of_search(report: SearchReport) -> Iterator[RenderableType]:
-    """Fitness of every strategy against evaluations, and of the rates known beforehand."""
-    from flap_export.searching.table import SHARES, lines_of
-
-    unit = "KL, nats per token" if report.options.fitness == "kl" else "perplexity"
-    shown = [f"after {share * report.options.evaluations:g}" for share in SHARES]
-    drawn = console.table(f"{unit}, mean over seeds", "rates", *shown, "spread", "candidates", "seconds")
-    for name, value in report.references.items():
-        drawn.add_row(escape(name), *[""] * (len(SHARES) - 1), f"{value:.4g}", "", "", "")
-    for line in lines_of(report):
-        values = [f"{value:.4g}" for value in line.fitness]
-        spread = f"{line.spread:.1g}" if line.seeds > 1 else ""
-        drawn.add_row(escape(line.name), *values, spread, f"{line.looks:.0f}", f"{line.seconds:.0f}")
-    yield drawn
-    for run in report.runs:
-        if run.usage is not None:
-            used, cost = run.usage, "" if run.cost is None else f", cost {run.cost:.4g}"
-            yield (
-                f"{escape(run.name)}: {used.questions} questions, {used.valid} proposals taken, {used.invalid} not "
-                f"understood, {used.duplicate} known already, {used.missing} missing, {used.filled} filled by chance; "
-                f"{used.prompt_tokens} + {used.completion_tokens} tokens{cost}"
-            )
-    best = next(run for run in report.runs if run.name == report.chosen)
-    yield f"best: {escape(report.chosen)}, rates " + " ".join(f"{rate:.2f}" for rate in best.best.rates)
-    if report.fitness_shares_calibration:
-        yield "[yellow]the text is too short: fitness was measured on sequences that units were ranked by[/]"

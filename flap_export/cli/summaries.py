@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flap_export.evaluation import QualityReport
     from flap_export.pipeline import RunResult
     from flap_export.plan import PruningPlan
+    from flap_export.searching import SearchReport
     from flap_export.shapes import DecoderShape
     from flap_export.validation import ParityReport
 
@@ -133,9 +134,38 @@ def of_latency(latency: LatencyReport) -> Iterator[RenderableType]:
             yield f"{found.described}: predicted {dense:.2f} ms and {pruned:.2f} ms, {dense / pruned:.2f}x"
 
 
+def of_search(report: SearchReport) -> Iterator[RenderableType]:
+    """Fitness of every strategy against evaluations, and of the rates known beforehand."""
+    from flap_export.searching.table import SHARES, lines_of
+
+    unit = "KL, nats per token" if report.options.fitness == "kl" else "perplexity"
+    shown = [f"after {share * report.options.evaluations:g}" for share in SHARES]
+    drawn = table(f"{unit}, mean over seeds", "rates", *shown, "spread", "candidates", "seconds")
+    for name, value in report.references.items():
+        drawn.add_row(escape(name), *[""] * (len(SHARES) - 1), f"{value:.4g}", "", "", "")
+    for line in lines_of(report):
+        values = [f"{value:.4g}" for value in line.fitness]
+        spread = f"{line.spread:.1g}" if line.seeds > 1 else ""
+        drawn.add_row(escape(line.name), *values, spread, f"{line.looks:.0f}", f"{line.seconds:.0f}")
+    yield drawn
+    for run in report.runs:
+        if run.usage is not None:
+            used, cost = run.usage, "" if run.cost is None else f", cost {run.cost:.4g}"
+            yield (
+                f"{escape(run.name)}: {used.questions} questions, {used.valid} proposals taken, {used.invalid} not "
+                f"understood, {used.duplicate} known already, {used.missing} missing, {used.filled} filled by chance; "
+                f"{used.prompt_tokens} + {used.completion_tokens} tokens{cost}"
+            )
+    best = next(run for run in report.runs if run.name == report.chosen)
+    yield f"best: {escape(report.chosen)}, rates " + " ".join(f"{rate:.2f}" for rate in best.best.rates)
+    if report.fitness_shares_calibration:
+        yield "[yellow]the text is too short: fitness was measured on sequences that units were ranked by[/]"
+
+
 def of_run(result: RunResult) -> Iterator[RenderableType]:
     """All of a run."""
     parts: Sequence[Iterator[RenderableType]] = [
+        of_search(result.search) if result.search else iter(()),
         of_plan(result.plan),
         of_quality(result.quality) if result.quality else iter(()),
         of_parity(result.parity),

@@ -26,6 +26,7 @@ from flap_export.reporting.provenance import (
     versions_of,
 )
 from flap_export.reporting.records import ExportedModel, RunRecords
+from flap_export.reporting.searches import SearchCurve, search_curve
 from flap_export.reporting.verdicts import (
     Overall,
     Verdict,
@@ -72,6 +73,7 @@ class Page:
     parity_rows: tuple[ParityRow, ...]
     parity_rule: ParityRule
     parity_cases: tuple[Row, ...]
+    search: SearchCurve | None
     alignment: AlignmentSection | None
     engines: EngineSection | None
     digests: tuple[Digest, ...]
@@ -105,6 +107,7 @@ def page_from(records: RunRecords) -> Page:
         parity_rows=parity_rows(records.parity),
         parity_rule=parity_rule(records.parity),
         parity_cases=tuple(CASES.items()),
+        search=search_curve(records.search) if records.search else None,
         alignment=alignment_section(records.alignment, records.quality),
         engines=engine_section(records.engines),
         digests=digests_of(records),

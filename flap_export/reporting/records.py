@@ -19,12 +19,14 @@ from flap_export.manifest import Manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.recipe import GatesSection
 from flap_export.reporting.engines import read_engines
+from flap_export.searching import SEARCH_NAME, SearchReport
 from flap_export.storage import MANIFEST_NAME, Record, digest_of_file
 from flap_export.validation.report import PARITY_NAME, ParityReport
 
 CHECKPOINT: Final = "checkpoint"
 DENSE_ARTIFACT: Final = "onnx/dense"
 PRUNED_ARTIFACT: Final = "onnx/pruned"
+SEARCH: Final = "search"
 QUALITY_NAME: Final = "quality.json"
 _ONNX_FILES: Final = (".onnx", ".data")
 
@@ -58,6 +60,7 @@ class RunRecords:
     manifest: Manifest | None
     recipe: Mapping[str, Any] | None
     gates: GatesSection
+    search: SearchReport | None
     alignment: AlignmentReport | None
     engines: Mapping[str, EngineRecord]
     """Dense and pruned, where they were built."""
@@ -90,6 +93,7 @@ def read_run(directory: Path, recipe: Mapping[str, Any] | None) -> RunRecords:
         manifest=manifest,
         recipe=recipe,
         gates=_gates(recipe),
+        search=_read_optional(SearchReport, directory / SEARCH / SEARCH_NAME),
         alignment=_read_optional(AlignmentReport, directory / ALIGNMENT_NAME),
         engines=read_engines(directory),
     )

@@ -70,13 +70,9 @@ class FrontPoint:
 
 @final
 @dataclass(frozen=True)
-class SearchPage:
-    """Everything the template places."""
+class SearchCurve:
+    """Best fitness against evaluations, as a plot and as a table."""
 
-    model: str
-    ratio: str
-    facts: tuple[str, ...]
-    headline: str
     fitness: str
     highest: str
     lowest: str
@@ -85,6 +81,18 @@ class SearchPage:
     ticks: tuple[AxisTick, ...]
     columns: tuple[str, ...]
     remark: str | None
+
+
+@final
+@dataclass(frozen=True)
+class SearchPage:
+    """Everything the template places."""
+
+    model: str
+    ratio: str
+    facts: tuple[str, ...]
+    headline: str
+    curve: SearchCurve
     chosen: str
     front: tuple[FrontPoint, ...]
     charts: tuple[LayerChart, ...]
@@ -121,9 +129,7 @@ class _Frame:
 
 def search_page(report: SearchReport) -> SearchPage:
     """Turn the record of a search into what a person reads."""
-    frame, lines = _Frame.of(report), lines_of(report)
     chosen = next(run for run in report.runs if run.name == report.chosen)
-    options, most = report.options, max(run.evaluations for run in report.runs)
     return SearchPage(
         model=report.model,
         ratio=formats.percent(report.ratio.achieved),
@@ -133,10 +139,27 @@ def search_page(report: SearchReport) -> SearchPage:
             f"{report.fitness_sequences} sequences",
         ),
         headline=_headline(report, chosen),
-        fitness=_FITNESS[options.fitness],
+        curve=search_curve(report),
+        chosen=report.chosen,
+        front=_front(report, chosen),
+        charts=_charts(chosen),
+        settings=(
+            settings_table("Search", {k: v for k, v in report.options.model_dump().items() if not isinstance(v, dict)}),
+            settings_table("Prune", {k: v for k, v in report.prune.model_dump().items() if v is not None}),
+            settings_table("Calibration", report.calibration.model_dump()),
+        ),
+        tool_version=tool_version(),
+    )
+
+
+def search_curve(report: SearchReport) -> SearchCurve:
+    """How the runs of a search came to what they found."""
+    frame, most = _Frame.of(report), max(run.evaluations for run in report.runs)
+    return SearchCurve(
+        fitness=_FITNESS[report.options.fitness],
         highest=formats.number(frame.high),
         lowest=formats.number(frame.low),
-        series=tuple(_series(index, line, report, frame) for index, line in enumerate(lines)),
+        series=tuple(_series(index, line, report, frame) for index, line in enumerate(lines_of(report))),
         references=tuple(
             Reference(name, formats.number(value), height if 0 <= (height := frame.y(value)) <= 100 else None)
             for name, value in report.references.items()
@@ -149,15 +172,6 @@ def search_page(report: SearchReport) -> SearchPage:
         remark="The text is too short: fitness was measured on sequences that units were ranked by."
         if report.fitness_shares_calibration
         else None,
-        chosen=report.chosen,
-        front=_front(report, chosen),
-        charts=_charts(chosen),
-        settings=(
-            settings_table("Search", {k: v for k, v in options.model_dump().items() if not isinstance(v, dict)}),
-            settings_table("Prune", {k: v for k, v in report.prune.model_dump().items() if v is not None}),
-            settings_table("Calibration", report.calibration.model_dump()),
-        ),
-        tool_version=tool_version(),
     )
 
 

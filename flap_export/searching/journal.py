@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, final
 
-from flap_export.errors import InputError, OutputError
+from flap_export.errors import InputError, OtherSearchError, OutputError
 from flap_export.searching.space import Candidate
 from flap_export.storage import digest_of_json, writing_errors
 
@@ -191,7 +191,7 @@ def _check_same(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) ->
         raise InputError(f"'{path}' is not a journal of this version; begin a new search")
     there, here = found["settings"], own["settings"]
     changed = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-    raise InputError(
+    raise OtherSearchError(
         f"the journal '{path}' is of a search with other settings ({', '.join(changed)}); name a new output directory, "
         "or the settings it was begun with"
     )

@@ -76,6 +76,7 @@ def prepared(
     compares: bool,
     device: str,
     progress: Progress,
+    evidence: Evidence | None = None,
     fits: bool = True,
 ) -> Prepared:
     """Do, or find done, all that comes before the first candidate.
@@ -89,12 +90,14 @@ def prepared(
         compares: whether FLAP's allocation is wanted beside the method's own.
         device: where to compute.
         progress: told after every layer.
+        evidence: what the method goes by, of this model and text, where it has been gathered already.
         fits: make the factors that least squares takes at once; else before the problem is opened, by `make_fits`.
 
     Raises:
         InputError: one of its kinds, for an unusable model, text, budget or bounds.
     """
-    evidence = _evidence(model, directory / EVIDENCE_FOLDER, text, prune, device, progress)
+    if evidence is None:
+        evidence = _evidence(model, directory / EVIDENCE_FOLDER, text, prune, device, progress)
     dense = open_checkpoint(model)
     ladders = ladders_of(dense, evidence, prune)
     assert prune.ratio is not None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from flap_export.choosing import make_plan
-from flap_export.errors import InputError, check_choice
-from flap_export.evidence import CalibrationText
+from flap_export.errors import InputError, OtherSearchError, check_choice
+from flap_export.evidence import CalibrationText, Evidence
 from flap_export.layerwise import Progress, no_progress
 from flap_export.manifest import write_manifest
 from flap_export.methods import PruneOptions, resolved
@@ -42,6 +42,7 @@ def search(
     baselines: bool = False,
     workers: str = "local",
     replay: bool = False,
+    evidence: Evidence | None = None,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> SearchReport:
@@ -59,10 +60,12 @@ def search(
         workers: where candidates are evaluated: `local`, `ray` with as many workers as its cluster has room for, or
             `ray:N` with N.
         replay: take a language model's answers from the journals, and ask nobody.
+        evidence: what the method goes by, gathered from this model and text; None gathers it.
         device: where to compute.
         progress: told what is being done.
 
     Raises:
+        OtherSearchError: `output` holds a search with other settings, or of other weights or text.
         InputError: one of its kinds, for an unusable model, text, budget, option or output directory.
         MissingRequirementError: a package or the proposer is not there; the same command goes on.
     """
@@ -81,6 +84,7 @@ def search(
         compares=baselines,
         device=device,
         progress=progress,
+        evidence=evidence,
         fits=False,
     )
     with opened_losses(ready, workers, progress) as losses:
@@ -151,13 +155,13 @@ def _begin(directory: Path, request: SearchRequest) -> None:
     """Note what is asked, so that the directory is known for a search's from the start.
 
     Raises:
-        InputError: the directory holds a search that was asked otherwise.
+        OtherSearchError: the directory holds a search that was asked otherwise.
     """
     path = directory / REQUEST_NAME
     if path.is_file():
         there, here = (one.settings() for one in (SearchRequest.load(path), request))
         if changed := sorted(name for name in here if here[name] != there.get(name)):
-            raise InputError(
+            raise OtherSearchError(
                 f"the search in '{directory}' was begun with other settings ({', '.join(changed)}); name a new output "
                 "directory, or the settings it was begun with"
             )
