@@ -179,7 +179,9 @@ def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     kernel = checkpoint.family.attention_kernel
-    model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
+    # Transformers writes the dtype into the configuration it is given; the checkpoint's own keeps what it states.
+    config = copy.deepcopy(checkpoint.config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     return model.eval()
 
 
