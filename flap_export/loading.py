@@ -260,7 +260,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     if missing:
         raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}; the checkpoint is incomplete")
     known_extra = {f"{checkpoint.family.head}.weight"} if checkpoint.shape.tied_embeddings else set()
-    extra = sorted(n for n in set(weights) - expected - known_extra if not n.endswith(".rotary_emb.inv_freq"))
+    extra = sorted(set(weights) - expected - known_extra)
     if extra:
         raise ModelError(
             f"weights in '{checkpoint.directory}' hold {_listed(extra)}, which a {checkpoint.family.model_type} of "
