@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flap_export.allocation import allocate, allocate_by_loss, allocate_ladders
 from flap_export.errors import BudgetError, InputError
-from flap_export.evidence import Evidence, check_ranks_modules, follows_code
+from flap_export.evidence import CalibrationText, Evidence, check_ranks_modules, follows_code
 from flap_export.ladders import LayerLadders, ffn_plan, ladders_from_scores
 from flap_export.loading import Checkpoint
 from flap_export.methods import PruneOptions, resolved
@@ -187,12 +187,19 @@ def _described(options: PruneOptions, evidence: Evidence) -> dict[str, str | int
         "align_channels": options.align_channels,
         "layout": options.layout,
         "rates": True if options.rates is not None else None,
-        "seed": options.seed if options.method == "random" else None,
+        "seed": _seed(options, text),
         "statistics": _statistics_name(evidence),
         "calibration": text.source if text is not None else None,
         "samples": text.samples if text is not None else None,
         "sequence_length": text.sequence_length if text is not None else None,
     }
+
+
+def _seed(options: PruneOptions, text: CalibrationText | None) -> int | None:
+    """Of the units that chance chose, or of the sequences that were calibrated on; None where nothing was drawn."""
+    if options.method == "random":
+        return options.seed
+    return text.seed if text is not None else None
 
 
 def _digests_of_rates(options: PruneOptions) -> dict[str, str]:

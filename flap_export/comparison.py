@@ -36,6 +36,7 @@ from flap_export.text import digest_of_source
 COMPARISON_NAME: Final = "comparison.json"
 TABLE_NAME: Final = "comparison.md"
 PLOT_NAME: Final = "comparison.svg"
+_ANY_RATIO: Final = 0.5
 
 
 class Row(Value):
@@ -82,20 +83,27 @@ def parsed_variant(text: str) -> PruneOptions:
     """Options from `METHOD[,KEY=VALUE]...`; the ratio is still to be set.
 
     Raises:
-        InputError: an unknown method, key or value.
+        InputError: an unknown method, key or value, a key that is given twice, or a budget of its own.
     """
     method, *settings = text.split(",")
-    values: dict[str, Any] = {"method": method.strip(), "ratio": 0.5}
+    values: dict[str, Any] = {"method": method.strip()}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator:
             raise InputError(f"a variant reads METHOD,KEY=VALUE,..., such as flap,metric=ifv; got '{text}'")
-        values[key.strip().replace("-", "_")] = value.strip()
+        name = key.strip().replace("-", "_")
+        if name in values:
+            raise InputError(f"a variant states its {name} once; got '{text}'")
+        values[name] = value.strip()
+    if "ratio" in values:
+        raise InputError(
+            f"the variants of a comparison are all pruned at the same ratios, which --ratio names; got '{text}'"
+        )
     if "rates" in values:
         raise InputError(
             f"the variants of a comparison are all pruned at the same ratios, rates have one of their own; got '{text}'"
         )
-    options = validated(PruneOptions, values)
+    options = validated(PruneOptions, {**values, "ratio": _ANY_RATIO})
     resolved(options)
     return options
 

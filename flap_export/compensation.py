@@ -71,7 +71,7 @@ def least_squares(weight: Tensor, kept: Tensor, moments: RunningComoments, ridge
         restored = weight[:, kept]
     else:
         scale = _deviations(moments)
-        factor = _factor(_correlation(moments, scale, kept, kept), ridge)
+        factor = regular_factor(_correlation(moments, scale, kept, kept), ridge)
         shared = _correlation(moments, scale, kept, removed)
         scaled = (weight[:, removed] * scale[removed]).T
         # As many systems are solved as there are removed channels or outputs, whichever are fewer.
@@ -107,7 +107,7 @@ class NestedLeastSquares:
     def of(cls, moments: RunningComoments, order: Tensor, ridge: float) -> NestedLeastSquares:
         """Factorise once; arguments as `least_squares` has them."""
         scale = _deviations(moments)
-        factor = _factor(_correlation(moments, scale, order, order), ridge)
+        factor = regular_factor(_correlation(moments, scale, order, order), ridge)
         return cls(order, factor, scale[order], moments.mean)
 
     def restored(self, weight: Tensor, kept: int) -> Restored:
@@ -126,10 +126,10 @@ class NestedLeastSquares:
         return Restored(restored, exact @ self.mean - restored @ self.mean[self.order[:kept][ascending]])
 
 
-def _factor(correlation: Tensor, ridge: float) -> Tensor:
+def regular_factor(correlation: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of a correlation matrix [K, K] with a ridge, which it grows until the working precision holds it.
 
-    Of fewer tokens than channels the matrix itself is singular.
+    Of fewer tokens than channels the matrix itself is singular. It is overwritten.
     """
     assert bool(torch.isfinite(correlation.diagonal()).all()), "no ridge mends NaN"
     diagonal, grown = correlation.diagonal(), 0.0

@@ -74,7 +74,8 @@ def taylor_scores(
         if weight.grad is None:
             # An expert that got no token.
             return torch.zeros(weight.shape, dtype=torch.float64)
-        return (weight.detach() * weight.grad).abs().to("cpu", torch.float64)
+        # Weight times gradient is below what half precision holds.
+        return (weight.detach().to("cpu", torch.float64) * weight.grad.to("cpu", torch.float64)).abs()
 
     scores = _scores(dense, salience)
     for index, layer in enumerate(scores):

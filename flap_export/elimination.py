@@ -17,6 +17,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from flap_export.compensation import regular_factor
+
 RIDGE: Final = 1e-3
 """Share of every channel's variance that is added to it: covariances of few tokens have no inverse."""
 SHRINK_BELOW: Final = 0.8
@@ -46,7 +48,7 @@ def eliminate(
         covariance: C of the inputs [C, C], same dtype and device; it is overwritten.
         units: int64 [U, n], the input channels of every unit.
         groups: int64 [U]; units leave in rounds that take one of every group. None sets no such rule.
-        ridge: share of every channel's variance that is added to it.
+        ridge: share of every channel's variance that is added to it; it grows where the dtype cannot hold the inverse.
     """
     state = _State(weight, covariance, units, ridge)
     waiting = _Rounds(groups, len(units), weight.device)
@@ -73,17 +75,14 @@ class _State:
     def __init__(self, weight: Tensor, covariance: Tensor, units: Tensor, ridge: float) -> None:
         count, self._size = units.shape
         channels = units.flatten().to(weight.device)
-        variances = covariance.diagonal()
-        # A channel that never varies costs nothing to remove; any positive number makes the matrix regular.
-        floor = (variances.mean() * 1e-12).clamp_min(torch.finfo(weight.dtype).tiny ** 0.5)
-        variances.add_(ridge * variances + floor)
-        self._weight = weight[:, channels].clone()
-        covariance = (
-            covariance
-            if torch.equal(channels, torch.arange(len(channels), device=channels.device))
-            else (covariance[channels][:, channels])
-        )
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        # In units of its deviation each channel varies alike; the weights of one that never varies count for nothing.
+        deviations = covariance.diagonal().sqrt()
+        scale = torch.where(deviations > 0, deviations, torch.ones_like(deviations))
+        correlation = covariance.div_(scale.unsqueeze(1)).div_(scale)
+        if not torch.equal(channels, torch.arange(len(channels), device=channels.device)):
+            correlation = correlation[channels][:, channels]
+        self._weight = (weight * deviations)[:, channels]
+        self._inverse = torch.cholesky_inverse(regular_factor(correlation, ridge))
         self.alive = torch.arange(count, device=weight.device)
         self._places = self.alive.clone()
         """Where the units that are alive stand in the matrices."""

@@ -41,7 +41,7 @@ class Ladder:
     costs: NDArray[np.int64]
     """Weights that each step removes; [S]."""
     scores: NDArray[np.float64]
-    """Importance of what each step removes, ascending; [S]."""
+    """Importance of what each step removes, ascending; or what each step adds to a measured loss, in any order; [S]."""
 
     def kept(self, steps: int) -> tuple[int, ...]:
         """The elements that stay after `steps` steps, ascending."""

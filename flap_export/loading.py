@@ -179,7 +179,9 @@ def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     kernel = checkpoint.family.attention_kernel
-    model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
+    # Transformers writes the dtype into the configuration it is given; the checkpoint's own keeps what it states.
+    config = copy.deepcopy(checkpoint.config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     return model.eval()
 
 
@@ -258,7 +260,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     if missing:
         raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}; the checkpoint is incomplete")
     known_extra = {f"{checkpoint.family.head}.weight"} if checkpoint.shape.tied_embeddings else set()
-    extra = sorted(n for n in set(weights) - expected - known_extra if not n.endswith(".rotary_emb.inv_freq"))
+    extra = sorted(set(weights) - expected - known_extra)
     if extra:
         raise ModelError(
             f"weights in '{checkpoint.directory}' hold {_listed(extra)}, which a {checkpoint.family.model_type} of "

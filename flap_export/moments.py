@@ -32,7 +32,9 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
-        """Moments of one chunk of values [tokens, C], any floating dtype."""
+        """Moments of one chunk of values [tokens, C], any floating dtype; of no token, those of `empty`."""
+        if not len(values):
+            return cls.empty(values.shape[1])
         exact = values.to(torch.float64)
         mean = exact.mean(dim=0)
         return cls(values.shape[0], mean, (exact - mean).square().sum(dim=0))

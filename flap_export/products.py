@@ -8,9 +8,9 @@ what has to fit into little memory, as calibration has, does without.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,22 @@ def onednn_is_faster() -> bool:
     )
 
 
+@final
+class _FastLinear(nn.Linear):
+    """A linear module in the fastest way.
+
+    A class, not a `forward` set on modules: that would refer to its module, and keep the weights of every layer that is
+    let go in memory until the next collection of cycles.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if inputs.dtype == weight.dtype == torch.float32 and inputs.device.type == "cpu" and inputs.numel():
+            outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+            return outputs
+        return nn.functional.linear(inputs, weight, bias)
+
+
 def with_fast_linears(module: nn.Module) -> nn.Module:
     """Let the linear modules within `module` multiply in the fastest way; without gradients.
 
@@ -38,13 +54,5 @@ def with_fast_linears(module: nn.Module) -> nn.Module:
     if onednn_is_faster():
         for linear in module.modules():
             if type(linear) is nn.Linear:
-                linear.forward = partial(_linear, linear)  # type: ignore[method-assign]
+                linear.__class__ = _FastLinear
     return module
-
-
-def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
-    if inputs.dtype == weight.dtype == torch.float32 and inputs.device.type == "cpu" and inputs.numel():
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-        return outputs
-    return nn.functional.linear(inputs, weight, bias)

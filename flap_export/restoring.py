@@ -25,7 +25,7 @@ from flap_export.moments import RunningComoments
 from flap_export.plan import PruningPlan
 from flap_export.rewriting import Restore, kept_channels, of_expert, sites_of
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics, Site
-from flap_export.storage import writing_errors
+from flap_export.storage import OTHER_TEMPORARY, writing_errors
 
 HELD_OUT_EVERY: Final = 8
 """One sequence in so many chooses the ridge before it joins the covariance."""
@@ -47,7 +47,7 @@ class RestoredWeights:
         """Keep one."""
         tensors = {"weight": restored.weight.contiguous().cpu(), "bias": restored.bias.contiguous().cpu()}
         path = self._path(site)
-        with writing_errors(path):
+        with writing_errors(path, OTHER_TEMPORARY):
             save_file(tensors, path)
 
     def load(self, site: Site) -> Restored:
@@ -175,13 +175,15 @@ def restoring_module(dense: Checkpoint, layer: nn.Module, site: Site) -> nn.Modu
 
 def _fit(dense: Checkpoint, visited: LayerPass, site: Site, kept: Tensor, inputs: SiteInputs) -> Restored:
     moments, held_out = inputs.moments, inputs.take_held_out()
-    check_finite(inputs, site.layer, dense.family.restoring(site.space).at(site.expert))
+    path = dense.family.restoring(site.space).at(site.expert)
+    check_finite(inputs, site.layer, path)
     weight = restoring_module(dense, visited.layer, site).get_parameter("weight").to(moments.mean.dtype)
     ridge = best_ridge(weight, kept, moments, held_out)
     moments.update(held_out)
-    check_finite(inputs, site.layer, dense.family.restoring(site.space).at(site.expert))
-    # Rounded as it will be saved, before the bias makes up for the mean.
-    rounded = least_squares(weight, kept, moments, ridge).weight.to(dense.dtype)
+    check_finite(inputs, site.layer, path)
+    # Rounded as it will be saved, whatever the configuration states, before the bias makes up for the mean.
+    saved = dense.weights[f"{dense.family.layers}.{site.layer}.{path}.weight"].dtype
+    rounded = least_squares(weight, kept, moments, ridge).weight.to(saved)
     means = moments.mean
     return Restored(rounded, weight @ means - rounded.to(means.dtype) @ means[kept])
 

@@ -97,7 +97,7 @@ def layer_scores(
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """(s - mean) / std over the channels of one layer and module [C]; zero where all are alike (FLAP, equation 7).
+    """(s - mean) / std over one layer and module, [C] or [E, F]; zero where all are alike (FLAP, equation 7).
 
     Scores are alike when they differ by rounding only: dividing that by its own deviation would make it a ranking.
     """

@@ -21,6 +21,8 @@ from flap_export.errors import InputError, OutputError
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
 _PARTIAL = ".partial"
+OTHER_TEMPORARY = "set TMPDIR to a folder on a larger disk"
+"""The remedy where what lies in temporary files is the trouble."""
 
 
 V = TypeVar("V", bound="Value")
@@ -130,19 +132,18 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write below `path` into `OutputError`."""
+def writing_errors(path: Path, remedy: str = "choose another --output") -> Iterator[None]:
+    """Turn the operating system's refusals to write below `path` into `OutputError`, with what else can be done."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"the disk is full while writing '{path}'; nothing was left behind. "
-                "Free some space or choose another --output"
+                f"the disk is full while writing '{path}'; nothing was left behind. Free some space or {remedy}"
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; choose another --output") from error
+            raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; {remedy}") from error
         raise
 
 

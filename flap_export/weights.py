@@ -17,11 +17,14 @@ from flap_export.storage import digest_of_file, digest_of_json
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+_NO_PARAMETERS: Final = ".rotary_emb.inv_freq"
+"""Computed from the configuration; checkpoints of old versions of transformers, those of LLaMA's first two generations
+among them, hold it in every layer."""
 
 
 @final
 class Weights:
-    """The tensors of a model directory, by name; nothing stays in memory.
+    """The parameters of a model directory, by name; nothing stays in memory.
 
     Raises:
         ModelError: no safetensors weights, a shard is missing, or a file is truncated.
@@ -35,7 +38,7 @@ class Weights:
             renamed: parts of the names on disk, and what stands in their place here.
         """
         self.directory = directory
-        files = _files_by_name(directory)
+        files = {name: file for name, file in _files_by_name(directory).items() if not name.endswith(_NO_PARAMETERS)}
         for file in set(files.values()):
             _check_complete(file, {name for name, holder in files.items() if holder == file})
         self._stored = {_renamed(name, renamed or {}): name for name in files}

@@ -20,7 +20,7 @@ from tiny import (
 )
 from torch import Tensor
 
-from flap_export.calibration import calibrate, compute_dtype
+from flap_export.calibration import calibrate, compute_dtype, open_dense
 from flap_export.errors import InputError, ModelError, TextError
 from flap_export.families import FAMILIES
 from flap_export.loading import open_checkpoint
@@ -149,3 +149,5 @@ def test_precision_follows_the_device(tmp_path: Path) -> None:
     assert compute_dtype(checkpoint, None, "cpu") == torch.float32
     assert compute_dtype(checkpoint, None, "cuda") == torch.bfloat16
     assert compute_dtype(checkpoint, "float16", "cuda") == torch.float16
+    checked = open_dense(checkpoint.directory)
+    assert compute_dtype(checked, None, "cuda") == torch.bfloat16

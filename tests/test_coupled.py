@@ -100,6 +100,30 @@ def test_taylor_scores_are_weights_times_gradients_of_the_summed_loss(family: st
     check(taylor_scores(open_checkpoint(path), tokens, dtype=torch.float64), importances, path)
 
 
+def test_half_precision_multiplies_weights_and_gradients_in_double(tmp_path: Path) -> None:
+    """Their products lie below the smallest half-precision number where both are as small as in large models."""
+    path, tokens = tiny_checkpoint("llama", tmp_path / "dense", seed=4), tokens_of(GRADIENT_SEQUENCES, 7)
+    model = plain_model(path)
+    model.lm_head.weight.data *= 3e-3
+    for layer in model.model.layers:
+        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            projection.weight.data *= 0.05
+    model.save_pretrained(path)
+    model = plain_model(path, torch.float16)
+    for sequence in tokens:
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits.float(), sequence[1:]).backward()  # type: ignore[no-untyped-call]
+    importances = [
+        {
+            name: (w.detach().double() * w.grad.double()).abs().numpy()
+            for name, w in weights.items()
+            if w.grad is not None
+        }
+        for weights in (weights_of(model, "llama", layer) for layer in range(2))
+    ]
+    check(taylor_scores(open_checkpoint(path), tokens, dtype=torch.float16), importances, path)
+
+
 def test_overflowing_gradients_are_refused(tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path / "dense")
     model = plain_model(path)

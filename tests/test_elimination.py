@@ -196,3 +196,18 @@ def test_single_precision_orders_as_double_does() -> None:
     single = eliminate(weight.float(), covariance.float(), units)
     spent: NDArray[np.float64] = np.asarray(exact.losses / exact.losses[-1])
     np.testing.assert_allclose(np.asarray(single.losses / single.losses[-1]), spent, rtol=0.05, atol=1e-4)
+
+
+def test_a_ridge_too_small_for_the_precision_grows() -> None:
+    """One direction holds nearly all variance, as single tokens make it in wide FFNs: singular to single precision."""
+    generator = torch.Generator().manual_seed(6)
+    shared = torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    own = torch.randn(400, 160, generator=generator, dtype=torch.float64)
+    inputs = (shared + 1e-3 * own) * torch.exp(torch.randn(160, generator=generator, dtype=torch.float64))
+    centred = inputs - inputs.mean(dim=0)
+    covariance = centred.T @ centred / len(inputs)
+    weight, units = torch.randn(8, 160, generator=generator, dtype=torch.float64), torch.arange(160).unsqueeze(1)
+    exact = eliminate(weight, covariance.clone(), units, ridge=1e-7)
+    single = eliminate(weight.float(), covariance.float(), units, ridge=1e-7)
+    assert bool(single.losses.isfinite().all())
+    assert len({*single.order[:80].tolist()} & {*exact.order[:80].tolist()}) > 70

@@ -14,7 +14,7 @@ from tiny import ALL_FAMILIES, ROPES, assert_same_logits, plain_model, tiny_chec
 from torch import Tensor
 
 from flap_export.errors import ModelError
-from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
+from flap_export.loading import MetaLayers, check_weights, load_model, meta_model, open_checkpoint
 from flap_export.weights import INDEX_FILE, SINGLE_FILE, Weights
 
 
@@ -49,6 +49,16 @@ def test_weights_are_cast(dtype: torch.dtype, tmp_path: Path) -> None:
     assert open_checkpoint(path).dtype == torch.bfloat16
     expected = plain_model(path, dtype)
     assert torch.equal(logits_of(load_model(path, dtype=dtype), tokens_of(2, 5)), logits_of(expected, tokens_of(2, 5)))
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_what_a_checkpoint_states_outlasts_its_models(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(family, tmp_path / "dense", dtype=torch.bfloat16))
+    stated = checkpoint.config.to_dict()
+    meta_model(checkpoint, torch.float32)
+    MetaLayers(checkpoint, torch.float16)
+    assert checkpoint.dtype == torch.bfloat16
+    assert checkpoint.config.to_dict() == stated
 
 
 def test_shards_load_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -85,11 +87,25 @@ def test_copies_hooks_and_new_weights_are_followed() -> None:
     assert not torch.allclose(fast(inputs), other(inputs))
 
 
+@pytest.mark.usefixtures("onednn")
+def test_what_is_let_go_leaves_memory_at_once() -> None:
+    """Blocks of a search are forgotten to make room: their weights may not wait for a collection of cycles."""
+    fast = with_fast_linears(linear(8, 5))
+    known = weakref.ref(fast.weight)
+    gc.disable()
+    try:
+        del fast
+        assert known() is None
+    finally:
+        gc.enable()
+
+
 @torch.no_grad()
 def test_where_it_is_not_faster_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     own = linear(8, 5)
-    assert "forward" not in vars(with_fast_linears(own))
+    assert type(with_fast_linears(own)) is nn.Linear
+    assert "forward" not in vars(own)
 
 
 @pytest.mark.parametrize(

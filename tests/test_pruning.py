@@ -52,6 +52,16 @@ def test_saved_statistics_give_the_same_checkpoint(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(("method", "expected"), [("flap", 5), ("random", 5), ("magnitude", None)])
+def test_the_plan_states_the_seed_of_what_was_drawn(method: Any, expected: int | None, tmp_path: Path) -> None:
+    """Of the sequences that were calibrated on, or of the units that chance chose."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(8, 9)) if method == "flap" else None
+    samples = 4 if source else None
+    plan = prune(dense, tmp_path / "out", ratio=0.3, calibration=source, samples=samples, method=method, seed=5)
+    assert plan.method["seed"] == expected
+
+
 def test_an_older_checkpoint_is_replaced(tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
     statistics = tiny_statistics(dense, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from flap_export.plan import PruningPlan
 from flap_export.pruning import prune
 from flap_export.restoring import HELD_OUT_EVERY, SiteInputs, cut_only, fitted_restorer, mean_restorer, restore
 from flap_export.rewriting import kept_channels, rewrite
-from flap_export.statistics import CUT_SPACES
+from flap_export.statistics import CUT_SPACES, Site
 
 LENGTH = 10
 HELD_OUT = HELD_OUT_EVERY - 1
@@ -147,6 +148,25 @@ def test_an_existing_bias_keeps_its_part(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(after[f"{name}.bias"], before[f"{name}.bias"] + 5)
     torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("stated", ["bfloat16", "float32", None])
+def test_weights_are_rounded_as_saved_before_the_bias_makes_up_for_the_mean(stated: str | None, tmp_path: Path) -> None:
+    """In the dtype that the weights have on the disk, whatever the pass computes in and the configuration states."""
+    path = tiny_checkpoint("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "dtype": stated}))
+    tokens, dense = tokens_of(9, LENGTH), open_checkpoint(path)
+    plan = plan_of(dense, [layer_plan(dense, index, [1], range(0, 40, 2)) for index in range(2)])
+    restored = restore(dense, plan, tokens, tmp_path)
+    for space in CUT_SPACES:
+        assert restored.load(Site(0, space, None)).weight.dtype == torch.bfloat16
+    model = plain_model(path)
+    module = site(model, "llama", 0, "ffn")
+    inputs = torch.from_numpy(inputs_of(model, module, tokens))
+    found = restored.load(Site(0, "ffn", None))
+    missing = inputs @ module.weight.double().T - inputs[:, ::2] @ found.weight.double().T - found.bias
+    assert float(missing.detach().mean(dim=0).abs().max()) < 1e-5
 
 
 def test_nothing_pruned_is_left_as_it_is(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def covariance(inputs: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def best_ridge_by_hand(weight: NDArray[np.float64], inputs: NDArray[np.float64], order: list[int]) -> float:
-    """Of what the cut point at the middle of the ranking gives on every eighth sequence."""
+    """Of what the cut point at `RIDGE_SHARE` of the ranking gives on every eighth sequence."""
     sequences = inputs.reshape(-1, LENGTH, inputs.shape[1])
     held_out = np.arange(len(sequences)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     held, others = (sequences[mask].reshape(-1, inputs.shape[1]) for mask in (held_out, ~held_out))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from problems import candidate_of, checkpoint_of, losses_of_model, tiny_problem
+from safetensors.torch import load_file, save_file
 from tiny import ALL_FAMILIES, MIXTURES, plain_model
 
 from flap_export.errors import InputError, ModelError
@@ -138,6 +139,20 @@ def test_not_a_bit_depends_on_what_is_evaluated_beside(
     assert len(tiny._blocks) == 2
     assert len(tiny._layers) <= 1
     assert tiny._bytes == sum(tensor.nbytes for block in tiny._blocks.values() for tensor in block.values())
+
+
+def test_rotary_frequencies_of_old_checkpoints_change_nothing(tmp_path: Path) -> None:
+    """LLaMA's first checkpoints hold them in every layer, where transformers has no place for them any more."""
+    problem = tiny_problem("llama", tmp_path, compensation="bias", num_hidden_layers=3)
+    candidates = candidates_of(problem)
+    with problem.opened() as losses:
+        expected = losses.losses(candidates, 0, 6)
+    path = Path(problem.model) / "model.safetensors"
+    old = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq": torch.ones(4) for index in range(3)}
+    save_file({**load_file(path), **old}, path, metadata={"format": "pt"})
+    with problem.opened() as losses:
+        assert losses.losses(candidates, 0, 6) == expected
+    assert not set(old) & set(load_file(checkpoint_of(problem, candidates[0], tmp_path) / "model.safetensors"))
 
 
 def test_threads_change_nothing(tmp_path: Path) -> None:
