@@ -1,10 +1,10 @@
 """What a candidate loses against the dense model on calibration text, with whatever candidates share computed once.
 
-Sequences go through in chunks of one size, so that what is computed for a candidate does not depend, to the last bit,
-on which others it is computed beside. Of every chunk the hidden states after each prefix of layers are kept while
-memory allows: candidates are walked through in the order of their layers' cut points, neighbours share the longest
-prefixes, and the offspring of a parent start where they differ from it. On a CPU every core takes a chunk and some
-candidates by itself, which keeps it busier than a share of every product does.
+Candidates go through the layers together: those that begin alike are one candidate until they differ, and the blocks
+of a layer are made for all of them before the next layer's are. Hidden states after prefixes of layers are kept while
+memory allows, so that the offspring of a parent start where they differ from it. On a CPU every core takes a chunk of
+sequences and a candidate by itself, which keeps it busier than a share of every product does. Chunks have one size, so
+that what is computed for a candidate does not depend, to the last bit, on which others it is computed beside.
 
     KL = mean over tokens of sum_v p(v) (log p(v) - log q(v))     p the dense model's, q the candidate's
 
@@ -14,16 +14,16 @@ candidates by itself, which keeps it busier than a share of every product does.
 from __future__ import annotations
 
 import math
-import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, final
+from functools import partial
+from typing import Final, Literal, Protocol, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flap_export.errors import InputError
 from flap_export.layerwise import LayerStream, Progress, no_progress, streamed
@@ -32,8 +32,9 @@ from flap_export.searching.space import Candidate, Space
 from flap_export.searching.supernet import Supernet
 
 FitnessName = Literal["kl", "perplexity"]
+Result = TypeVar("Result")
 STATE_BYTES: Final = 1 << 30
-"""Memory for hidden states after prefixes of layers."""
+"""Memory for hidden states after prefixes of layers that are kept, and for those of candidates on their way."""
 REFERENCE_BYTES: Final = 1 << 30
 """Memory for the dense model's probabilities; beyond it they are computed again for every batch of candidates."""
 LOGITS_BYTES: Final = 2 << 30
@@ -70,10 +71,10 @@ class _Reference:
 
 @final
 class _ChunkLosses:
-    """Losses on one chunk of sequences; several threads may ask."""
+    """One chunk of sequences: hidden states that are kept, and what a candidate's last ones lose."""
 
     def __init__(
-        self, stream: LayerStream, number: int, embedded: Tensor, targets: Tensor | None, supernet: Supernet
+        self, stream: LayerStream, number: int, embedded: Tensor, targets: Tensor | None, most_states: int
     ) -> None:
         """Nothing is computed yet.
 
@@ -82,79 +83,72 @@ class _ChunkLosses:
             number: of the chunk.
             embedded: its hidden states before the first layer [B, n, H].
             targets: its tokens [B, n], for perplexity; None for the divergence from the dense model.
-            supernet: the candidates' layers.
+            most_states: how many hidden states after prefixes of layers are kept.
         """
         self._chunk = stream.chunks[number]
-        self.rows = self._chunk.rows
-        self._stream, self._number, self._embedded, self._targets = stream, number, embedded, targets
-        self._supernet = supernet
+        self.rows, self.state_bytes = self._chunk.rows, embedded.nbytes
+        self._stream, self._embedded, self._targets, self._most_states = stream, embedded, targets, most_states
         self._states: OrderedDict[_Path, Tensor] = OrderedDict()
         """After prefixes of layers, what is needed least first."""
-        self._most_states = max(STATE_BYTES // (len(stream.chunks) * embedded.nbytes), 1)
-        self._kept_reference: _Reference | None = None
-        self._lock = threading.Lock()
+        self._reference: _Reference | None = None
 
-    @torch.no_grad()
-    def losses(self, paths: Sequence[_Path]) -> list[float]:
-        """Loss of every candidate, summed over the chunk's tokens; those that share prefixes stand side by side."""
-        with self._lock:
-            reference = self._reference() if self._targets is None else None
-        return [self._loss(self._logits(self._after(path)), reference) for path in paths]
+    def known(self, path: _Path) -> tuple[int, Tensor]:
+        """Length of the longest prefix that is known, and the hidden states after it."""
+        depth = next((depth for depth in range(len(path), 0, -1) if path[:depth] in self._states), 0)
+        return depth, self._states[path[:depth]] if depth else self._embedded
 
-    def forget_states(self) -> None:
-        """Let go of the hidden states that are kept for candidates to come."""
-        self._states.clear()
+    def keep(self, prefix: _Path, state: Tensor) -> None:
+        """Keep hidden states for candidates to come; what is needed least goes where there are too many."""
+        self._states[prefix] = state
+        if len(self._states) > self._most_states:
+            self._states.popitem(last=False)
 
-    def _after(self, path: _Path) -> Tensor:
-        """Hidden states after all layers, from the longest prefix that is known."""
-        depth, state = self._known(path)
-        for index in range(depth, len(path)):
-            state = self._chunk.through(index, self._supernet.layer(index, *path[index]), state)
-            self._keep(path[: index + 1], state)
-        with self._lock:
-            self._touch(path)
-        return state
-
-    def _known(self, path: _Path) -> tuple[int, Tensor]:
-        """The longest prefix that is known, and the hidden states after it."""
-        with self._lock:
-            depth = next((d for d in range(len(path), 0, -1) if path[:d] in self._states), 0)
-            self._touch(path[:depth])
-            return depth, self._states[path[:depth]] if depth else self._embedded
-
-    def _keep(self, prefix: _Path, state: Tensor) -> None:
-        with self._lock:
-            self._states[prefix] = state
-            if len(self._states) > self._most_states:
-                self._states.popitem(last=False)
-
-    def _touch(self, path: _Path) -> None:
+    def touch(self, path: _Path) -> None:
         """Note that a path is in use: the shorter a prefix, the more candidates share it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._states:
                 self._states.move_to_end(path[:length])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        """In single precision at least, [B, n, V]."""
-        logits = self._stream.chunk_logits(self._chunk, states)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    def forget_states(self) -> None:
+        """Let go of the hidden states that are kept for candidates to come."""
+        self._states.clear()
 
-    def _loss(self, logits: Tensor, reference: _Reference | None) -> float:
-        if reference is not None:
-            return _cross_entropy(reference.probabilities, logits) - reference.entropy
-        assert self._targets is not None
+    def through(self, index: int, layer: nn.Module, state: Tensor) -> Tensor:
+        """Hidden states after layer `index`; in any thread."""
+        return self._chunk.through(index, layer, state)
+
+    def loss(self, state: Tensor) -> float:
+        """Summed over the chunk's tokens, of hidden states after all layers; in any thread."""
+        logits = self._logits(state)
+        if self._targets is None:
+            assert self._reference is not None, "open_reference comes first"
+            return _cross_entropy(self._reference.probabilities, logits) - self._reference.entropy
         chosen = logits[:, :-1].gather(-1, self._targets[:, 1:, None]).squeeze(-1)
         return float((logits[:, :-1].logsumexp(-1) - chosen).sum(dtype=torch.float64))
 
-    def _reference(self) -> _Reference:
-        if self._kept_reference is not None:
-            return self._kept_reference
-        logits = self._logits(self._stream.hidden[self.rows])
-        probabilities = logits.softmax(-1)
-        found = _Reference(probabilities, _cross_entropy(probabilities, logits))
-        if (self._number + 1) * probabilities.nbytes <= REFERENCE_BYTES:
-            self._kept_reference = found
-        return found
+    def open_reference(self) -> None:
+        """Have what candidates are compared with in memory."""
+        if self._targets is None and self._reference is None:
+            logits = self._logits(self._stream.hidden[self.rows])
+            probabilities = logits.softmax(-1)
+            self._reference = _Reference(probabilities, _cross_entropy(probabilities, logits))
+
+    def close_reference(self) -> None:
+        """Let go of it."""
+        self._reference = None
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """In single precision at least, [B, n, V]."""
+        logits = self._stream.chunk_logits(self._chunk, states)
+        return logits.to(_logits_dtype(logits.dtype))
+
+
+def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_States = dict[tuple[_ChunkLosses, _Path], Tensor]
+"""Hidden states of chunks after prefixes of layers."""
 
 
 def _cross_entropy(probabilities: Tensor, logits: Tensor) -> float:
@@ -178,9 +172,9 @@ class LocalLosses:
         supernet: Supernet,
         fitness: FitnessName,
         device: str,
-        threads: int,
+        logits_bytes: int,
     ) -> None:
-        """Run the dense model; arguments as `open_losses` has them, and how many threads may compute at a time."""
+        """Run the dense model; arguments as `open_losses` has them, and the size of one chunk's logits."""
         self._space, self._supernet = space, supernet
         embedded = stream.hidden.clone()
         for visited in stream:
@@ -192,12 +186,15 @@ class LocalLosses:
                 number,
                 embedded[chunk.rows].to(device),
                 tokens[chunk.rows].to(device) if fitness == "perplexity" else None,
-                supernet,
+                max(STATE_BYTES // embedded.nbytes, 1),
             )
             for number, chunk in enumerate(stream.chunks)
         ]
-        self._cores, self._threads = torch.get_num_threads(), threads
-        self._pool = ThreadPoolExecutor(threads)
+        self._kept_references = frozenset(self._chunks[: REFERENCE_BYTES // logits_bytes])
+        self._cores = torch.get_num_threads()
+        # Work for a GPU stands in one queue, whichever thread gives it.
+        self._threads = 1 if device != "cpu" else min(self._cores, max(LOGITS_BYTES // logits_bytes, 1))
+        self._pool = ThreadPoolExecutor(self._threads)
 
     def losses(self, candidates: Sequence[Candidate], first: int, last: int) -> list[float]:
         """Loss of every candidate, summed over the tokens of sequences first..last-1, in nats.
@@ -209,40 +206,87 @@ class LocalLosses:
         assert chunks[0].rows.start == first, "a look begins where a chunk does"
         assert chunks[-1].rows.stop == last, "a look ends where a chunk does"
         paths = {candidate: tuple(self._space.steps(candidate)) for candidate in candidates}
-        ordered = sorted(paths, key=paths.__getitem__)
-        # Of one chunk only neighbours stay together, and no more of them than leave work for every thread.
-        groups = -(-self._threads // len(chunks))
-        size = -(-len(ordered) // groups)
-        tasks = [(chunk, ordered[start : start + size]) for chunk in chunks for start in range(0, len(ordered), size)]
-        cores = max(self._cores // min(self._threads, len(tasks)), 1)
-
-        def done(task: tuple[_ChunkLosses, Sequence[Candidate]]) -> list[float]:
-            chunk, group = task
-            torch.set_num_threads(cores)
-            return chunk.losses([paths[candidate] for candidate in group])
-
-        self._make_blocks(paths.values())
-        totals = dict.fromkeys(ordered, 0.0)
-        try:
-            for (_, group), found in zip(tasks, self._pool.map(done, tasks), strict=True):
-                for candidate, loss in zip(group, found, strict=True):
-                    totals[candidate] += loss
-        finally:
-            # Part of the setting is the process's: the caller computes with all cores again.
-            torch.set_num_threads(self._cores)
-        for candidate, total in totals.items():
-            if not math.isfinite(total):
+        ordered = sorted(set(paths.values()))
+        together = max(STATE_BYTES // sum(chunk.state_bytes for chunk in chunks), 1)
+        found: dict[_Path, float] = {}
+        for start in range(0, len(ordered), together):
+            batch = ordered[start : start + together]
+            found |= self._lost(self._walked(chunks, batch), chunks, batch)
+        for candidate, path in paths.items():
+            if not math.isfinite(found[path]):
                 raise InputError(
                     f"the logits at rates {[round(rate, 3) for rate in self._space.rates(candidate)]} are not finite; "
                     "the model overflows in this precision, set --dtype float32"
                 )
-        return [totals[candidate] for candidate in candidates]
+        return [found[paths[candidate]] for candidate in candidates]
 
-    @torch.no_grad()
-    def _make_blocks(self, paths: Iterable[_Path]) -> None:
-        """Make what is missing with all cores, rather than with one while the others wait for it."""
-        for index, taken in dict.fromkeys(step for path in paths for step in enumerate(path)):
-            self._supernet.layer(index, *taken)
+    def _walked(self, chunks: Sequence[_ChunkLosses], paths: Sequence[_Path]) -> _States:
+        """Hidden states of all paths after all layers, from the longest prefixes that are known.
+
+        All of them go through a layer before any goes through the next: its blocks serve everybody while they are in
+        memory.
+        """
+        states, depths = _States(), dict[tuple[_ChunkLosses, _Path], int]()
+        for chunk in chunks:
+            for path in paths:
+                depth, state = chunk.known(path)
+                depths[chunk, path], states[chunk, path[:depth]] = depth, state
+        for index in range(len(self._space.layers)):
+            wanted = dict.fromkeys(
+                (chunk, path[: index + 1]) for (chunk, path), depth in depths.items() if depth <= index
+            )
+            found = self._through(index, list(wanted), states)
+            for (chunk, prefix), state in found.items():
+                chunk.keep(prefix, state)
+            states = {place: state for place, state in states.items() if len(place[1]) > index} | found
+        for chunk, path in depths:
+            chunk.touch(path)
+        return states
+
+    def _through(self, index: int, wanted: Sequence[tuple[_ChunkLosses, _Path]], states: _States) -> _States:
+        """Hidden states after layer `index`, from those before it."""
+        found = _States()
+        ends = sorted({prefix[-1] for _, prefix in wanted})
+        at_once = self._supernet.layers_at_once(self._space.layers[index].total)
+        for start in range(0, len(ends), at_once):
+            layers = {end: self._supernet.layer(index, *end) for end in ends[start : start + at_once]}
+            # Side by side where they multiply by the same weights.
+            places = sorted((place for place in wanted if place[1][-1] in layers), key=lambda place: place[1][-1])
+            outputs = self._in_threads(
+                partial(chunk.through, index, layers[path[-1]], states[chunk, path[:-1]]) for chunk, path in places
+            )
+            found |= zip(places, outputs, strict=True)
+        return found
+
+    def _lost(self, states: _States, chunks: Sequence[_ChunkLosses], paths: Sequence[_Path]) -> dict[_Path, float]:
+        """Losses of hidden states after all layers, summed over chunks."""
+        found = dict.fromkeys(paths, 0.0)
+        kept = [chunk for chunk in chunks if chunk in self._kept_references]
+        for group in filter(None, (kept, *([chunk] for chunk in chunks if chunk not in self._kept_references))):
+            self._in_threads(chunk.open_reference for chunk in group)
+            places = [(chunk, path) for path in paths for chunk in group]
+            lost = self._in_threads(partial(chunk.loss, states[chunk, path]) for chunk, path in places)
+            for (_, path), loss in zip(places, lost, strict=True):
+                found[path] += loss
+            if group is not kept:
+                group[0].close_reference()
+        return found
+
+    def _in_threads(self, calls: Iterable[Callable[[], Result]]) -> list[Result]:
+        """Results of calls, each by a thread with its share of the cores."""
+        tasks = list(calls)
+        cores = max(self._cores // max(min(self._threads, len(tasks)), 1), 1)
+
+        @torch.no_grad()
+        def done(call: Callable[[], Result]) -> Result:
+            torch.set_num_threads(cores)
+            return call()
+
+        try:
+            return list(self._pool.map(done, tasks))
+        finally:
+            # Part of the setting is the process's: the caller computes with all cores again.
+            torch.set_num_threads(self._cores)
 
     def forget_states(self) -> None:
         """Let go of the hidden states that are kept for candidates to come."""
@@ -283,6 +327,7 @@ def open_losses(
     Raises:
         ModelError: weights are missing or hold NaN.
     """
+    logits = min(chunk_sequences, len(tokens)) * tokens.shape[1] * dense.shape.vocabulary_size
     with (
         streamed(
             dense,
@@ -294,22 +339,10 @@ def open_losses(
             progress=progress,
         ) as stream,
         closing(
-            LocalLosses(
-                stream, tokens, space, supernet, fitness, device, _threads(dense, tokens, chunk_sequences, device)
-            )
+            LocalLosses(stream, tokens, space, supernet, fitness, device, logits * _logits_dtype(dtype).itemsize)
         ) as losses,
     ):
         yield losses
-
-
-def _threads(dense: Checkpoint, tokens: Tensor, chunk_sequences: int, device: str) -> int:
-    """How many chunks may be at work at a time."""
-    if device != "cpu":
-        # Work for a GPU stands in one queue, whichever thread gives it.
-        return 1
-    chunk_tokens = min(chunk_sequences, len(tokens)) * tokens.shape[1]
-    logits_bytes = chunk_tokens * dense.shape.vocabulary_size * torch.float32.itemsize
-    return min(torch.get_num_threads(), max(LOGITS_BYTES // logits_bytes, 1))
 
 
 def tokens_counted(fitness: FitnessName, sequences: int, length: int) -> int:

@@ -7,7 +7,6 @@ blocks: nothing is computed to make one.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, final
@@ -58,14 +57,9 @@ class Supernet:
         self._blocks: OrderedDict[tuple[int, CutSpace, int], dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
         self._layers: dict[tuple[int, int, int], nn.Module] = {}
-        self._lock = threading.Lock()
 
     def layer(self, index: int, attention: int, ffn: int) -> nn.Module:
-        """Layer `index` after so many steps of its two ladders, with its weights; any thread may ask."""
-        with self._lock:
-            return self._layer(index, attention, ffn)
-
-    def _layer(self, index: int, attention: int, ffn: int) -> nn.Module:
+        """Layer `index` after so many steps of its two ladders, with its weights."""
         key = index, attention, ffn
         tensors = {**self._block(index, "query", attention), **self._block(index, "ffn", ffn)}
         if key not in self._layers:
@@ -75,6 +69,10 @@ class Supernet:
             materialize(layer, tensors.items(), dtype=self._dtype, device=self._device)
             self._layers[key] = layer.to(self._device)
         return self._layers[key]
+
+    def layers_at_once(self, weights: int) -> int:
+        """How many layers of so many weights there is memory for; one at least."""
+        return max(self._limit // (weights * self._dtype.itemsize), 1)
 
     def _block(self, index: int, part: CutSpace, steps: int) -> dict[str, Tensor]:
         key = index, part, steps

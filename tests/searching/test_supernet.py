@@ -141,6 +141,23 @@ def test_not_a_bit_depends_on_what_is_evaluated_beside(
     assert tiny._bytes == sum(tensor.nbytes for block in tiny._blocks.values() for tensor in block.values())
 
 
+def test_blocks_are_made_once_for_all_chunks_however_little_memory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = tiny_problem("llama", tmp_path, num_hidden_layers=3, sequences=6)
+    candidates, made = candidates_of(problem), list[tuple[int, int, int]]()
+    dense, ladders = open_checkpoint(problem.model), [layer.ladders for layer in problem.space.layers]
+    supernet = Supernet(dense, ladders, problem.restore, compensated=True, block_bytes=1)
+    monkeypatch.setattr("flap_export.searching.fitness.STATE_BYTES", 1 << 20)
+    asked = supernet.layer
+    monkeypatch.setattr(supernet, "layer", lambda *layer: made.append(layer) or asked(*layer))
+    with open_losses(dense, problem.tokens, problem.space, supernet, chunk_sequences=2) as losses:
+        losses.losses(candidates, 0, 6)
+    assert supernet.layers_at_once(problem.space.layers[0].total) == 1
+    taken = {(index, *step) for candidate in candidates for index, step in enumerate(problem.space.steps(candidate))}
+    assert sorted(made) == sorted(taken)
+
+
 def test_rotary_frequencies_of_old_checkpoints_change_nothing(tmp_path: Path) -> None:
     """LLaMA's first checkpoints hold them in every layer, where transformers has no place for them any more."""
     problem = tiny_problem("llama", tmp_path, compensation="bias", num_hidden_layers=3)

@@ -142,7 +142,7 @@ def test_errors_of_ours_come_out_as_ours(cluster: Any, tmp_path: Path, monkeypat
         assert losses.losses([candidate], 0, 6)[0] > 0
 
         def broken(worker: Any) -> None:
-            supernet = worker._losses._chunks[0]._supernet
+            supernet = worker._losses._supernet
             supernet._restore = lambda site, weight, kept: (weight[:, kept] * float("nan"), None)
             supernet._blocks.clear()
             supernet._layers.clear()
