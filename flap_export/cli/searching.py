@@ -76,7 +76,7 @@ def search(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search one pruning rate per layer under an exact budget; goes on where it was interrupted."""
+    """Search one pruning rate per layer under an exact budget. Goes on where it was interrupted."""
     console.configure_logging(verbose)
     from flap_export.evidence import CalibrationText
     from flap_export.methods import PruneOptions
@@ -149,7 +149,7 @@ def search(
             device=device,
             progress=progress,
         )
-    console.show(report, [*of_search(report), f"rates: {output}/rates.json; prune with `--rates` of it"], json)
+    console.show(report, [*of_search(report), escape(f"rates: {output}/rates.json; prune with `--rates` of it")], json)
 
 
 def _bounds(texts: Sequence[str]) -> dict[int, tuple[float, float]]:

@@ -79,7 +79,7 @@ def of_comparison(
 ) -> Iterator[RenderableType]:
     """One table per text: methods down, ratios across."""
     for index, source in enumerate(report.sources):
-        drawn = table(f"perplexity on {source}", "method", *(f"{ratio:.0%}" for ratio in ratios))
+        drawn = table(escape(f"perplexity on {source}"), "method", *(f"{ratio:.0%}" for ratio in ratios))
         drawn.add_row("dense", *(f"{report.dense_perplexities[index]:.2f}" for _ in ratios))
         for variant in variants:
             rows = [report.find(variant, ratio) for ratio in ratios]
