@@ -320,6 +320,22 @@ def test_missing_cuda_names_the_extra(artifact: Path, monkeypatch: pytest.Monkey
         open_runner(artifact, device="cuda")
 
 
+def test_float32_on_cuda_is_float32(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    seen: dict[str, Any] = {}
+
+    def on_the_cpu(graph: str, options: Any, providers: Any) -> Any:
+        seen.update(dict(providers))
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    with pytest.raises(ArtifactError, match="no GPU"):
+        open_runner(artifact, device="cuda:1")
+    assert seen == {"CUDAExecutionProvider": {"device_id": 1, "use_tf32": 0}}
+
+
 def test_missing_cuda_on_torch(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingRequirementError, match="no CUDA device"):
