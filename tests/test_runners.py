@@ -325,12 +325,12 @@ def test_float32_on_cuda_is_float32(artifact: Path, monkeypatch: pytest.MonkeyPa
 
     seen: dict[str, Any] = {}
 
-    def on_the_cpu(graph: str, options: Any, providers: Any) -> Any:
+    def refusing(graph: str, options: Any, providers: Any) -> Any:
         seen.update(dict(providers))
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
     with pytest.raises(ArtifactError, match="no GPU"):
         open_runner(artifact, device="cuda:1")
     assert seen == {"CUDAExecutionProvider": {"device_id": 1, "use_tf32": 0}}
