@@ -109,6 +109,8 @@ def validate(
         parity.save(output)
     console.show(parity, summaries.of_parity(parity), json)
     _gate(parity.raise_if_breached)
+    if engine is not None:
+        _gate(parity.raise_if_incomplete)
 
 
 def _gate(check: Any) -> None:

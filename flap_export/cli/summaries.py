@@ -104,6 +104,9 @@ def of_parity(parity: ParityReport) -> Iterator[RenderableType]:
             verdicts[found.passed],
         )
     yield drawn
+    skipped = [found for found in parity.comparisons if found.passed is None and found.reason]
+    for reason in dict.fromkeys(f"{found.candidate} {found.reason}" for found in skipped):
+        yield f"[yellow]{escape(reason)}[/]"
 
 
 def _number(value: float | None) -> str:
