@@ -91,12 +91,11 @@ def validate(
     """Prove that an artifact computes what its checkpoint does. A breach exits 1."""
     console.configure_logging(verbose)
     from flap_export.cli import summaries
-    from flap_export.loading import open_checkpoint
     from flap_export.validation import validate as validate_artifact
 
     parity = validate_artifact(
         artifact,
-        reference=open_checkpoint(reference).directory,
+        reference=reference,
         engine=engine,
         prompt_length=prompt_length,
         decode_steps=decode_steps,
