@@ -12,6 +12,8 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flap_export.artifact import ARTIFACT_NAME, load_artifact
 from flap_export.benchmarking import LatencyReport, PhaseLatency, bench
+from flap_export.benchmarking import worker as worker_module
 from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory, this_machine
 from flap_export.benchmarking.report import phase_latency
 from flap_export.benchmarking.rounds import INTERVAL_ROUNDS, round_orders, take_rounds
@@ -184,6 +187,20 @@ def test_a_spent_budget_ends_the_rounds_but_not_before_their_interval_covers_95_
 
 
 # what is timed
+
+
+def test_a_sample_begins_with_a_call_that_is_not_timed(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a turn of the other candidate caches are cold."""
+    requests = iter([DECODE, 3])
+    answers: list[Any] = []
+    calls: list[str] = []
+    connection: Any = SimpleNamespace(recv=lambda: next(requests), send=answers.append)
+    monkeypatch.setattr(worker_module, "prepared_call", lambda *_: lambda: calls.append("called"))
+    monkeypatch.setattr(worker_module, "timed_ms", lambda call, count: calls.append(f"timed {count}") or 1.0)
+    with pytest.raises(StopIteration):
+        worker_module._answer_requests(connection, dense, OPTIONS)
+    assert calls == ["called", "called", "timed 1", "called", "timed 3"]
+    assert [type(answer) for answer in answers] == [str, Sample, Sample]
 
 
 def test_every_decode_step_has_the_same_context(dense: Path) -> None:
