@@ -101,7 +101,7 @@ def measured(kind: str, model: str, dtype: str, work: Path) -> dict[str, Any]:
     """Run one case in this process."""
     from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory
     from flap_export.exporting.stage import export
-    from flap_export.ideal import read_parameters
+    from flap_export.ideal import stored_parameters
     from flap_export.loading import open_checkpoint
 
     directory = checkpoint_directory(kind, model, work)
@@ -118,7 +118,7 @@ def measured(kind: str, model: str, dtype: str, work: Path) -> dict[str, Any]:
     if kind == "full":
         nodes = stored_nodes(work / f"{model}-cost-onnx")
         shutil.rmtree(work / f"{model}-cost-onnx")
-    weights = BYTES[dtype] * (read_parameters(shape) + (0 if shape.tied_embeddings else shape.head_parameters))
+    weights = BYTES[dtype] * stored_parameters(shape)
     return {
         "kind": kind,
         "model": model,

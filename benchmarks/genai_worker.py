@@ -38,7 +38,7 @@ class GenaiModel:
         self.max_length = self.config["search"]["max_length"]
 
     def generator(self, batch_size: int) -> Any:
-        """Greedy; like ours, its cache has all rows from the start."""
+        """Greedy; its cache has all rows from the start, of which its attention reads the valid ones."""
         params = onnxruntime_genai.GeneratorParams(self.model)
         params.set_search_options(max_length=self.max_length, min_length=self.max_length, batch_size=batch_size)
         return onnxruntime_genai.Generator(self.model, params)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -48,7 +49,6 @@ common.LLAMAS.setdefault(
 def main() -> None:
     """Measure everything that is there, print a table, write JSON."""
     arguments = parsed_arguments()
-    conditions = common.Conditions()
     measured = Comparison(arguments)
     with common.work_directory(arguments) as work:
         measured.run(work)
@@ -58,15 +58,7 @@ def main() -> None:
         print(f"skipped {skipped['what']}: {skipped['why']}")
     if not measured.found:
         sys.exit(3)
-    arguments.benchmark = f"gpu-{measured.device_name}"
-    result = {
-        "aims": AIMS,
-        "device": measured.device_name,
-        "roofline": None if measured.roofline is None else vars(measured.roofline),
-        "comparisons": [found.as_json() for found in measured.found],
-        "skipped": measured.skipped,
-    }
-    print(f"written to {common.save_result(arguments, conditions, result)}")
+    print(f"written to {measured.saved()}")
 
 
 def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
@@ -122,7 +114,7 @@ class Comparison:
     """What was asked for, what was found and what was skipped."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
+        self.arguments, self.conditions = arguments, common.Conditions()
         self.deadline = time.monotonic() + arguments.time_limit
         self.slowest_s = 0.0
         """The longest that one backend took on the current model."""
@@ -140,6 +132,18 @@ class Comparison:
         for model in self.arguments.models:
             self.run_model(model, backends, work / model)
         return None
+
+    def saved(self) -> Path:
+        """Write what there is so far."""
+        self.arguments.benchmark = f"gpu-{self.device_name}"
+        result = {
+            "aims": AIMS,
+            "device": self.device_name,
+            "roofline": None if self.roofline is None else vars(self.roofline),
+            "comparisons": [found.as_json() for found in self.found],
+            "skipped": self.skipped,
+        }
+        return common.save_result(self.arguments, self.conditions, result)
 
     def skip(self, what: str, why: str) -> None:
         self.skipped.append({"what": what, "why": why})
@@ -165,9 +169,11 @@ class Comparison:
                     dense = dense or self.made(MODELS.get(model, model), 0.0, folder / "dense")
                     pruned = self.made(MODELS.get(model, model), ratio, folder / f"pruned-{ratio}")
                     self.found.append(self.compared(model, ratio, backend, dense, pruned))
+                    # A run that is ended from outside has measured something.
+                    self.saved()
                 # Whatever one backend does not do must not keep the others from being measured.
-                except (FlapExportError, RuntimeError, OSError) as error:
-                    self.skip(what, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                except Exception as error:
+                    self.skip(what, ": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
                 self.slowest_s = max(self.slowest_s, time.monotonic() - begin)
             shutil.rmtree(folder / f"pruned-{ratio}", ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +182,7 @@ class Comparison:
         """Checkpoint and artifact, made unless they are there."""
         arguments = self.arguments
         checkpoint = fast_checkpoint(folder / "checkpoint", config, ratio, arguments)
-        return Made(checkpoint, folder, arguments)
+        return Made(checkpoint, folder, arguments, self.deadline)
 
     def compared(self, model: str, ratio: float, backend: str, dense: Made, pruned: Made) -> Found:
         arguments = self.arguments
@@ -186,15 +192,17 @@ class Comparison:
         grid, draw = workloads(arguments), random.Random(arguments.seed)
         paths, shapes = [side.path_for(backend) for side in (dense, pruned)], [dense.shape, pruned.shape]
         phases = []
-        with Worker(paths[0], options) as first, Worker(paths[1], options) as second:
+        with ExitStack() as opened:
+            workers: list[Worker] = []
             memory = []
-            # One after the other: a worker counts all memory that came into use since it started.
-            for worker in (first, second):
-                worker.backend()
-                memory.append(worker.prepare(grid[0]).device_memory_bytes)
+            # A worker counts all memory that came into use since it started, so the second starts behind the first.
+            for path in paths:
+                workers.append(opened.enter_context(Worker(path, options)))
+                workers[-1].backend()
+                memory.append(workers[-1].prepare(grid[0]).device_memory_bytes)
             for workload in grid:
                 samples = take_rounds(
-                    (first, second), workload, repeats=arguments.repeats, budget_s=arguments.budget, draw=draw
+                    workers, workload, repeats=arguments.repeats, budget_s=arguments.budget, draw=draw
                 )
                 ideal = ideal_speedup(
                     *shapes, workload.phase, batch_size=workload.batch_size, length=workload.length,
@@ -220,6 +228,7 @@ class Made:
     checkpoint: Path
     folder: Path
     arguments: argparse.Namespace
+    deadline: float
 
     @property
     def shape(self) -> Any:
@@ -248,18 +257,29 @@ class Made:
 
         target = self.folder / flavour
         if not is_engine(target):
-            run_build(artifact, target, flavour, max(self.arguments.batch_sizes))
+            run_build(artifact, target, flavour, max(self.arguments.batch_sizes), self.deadline - time.monotonic())
         return target
 
 
-def run_build(artifact: Path, target: Path, flavour: str, max_batch: int) -> None:
+def run_build(artifact: Path, target: Path, flavour: str, max_batch: int, timeout_s: float) -> None:
     """In a process of its own: Polygraphy serves one flavour per process."""
     command = [sys.executable, "-m", "flap_export", "build", str(artifact), "--output", str(target), "--json"]
-    done = subprocess.run(
-        [*command, "--backend", flavour, "--max-batch", str(max_batch)], capture_output=True, text=True
-    )
+    command += ["--backend", flavour, "--max-batch", str(max_batch)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(timeout_s, 1.0))
+    except subprocess.TimeoutExpired:
+        raise FlapExportError("its engine would not be built within the time limit") from None
     if done.returncode:
-        raise FlapExportError(json.loads(done.stdout)["error"]["message"] if done.stdout else done.stderr.strip())
+        raise FlapExportError(reason_of(done))
+
+
+def reason_of(failed: subprocess.CompletedProcess[str]) -> str:
+    """What a build said last: its own error, or where it did not come to that, whatever ended it."""
+    try:
+        message: str = json.loads(failed.stdout)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return (failed.stderr.strip().splitlines() or [f"the build ended with code {failed.returncode}"])[-1]
+    return message
 
 
 def fast_checkpoint(directory: Path, config: str, ratio: float, arguments: argparse.Namespace) -> Path:

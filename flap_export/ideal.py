@@ -42,6 +42,11 @@ def read_parameters(shape: DecoderShape) -> int:
     return shape.decoder_parameters + shape.head_parameters + vectors * shape.hidden_size
 
 
+def stored_parameters(shape: DecoderShape) -> int:
+    """Parameters on disk and in memory: `read_parameters`, and the embedding where it is a matrix of its own."""
+    return read_parameters(shape) + (0 if shape.tied_embeddings else shape.head_parameters)
+
+
 def _vectors(layer: LayerShape) -> int:
     """Vectors of H that one layer reads: norms, output biases and the router's rows."""
     norms = bool(layer.query_heads) + bool(layer.ffn_channels or (layer.experts and layer.ffn_bias))

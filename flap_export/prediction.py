@@ -18,7 +18,7 @@ from typing import ClassVar, Final, Literal
 
 from flap_export.artifact import DtypeName
 from flap_export.errors import InputError, check_choice
-from flap_export.ideal import Phase, Roofline, call_bytes, call_flops
+from flap_export.ideal import Phase, Roofline, call_bytes, call_flops, stored_parameters
 from flap_export.shapes import DecoderShape
 from flap_export.storage import Record, Value
 
@@ -116,8 +116,9 @@ class Prediction(Record):
     dtype: DtypeName
     assumptions: Assumptions
     phases: tuple[PredictedPhase, ...]
-    dense_weights_bytes: float
-    pruned_weights_bytes: float
+    dense_weights_bytes: int
+    """Of all weights, the embedding among them."""
+    pruned_weights_bytes: int
     fits: bool
     """Whether the dense model's weights fit the GPU's memory."""
 
@@ -155,7 +156,7 @@ def predict(
     assumed, row = assumptions or Assumptions(), GPUS[gpu]
     calls: list[tuple[Phase, int, int]] = [("prefill", size, n) for size in batch_sizes for n in prompt_lengths]
     calls += [("decode", size, context_length) for size in batch_sizes]
-    weights = [call_bytes(s, batch_size=0, context_length=0, bytes_per_weight=_width(dtype)) for s in (dense, pruned)]
+    weights = [_width(dtype) * stored_parameters(shape) for shape in (dense, pruned)]
     compared = partial(_phase, dense, pruned, machine=sustained(row, dtype, assumed), dtype=dtype, assumptions=assumed)
     return Prediction(
         gpu=gpu,

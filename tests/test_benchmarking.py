@@ -12,6 +12,8 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flap_export.artifact import ARTIFACT_NAME, load_artifact
 from flap_export.benchmarking import LatencyReport, PhaseLatency, bench
+from flap_export.benchmarking import worker as worker_module
 from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory, this_machine
 from flap_export.benchmarking.report import phase_latency
-from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, round_orders, take_rounds
+from flap_export.benchmarking.rounds import INTERVAL_ROUNDS, round_orders, take_rounds
 from flap_export.benchmarking.statistics import median_interval, ratio_interval, ratio_of_medians
 from flap_export.benchmarking.worker import Sample, Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload, prepared_call
@@ -131,6 +134,16 @@ def test_noise_that_hits_both_sides_of_a_round_stays_out_of_the_ratio() -> None:
     assert unpaired[1] - unpaired[0] > 0.5
 
 
+def test_the_interval_of_the_speedup_covers_it_after_the_fewest_rounds() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(400):
+        dense, pruned = np.exp(generator.normal(0, 0.1, size=(2, INTERVAL_ROUNDS)))
+        low, high = ratio_interval(dense, pruned, seed=seed)
+        covered += low <= 1 <= high
+    assert 360 <= covered <= 395
+
+
 # rounds
 
 
@@ -166,14 +179,28 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     assert all(first[0] != second[0] for first, second in zip(log[::2], log[1::2], strict=True))
 
 
-def test_a_spent_budget_ends_the_rounds_but_not_before_three() -> None:
+def test_a_spent_budget_ends_the_rounds_but_not_before_their_interval_covers_95_percent() -> None:
     log: list[tuple[str, int]] = []
     workers = Recorder("dense", 1.0, log), Recorder("pruned", 1.0, log)
     samples = take_rounds(workers, DECODE, repeats=50, budget_s=0.0, draw=random.Random(0))
-    assert [len(taken) for taken in samples] == [MINIMUM_ROUNDS] * 2
+    assert [len(taken) for taken in samples] == [INTERVAL_ROUNDS] * 2
 
 
 # what is timed
+
+
+def test_a_sample_begins_with_a_call_that_is_not_timed(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a turn of the other candidate caches are cold."""
+    requests = iter([DECODE, 3])
+    answers: list[Any] = []
+    calls: list[str] = []
+    connection: Any = SimpleNamespace(recv=lambda: next(requests), send=answers.append)
+    monkeypatch.setattr(worker_module, "prepared_call", lambda *_: lambda: calls.append("called"))
+    monkeypatch.setattr(worker_module, "timed_ms", lambda call, count: calls.append(f"timed {count}") or 1.0)
+    with pytest.raises(StopIteration):
+        worker_module._answer_requests(connection, dense, OPTIONS)
+    assert calls == ["called", "called", "timed 1", "called", "timed 3"]
+    assert [type(answer) for answer in answers] == [str, Sample, Sample]
 
 
 def test_every_decode_step_has_the_same_context(dense: Path) -> None:

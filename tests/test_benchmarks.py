@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from flap_export.benchmarking.worker import Sample
+from flap_export.errors import FlapExportError
+from flap_export.ideal import Roofline
 from flap_export.loading import load_model, open_checkpoint
 
 SCRIPTS = (
@@ -145,6 +148,79 @@ def test_what_no_longer_fits_the_time_is_named(monkeypatch: pytest.MonkeyPatch) 
         "tiny at 50% on torch-static",
     ]
     assert all("time limit" in skipped["why"] for skipped in measured.skipped)
+
+
+def test_what_was_found_is_kept_when_a_backend_fails_or_the_run_is_ended(tmp_path: Path) -> None:
+    gpu = script("gpu")
+    measured = gpu.Comparison(gpu.parsed_arguments(["--quick", "--output", str(tmp_path / "gpu.json")]))
+
+    def compared(model: str, ratio: float, backend: str, *_: Any) -> Any:
+        if backend == "tensorrt":
+            raise AssertionError
+        if backend == "torch-static":
+            raise KeyboardInterrupt
+        return gpu.Found(backend, model, ratio, (), (), (None, None))
+
+    measured.compared = compared
+    with pytest.raises(KeyboardInterrupt):
+        measured.run_model("tiny", ["tensorrt", "onnxruntime", "torch-static"], tmp_path / "work")
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [found["backend"] for found in written["comparisons"]] == ["onnxruntime"]
+    assert written["skipped"] == [{"what": "tiny at 50% on tensorrt", "why": "AssertionError"}]
+
+
+def test_the_second_worker_starts_when_the_memory_of_the_first_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, log = script("gpu"), []
+
+    class Counting:
+        def __init__(self, path: Path, options: Any) -> None:
+            self.name = path.name
+            log.append(f"{self.name} starts")
+
+        def __enter__(self) -> Counting:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def backend(self) -> str:
+            return "counting"
+
+        def prepare(self, workload: Any) -> Sample:
+            log.append(f"{self.name} is prepared")
+            return Sample(1.0, None, 7)
+
+        def measure(self, calls: int) -> Sample:
+            return Sample(1.0, None)
+
+    monkeypatch.setattr(gpu, "Worker", Counting)
+    measured = gpu.Comparison(gpu.parsed_arguments(["--quick"]))
+    measured.roofline = Roofline(1e9, 1e9)
+    dense, pruned = (measured.made("tiny", ratio, tmp_path / str(ratio)) for ratio in (0.0, 0.5))
+    found = measured.compared("tiny", 0.5, "torch-static", dense, pruned)
+    assert log[:4] == ["checkpoint starts", "checkpoint is prepared"] * 2
+    assert found.device_memory_bytes == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "reason"),
+    [
+        ('{"error": {"message": "no such target"}}', "error: no such target\n", "no such target"),
+        ("", "Traceback (most recent call last):\n  ...\nOSError: libcuda\n", "OSError: libcuda"),
+        ("[TRT] half a line", "", "the build ended with code -11"),
+    ],
+)
+def test_a_failed_build_is_explained(stdout: str, stderr: str, reason: str) -> None:
+    gpu = script("gpu")
+    assert gpu.reason_of(subprocess.CompletedProcess([], -11, stdout, stderr)) == reason
+
+
+def test_a_build_does_not_outlast_the_time_limit(tmp_path: Path) -> None:
+    gpu = script("gpu")
+    with pytest.raises(FlapExportError, match="within the time limit"):
+        gpu.run_build(tmp_path, tmp_path / "engine", "tensorrt", 1, -5.0)
 
 
 def test_pooled_checkpoints_load_dense_and_pruned(tmp_path: Path) -> None:

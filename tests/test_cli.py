@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,6 +212,48 @@ def test_an_error_with_json_is_one_json_object(call: Call, tmp_path: Path) -> No
     outcome = call("inspect", tmp_path / "none", "--json")
     assert json.loads(outcome.out)["error"]["exit_code"] == 2
     assert json.loads(outcome.out)["error"]["kind"] == "Model"
+
+
+def test_what_nobody_foresaw_is_not_taken_for_a_breached_gate(
+    call: Call, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("flap_export.exporting.export", failing)
+    outcome = call("export", model, "--output", "nowhere", "--json")
+    assert outcome.code == 70
+    assert "Traceback" in outcome.err
+    told = {"kind": "Unforeseen", "message": "ZeroDivisionError: a defect", "exit_code": 70}
+    assert json.loads(outcome.out) == {"error": told}
+
+
+@pytest.mark.parametrize("settings", ["{bad", "[]", '{"eos_token_id": 1.5}'])
+def test_generation_settings_that_cannot_be_read(
+    call: Call, artifacts: tuple[Path, Path], settings: str, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(artifacts[0], damaged)
+    (damaged / "generation_config.json").write_text(settings)
+    outcome = call("generate", damaged, "--prompt", "the")
+    assert outcome.code == 2
+    assert "eos_token_id" in outcome.err
+
+
+def test_a_path_is_printed_as_it_is(call: Call, pruned: Path, tmp_path: Path) -> None:
+    """Rich reads square brackets as markup."""
+    output = tmp_path / "[red]" / "x[" / "y]"
+    output.parent.mkdir(parents=True)
+    outcome = call("export", pruned, "--output", output, "--max-length", "8")
+    assert outcome.code == 0
+    assert outcome.out.endswith(f"{output}\n")
+
+
+def test_help_names_every_option_on_a_narrow_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = call("prune", "--help").out
+    assert {"--square-attention", "--align-channels", "--sequence-length"} <= set(shown.split())
+    assert "..." not in call("--help").out.partition("Commands:")[2]
 
 
 def test_wrong_usage_exits_2(call: Call) -> None:

@@ -92,6 +92,7 @@ def test_float32_takes_twice_the_bytes_and_another_rate() -> None:
 
 def test_a_model_beyond_the_memory_is_said_to_be() -> None:
     assert predict(SEVEN_B, SEVEN_B_HALF, gpu="a100-40gb").fits
+    assert predict(SEVEN_B, SEVEN_B_HALF, gpu="a100-40gb").dense_weights_bytes == 2 * 6_738_415_616
     assert not predict(SEVEN_B, SEVEN_B_HALF, gpu="l4", dtype="float32").fits
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,22 @@ def test_missing_cuda_names_the_extra(artifact: Path, monkeypatch: pytest.Monkey
         open_runner(artifact, device="cuda")
 
 
+def test_float32_on_cuda_is_float32(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    seen: dict[str, Any] = {}
+
+    def refusing(graph: str, options: Any, providers: Any) -> Any:
+        seen.update(dict(providers))
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refusing)
+    with pytest.raises(ArtifactError, match="no GPU"):
+        open_runner(artifact, device="cuda:1")
+    assert seen == {"CUDAExecutionProvider": {"device_id": 1, "use_tf32": 0}}
+
+
 def test_missing_cuda_on_torch(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingRequirementError, match="no CUDA device"):
@@ -483,6 +500,38 @@ def test_static_torch_agrees_with_torch(family: str, pruned: bool, tmp_path: Pat
     # Capped attention takes its softmax in float32.
     allowed = 1e-5 if family == "gemma2" else 1e-9
     np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=allowed)
+
+
+def test_static_torch_captures_on_its_own_device(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is made for no device belongs to the current one, and takes in nothing of another."""
+    seen: list[Any] = []
+
+    class Stream:
+        def __init__(self, device: Any = "the current one") -> None:
+            self.device = device
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextmanager
+    def entered(kind: str, what: Any) -> Iterator[None]:
+        seen.append((kind, what))
+        yield
+
+    fakes = {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "CUDAGraph": object,
+        "device": lambda device: entered("device", device),
+        "stream": lambda stream: entered("stream", stream.device),
+        "graph": lambda graph, stream=None: entered("graph", (stream or Stream()).device),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with open_runner(dense, backend="torch-static", max_length=MAX_LENGTH) as runner:
+        runner._device, runner._called = torch.device("cuda:1"), lambda ids, starts: ids  # type: ignore[attr-defined]
+        runner._captured(torch.zeros(1, 1), torch.zeros(1))  # type: ignore[attr-defined]
+    assert seen == [(kind, torch.device("cuda:1")) for kind in ("device", "stream", "graph")]
 
 
 @pytest.mark.gpu

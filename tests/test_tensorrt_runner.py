@@ -225,17 +225,19 @@ def test_without_a_gpu(built: Built) -> None:
     [
         ["generate", "ENGINE", "--prompt", "a"],
         ["validate", "ENGINE", "--reference", "CHECKPOINT", "--decode-steps", "2"],
+        ["validate", "ARTIFACT", "--reference", "CHECKPOINT", "--engine", "ENGINE", "--decode-steps", "2"],
         ["bench", "ENGINE", "--baseline", "ENGINE", "--prompt-length", "4"],
     ],
-    ids=lambda arguments: str(arguments[0]),
+    ids=lambda arguments: f"{arguments[0]} {arguments[1]}",
 )
 def test_commands_exit_3_without_a_gpu(arguments: list[str], built: Built) -> None:
     built.record.save(built.engine / ENGINE_NAME)
-    places = {"ENGINE": str(built.engine), "CHECKPOINT": str(built.checkpoint)}
+    places = {"ENGINE": str(built.engine), "ARTIFACT": str(built.artifact), "CHECKPOINT": str(built.checkpoint)}
     command = [sys.executable, "-m", "flap_export", *(places.get(word, word) for word in arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert "NVIDIA GPU" in done.stderr
+    assert arguments[0] != "validate" or "tensorrt-rtx not run: an engine runs on an NVIDIA GPU" in done.stdout
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -123,6 +123,10 @@ def test_digests_follow_the_files(damaged: Path, checkpoint: Path) -> None:
     assert validate(damaged, **options).digests["artifact"] != first.digests["artifact"]
 
 
+def test_paths_may_be_text(artifact: Path, checkpoint: Path) -> None:
+    assert validate(str(artifact), reference=str(checkpoint), decode_steps=2, prompt_length=4).passed
+
+
 def test_given_prompts_are_used(artifact: Path, checkpoint: Path) -> None:
     report = validate(artifact, reference=checkpoint, prompts=[[1, 2, 3], [4]], decode_steps=2, threads=1)
     assert report.passed

@@ -14,6 +14,8 @@ from flap_export.benchmarking.workload import Workload
 SAMPLE_MS: Final = 25.0
 """Default length of one sample."""
 MINIMUM_ROUNDS: Final = 3
+INTERVAL_ROUNDS: Final = 6
+"""The fewest from which an interval of 95 % can be read: that of three covers the truth three times in four."""
 
 
 class Measured(Protocol):
@@ -41,7 +43,7 @@ def take_rounds(
         candidates: who is measured.
         workload: what.
         repeats: rounds.
-        budget_s: seconds after which no further round begins, once there are three.
+        budget_s: seconds after which no further round begins, once there are `INTERVAL_ROUNDS`.
         draw: chooses the order within each round.
         sample_ms: short calls are repeated within a sample until it is about this long.
 
@@ -52,7 +54,7 @@ def take_rounds(
     samples: list[list[Sample]] = [[] for _ in candidates]
     deadline = time.monotonic() + budget_s
     for done, order in enumerate(round_orders(len(candidates), repeats, draw)):
-        if done >= MINIMUM_ROUNDS and time.monotonic() > deadline:
+        if done >= INTERVAL_ROUNDS and time.monotonic() > deadline:
             break
         for index in order:
             samples[index].append(candidates[index].measure(calls[index]))

@@ -54,9 +54,9 @@ def bench(
         prompt_lengths: tokens of a prefill.
         context_length: tokens in the cache before a decode step; by default as many as the longest prompt, or as the
             cache leaves room for.
-        repeats: rounds per phase and shape.
+        repeats: rounds per phase and shape; intervals of fewer than six are too narrow.
         budget_s: seconds for all rounds together. A phase and shape that has used up its share of them ends early,
-            but not before three rounds; opening and warming up come on top.
+            but not before six rounds, the fewest that give intervals of 95 %; opening and warming up come on top.
         sample_ms: short calls are repeated within one sample until it is about this long; long samples suit large
             models, whose first calls after a turn find cold caches.
         threads: cores one operator may use; the backend's own choice by default.

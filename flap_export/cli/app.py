@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, Final
 
 import typer
 
@@ -16,8 +17,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Rich's tables cut the names of long options off at 80 columns.
+    rich_markup_mode=None,
 )
+UNFORESEEN: Final = 70
+"""Exit code of an error that is nobody's input; Python's own is 1, which says that a gate was breached."""
 
 
 def main() -> None:
@@ -33,6 +37,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except Exception as error:
+        traceback.print_exc()
+        if as_json:
+            message = f"{type(error).__name__}: {error}"
+            console.emit_json({"error": {"kind": "Unforeseen", "message": message, "exit_code": UNFORESEEN}})
+        sys.exit(UNFORESEEN)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Seed, Threads, Verbose, one_of
@@ -27,7 +28,8 @@ def export(
 
     artifact = export_checkpoint(checkpoint, output, dtype=one_of("dtype", dtype, DTYPES), max_length=max_length)
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.show(artifact, [f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"], json)
+    told = f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"
+    console.show(artifact, [escape(told)], json)
 
 
 def build(
@@ -50,7 +52,7 @@ def build(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build TensorRT engines from an artifact, for the GPU at hand or for named ones."""
+    """Build TensorRT engines from an artifact. For the GPU at hand, or for named ones."""
     console.configure_logging(verbose)
     from flap_export.building import BuildOptions
     from flap_export.building import build as build_engines
@@ -69,7 +71,7 @@ def build(
         max_prompt=max_prompt,
         options=BuildOptions(optimization_level, weight_stripped, limit_keys, tf32, timing_cache),
     )
-    console.show(record, [*summaries.of_engine(record), f"engines: {output}"], json)
+    console.show(record, [*summaries.of_engine(record), escape(f"engines: {output}")], json)
 
 
 def validate(
@@ -86,15 +88,14 @@ def validate(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Prove that an artifact computes what its checkpoint computes; a breach exits 1."""
+    """Prove that an artifact computes what its checkpoint does. A breach exits 1."""
     console.configure_logging(verbose)
     from flap_export.cli import summaries
-    from flap_export.loading import open_checkpoint
     from flap_export.validation import validate as validate_artifact
 
     parity = validate_artifact(
         artifact,
-        reference=open_checkpoint(reference).directory,
+        reference=reference,
         engine=engine,
         prompt_length=prompt_length,
         decode_steps=decode_steps,
@@ -107,6 +108,8 @@ def validate(
         parity.save(output)
     console.show(parity, summaries.of_parity(parity), json)
     _gate(parity.raise_if_breached)
+    if engine is not None:
+        _gate(parity.raise_if_incomplete)
 
 
 def _gate(check: Any) -> None:
@@ -135,7 +138,7 @@ def bench(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure a pruned artifact against its dense baseline, beside what the arithmetic allows."""
+    """Measure a pruned artifact against its dense baseline. Beside it stands what the arithmetic allows."""
     console.configure_logging(verbose)
     from flap_export.benchmarking import bench as bench_artifacts
     from flap_export.cli import summaries

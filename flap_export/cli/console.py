@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -57,13 +58,7 @@ def emit_error(error: FlapExportError, *, as_json: bool) -> None:
         kind = type(error).__name__.removesuffix("Error")
         gate = {"gate": error.gate} if isinstance(error, GateBreachedError) else {}
         emit_json({"error": {"kind": kind, **gate, "message": str(error), "exit_code": error.exit_code}})
-    side().print(f"[bold red]error:[/] {_escaped(str(error))}")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    side().print(f"[bold red]error:[/] {escape(str(error))}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_export.building.record import is_runnable
+from flap_export.errors import ModelError
 from flap_export.generation import generate, stream_text
 from flap_export.loading import open_checkpoint
 from flap_export.runners import open_runner
@@ -30,9 +31,16 @@ def generated_text(target: str, prompt: str, *, device: str, threads: int | None
 
 
 def _stop_ids(directory: Path) -> set[int]:
-    """The tokens that end a text, from the generation settings; none where there are no settings."""
+    """The tokens that end a text, from the generation settings; none where there are no settings.
+
+    Raises:
+        ModelError: the settings cannot be read.
+    """
     path = directory / "generation_config.json"
-    stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    if stated is None:
+    if not path.is_file():
         return set()
-    return {stated} if isinstance(stated, int) else set(stated)
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"'{path}' must be a JSON object whose eos_token_id is a number or a list: {error}") from error

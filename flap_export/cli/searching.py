@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flap_export.cli import console, summaries
 from flap_export.cli.options import Device, Json, Output, Samples, SequenceLength, Verbose
@@ -71,7 +72,7 @@ def search(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search one pruning rate per layer under an exact budget; goes on where it was interrupted."""
+    """Search one pruning rate per layer under an exact budget. Goes on where it was interrupted."""
     console.configure_logging(verbose)
     from flap_export.evidence import CalibrationText
     from flap_export.methods import PruneOptions
@@ -144,9 +145,8 @@ def search(
             device=device,
             progress=progress,
         )
-    console.show(
-        report, [*summaries.of_search(report), f"rates: {output}/rates.json; prune with `--rates` of it"], json
-    )
+    where = escape(f"rates: {output}/rates.json; prune with `--rates` of it")
+    console.show(report, [*summaries.of_search(report), where], json)
 
 
 def _bounds(texts: Sequence[str]) -> dict[int, tuple[float, float]]:

@@ -80,7 +80,7 @@ def of_comparison(
 ) -> Iterator[RenderableType]:
     """One table per text: methods down, ratios across."""
     for index, source in enumerate(report.sources):
-        drawn = table(f"perplexity on {source}", "method", *(f"{ratio:.0%}" for ratio in ratios))
+        drawn = table(escape(f"perplexity on {source}"), "method", *(f"{ratio:.0%}" for ratio in ratios))
         drawn.add_row("dense", *(f"{report.dense_perplexities[index]:.2f}" for _ in ratios))
         for variant in variants:
             rows = [report.find(variant, ratio) for ratio in ratios]
@@ -105,6 +105,9 @@ def of_parity(parity: ParityReport) -> Iterator[RenderableType]:
             verdicts[found.passed],
         )
     yield drawn
+    skipped = [found for found in parity.comparisons if found.passed is None and found.reason]
+    for reason in dict.fromkeys(f"{found.candidate} {found.reason}" for found in skipped):
+        yield f"[yellow]{escape(reason)}[/]"
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Samples, Seed, SequenceLength, Threads, Verbose
@@ -107,7 +108,7 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a ru
     from flap_export.reporting import report as write_report
 
     path = write_report(run_directory)
-    console.show({"report": str(path)}, [f"report: {path}"], json)
+    console.show({"report": str(path)}, [escape(f"report: {path}")], json)
 
 
 def predict(
@@ -123,7 +124,7 @@ def predict(
     kernel_gap_us: Annotated[float, typer.Option(min=0.0, help="Assumed microseconds between kernels.")] = 2.0,
     json: Json = False,
 ) -> None:
-    """Expected latency and speedup of a plan on a GPU, from its datasheet."""
+    """Expected latency and speedup of a plan, from a GPU's datasheet."""
     console.configure_logging(False)
     from flap_export.cli.predicting import of_prediction, predicted
     from flap_export.prediction import Assumptions

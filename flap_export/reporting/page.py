@@ -9,7 +9,7 @@ from typing import final
 
 from flap_export.artifact import Artifact
 from flap_export.benchmarking.stage import BYTES_PER_WEIGHT
-from flap_export.ideal import cache_bytes, read_parameters
+from flap_export.ideal import cache_bytes, stored_parameters
 from flap_export.reporting import formats
 from flap_export.reporting.alignment import AlignmentSection, alignment_section
 from flap_export.reporting.comparisons import CASES, ParityRow, ParityRule, parity_rows, parity_rule
@@ -136,7 +136,7 @@ def _facts(records: RunRecords) -> tuple[str, ...]:
 def _figures(records: RunRecords) -> tuple[Figure, ...]:
     dense, pruned = records.dense.record, records.pruned.record
     shapes = dense.shape, pruned.shape
-    parameters, decoder = ([size(shape) for shape in shapes] for size in (_all_parameters, _decoder_parameters))
+    parameters, decoder = ([size(shape) for shape in shapes] for size in (stored_parameters, _decoder_parameters))
     cache = [_cache_bytes_per_token(artifact) for artifact in (dense, pruned)]
     return (
         _figure("Parameters", parameters, formats.compact, "embeddings, head and biases included"),
@@ -148,11 +148,6 @@ def _figures(records: RunRecords) -> tuple[Figure, ...]:
 
 def _decoder_parameters(shape: DecoderShape) -> int:
     return shape.decoder_parameters
-
-
-def _all_parameters(shape: DecoderShape) -> int:
-    """What a call reads, and the embedding where it is a matrix of its own."""
-    return read_parameters(shape) + (0 if shape.tied_embeddings else shape.head_parameters)
 
 
 def _cache_bytes_per_token(artifact: Artifact) -> float:

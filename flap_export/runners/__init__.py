@@ -51,7 +51,7 @@ BACKENDS: Final[dict[str, Callable[[Path, RunnerOptions], Runner]]] = {
 
 
 def open_runner(
-    path: Path,
+    path: str | Path,
     *,
     backend: Backend = "auto",
     device: str = "cpu",
@@ -77,6 +77,7 @@ def open_runner(
         ModelError: the checkpoint is not usable.
         MissingRequirementError: a package or a device is not there.
     """
+    path = Path(path)
     chosen = natural_backend(path) if backend == "auto" else backend
     if chosen not in BACKENDS:
         raise InputError(f"backend must be auto or one of {', '.join(BACKENDS)}, got '{backend}'")

@@ -190,13 +190,15 @@ class StaticTorchRunner(Runner):
 
     def _captured(self, ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and output of a decode step at fixed addresses; warming up writes the same rows again and again."""
+        # What is captured is what enters one stream, and it has to be one of the device that computes.
         side: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARMUP_CALLS):
-                self._called(ids, starts)
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            logits = self._called(ids, starts)
+        with torch.cuda.device(self._device):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARMUP_CALLS):
+                    self._called(ids, starts)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=side):
+                logits = self._called(ids, starts)
         return ids, starts, logits

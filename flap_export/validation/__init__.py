@@ -29,9 +29,9 @@ Traces = dict[CaseName, Trace]
 
 
 def validate(
-    artifact: Path,
+    artifact: str | Path,
     *,
-    reference: Path,
+    reference: str | Path,
     decode_steps: int = 32,
     prompt_length: int | None = None,
     batch_size: int = 4,
@@ -40,7 +40,7 @@ def validate(
     device: str = "cpu",
     threads: int | None = None,
     backends: Sequence[Backend] | None = None,
-    engine: Path | None = None,
+    engine: str | Path | None = None,
 ) -> ParityReport:
     """Hold an artifact against the checkpoint it was exported from; the rule is in `flap_export.validation.tolerance`.
 
@@ -50,7 +50,7 @@ def validate(
 
     Args:
         artifact: directory that `export` or `build` wrote.
-        reference: the checkpoint, run on PyTorch in a higher precision.
+        reference: the checkpoint, a directory or hub name, run on PyTorch in a higher precision.
         decode_steps: T, greedy steps after each prefill.
         prompt_length: tokens of the longest random prompt; 64 by default, less where the cache is short.
         batch_size: sequences of the ragged batch.
@@ -68,9 +68,10 @@ def validate(
     """
     from flap_export.loading import open_checkpoint
 
-    opened, checkpoint = load_runnable(artifact), open_checkpoint(reference)
-    _check_same_model(opened.shape, checkpoint.shape, artifact, reference)
-    candidates = _candidates(artifact, backends, engine)
+    path, checkpoint = Path(artifact), open_checkpoint(reference)
+    opened = load_runnable(path)
+    _check_same_model(opened.shape, checkpoint.shape, path, checkpoint.directory)
+    candidates = _candidates(path, backends, None if engine is None else Path(engine))
     cases = build_cases(
         max_length=opened.max_length,
         vocabulary_size=opened.shape.vocabulary_size,
@@ -81,13 +82,13 @@ def validate(
         prompts=prompts,
     )
     inputs = _Inputs(cases, decode_steps, opened, device, threads)
-    expected = _reference_traces(inputs, reference, REFERENCE_DTYPES[opened.dtype], forced=None)
-    yardstick = _reference_traces(inputs, reference, opened.dtype, forced=expected)
+    expected = _reference_traces(inputs, checkpoint.directory, REFERENCE_DTYPES[opened.dtype], forced=None)
+    yardstick = _reference_traces(inputs, checkpoint.directory, opened.dtype, forced=expected)
     comparisons: list[Comparison] = []
-    for path, backend in candidates:
-        comparisons += _comparisons(inputs, path, backend, expected, yardstick)
+    for candidate, backend in candidates:
+        comparisons += _comparisons(inputs, candidate, backend, expected, yardstick)
     settings = _settings(inputs, seed=seed if prompts is None else None)
-    digests = {"artifact": _digest_of_artifact(artifact), "reference": checkpoint.weights.digest}
+    digests = {"artifact": _digest_of_artifact(path), "reference": checkpoint.weights.digest}
     return ParityReport.of(tuple(comparisons), settings, digests)
 
 

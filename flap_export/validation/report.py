@@ -106,6 +106,19 @@ class ParityReport(Record):
                 (first and first.remedy) or "name a backend that runs on this machine",
             )
 
+    def raise_if_incomplete(self) -> None:
+        """Refuse a report in which something that was asked about did not run.
+
+        Raises:
+            MissingRequirementError: a candidate needs what is not on this machine.
+        """
+        for comparison in self.comparisons:
+            if comparison.passed is None:
+                raise MissingRequirementError(
+                    f"parity of {comparison.candidate} {comparison.reason}",
+                    comparison.remedy or "run it on a machine that has what it needs",
+                )
+
 
 def compared(blank: Comparison, reference: Array, yardstick: Array, candidate: Array, dtype: DtypeName) -> Comparison:
     """Fill `blank` with the errors of `candidate` and the verdict; the arrays are logits [N, V], N >= 1."""
