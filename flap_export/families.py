@@ -264,8 +264,10 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """The dense decoder's shape, read from a transformers configuration.
 
     Raises:
-        ModelError: the query heads are not a multiple of the KV heads.
+        ModelError: there is no layer, or the query heads are not a multiple of the KV heads.
     """
+    if config.num_hidden_layers < 1:
+        raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
     heads = config.num_attention_heads
     kv_heads, head_dim = (
         None if family.plain_heads else getattr(config, name, None) for name in ("num_key_value_heads", "head_dim")

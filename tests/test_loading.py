@@ -146,13 +146,13 @@ def load(path: str | Path) -> Any:
 
 def test_a_missing_tensor(dense: Path) -> None:
     edit_weights(dense, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
-    with pytest.raises(ModelError, match=r"lack 'model\.layers\.1\.self_attn\.k_proj\.weight'; the checkpoint"):
+    with pytest.raises(ModelError, match=r"lack 'model\.layers\.1\.self_attn\.k_proj\.weight'; they are incomplete"):
         load(dense)
 
 
 def test_many_missing_tensors_are_counted(dense: Path) -> None:
     edit_weights(dense, lambda tensors: [tensors.pop(name) for name in list(tensors) if "mlp" in name])
-    with pytest.raises(ModelError, match=r"down_proj.*and 3 more tensors; the checkpoint is incomplete"):
+    with pytest.raises(ModelError, match=r"down_proj.*and 3 more tensors; they are incomplete"):
         load(dense)
 
 
@@ -173,6 +173,44 @@ def test_a_tied_model_may_store_its_head_too(tmp_path: Path) -> None:
     expected = logits_of(load(dense), tokens_of(1, 4))
     edit_weights(dense, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(logits_of(load(dense), tokens_of(1, 4)), expected)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    """Versions of transformers disagree which of the two such a model uses."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense", tie_word_embeddings=True)
+    edit_weights(dense, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' that differs .*; set tie_word_embeddings to false"):
+        load(dense)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+def test_a_model_that_was_saved_without_its_head(family: str, tmp_path: Path) -> None:
+    """Its names begin below `model`; a tied head is there all the same, an untied one may stand beside."""
+    for tied in (True, False):
+        path = tiny_checkpoint(family, tmp_path / str(tied), tie_word_embeddings=tied)
+        expected = load(path).state_dict()
+        edit_weights(path, lambda t: [t.update({name.removeprefix("model."): t.pop(name)}) for name in list(t)])
+        found = load(path).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_weights_of_another_class(dense: Path) -> None:
+    edit_weights(dense, lambda t: t.update({"score.weight": t.pop("lm_head.weight")[:2]}))
+    with pytest.raises(
+        ModelError, match=r"lack 'lm_head\.weight' and hold 'score\.weight' instead; .*LlamaForCausalLM"
+    ):
+        load(dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_of_fewer_bits(dtype: torch.dtype, dense: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(dense, lambda t: t.update({name: t[name].to(dtype)}))
+    with pytest.raises(
+        ModelError, match=r"up_proj\.weight' .* holds (F8_E4M3|I8) numbers.*quantised; start from the full"
+    ):
+        load(dense)
 
 
 def test_an_untied_model_must_store_its_head(dense: Path) -> None:
@@ -250,6 +288,7 @@ def test_no_weights_at_all(dense: Path) -> None:
         ({"num_key_value_heads": 3}, r"multiple of num_key_value_heads, got 4 and 3"),
         ({"num_key_value_heads": 0}, r"multiple of num_key_value_heads, got 4 and 0"),
         ({"hidden_size": "wide"}, r"config\.json' is not a valid llama configuration"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1, got 0"),
         ({"num_hidden_layers": 3}, r"lack 'model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"layers\.1\..*which a llama of this configuration has no place for"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"config\.json': its weights are quantised"),
