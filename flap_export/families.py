@@ -231,7 +231,9 @@ def family_of(model_type: str) -> Family:
     """
     if f"{model_type}_text" in FAMILIES:
         raise ModelError(
-            f"'{model_type}' models see images too; only their text models, {model_type}_text, are supported"
+            f"'{model_type}' models see images too; only their text models, {model_type}_text, are supported; save "
+            "that by `AutoModelForImageTextToText.from_pretrained(...).model.language_model.save_pretrained(...)`, and "
+            "copy the tokenizer"
         )
     if model_type not in FAMILIES:
         raise ModelError(

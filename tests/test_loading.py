@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ALL_FAMILIES, ROPES, assert_same_logits, plain_model, tiny_checkpoint, tiny_pruned, tokens_of
+from tiny import (
+    ALL_FAMILIES,
+    ROPES,
+    VOCABULARY,
+    assert_same_logits,
+    plain_model,
+    randomise,
+    tiny_checkpoint,
+    tiny_config,
+    tiny_pruned,
+    tokens_of,
+)
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from flap_export.errors import ModelError
 from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
@@ -193,6 +205,26 @@ def test_a_model_that_was_saved_without_its_head(family: str, tmp_path: Path) ->
         found = load(path).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
+    """Saved as the message for such models says."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=tiny_config("gemma3_text", tie_word_embeddings=True),
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"from_pretrained\(\.\.\.\)\.model\.language_model\.save_pretrained"):
+        open_checkpoint(tmp_path / "whole")
+    model.model.language_model.save_pretrained(tmp_path / "text")
+    tokens = torch.arange(9).unsqueeze(0)
+    expected = logits_of(model, tokens)
+    assert torch.equal(logits_of(load(tmp_path / "text"), tokens), expected)
 
 
 def test_weights_of_another_class(dense: Path) -> None:
