@@ -175,7 +175,8 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
-        Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
+        # With layer_types, transformers takes it for another family, whose layers differ in their windows.
+        Family("mistral", "Mistral", _SEPARATE_PROJECTIONS, requires={"layer_types": (None,)}),
         Family(
             "mixtral",
             "Mixtral",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flap_export.errors import ModelError
 from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
-from flap_export.rope import both_rope_forms
+from flap_export.rope import both_rope_forms, check_rope
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
 
@@ -144,6 +144,7 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
     path = directory / "config.json"
     try:
         check_config(config, family)
+        check_rope(config)
         return shape_from_config(config, family)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error

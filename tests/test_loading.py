@@ -324,6 +324,14 @@ def test_no_weights_at_all(dense: Path) -> None:
         ({"num_hidden_layers": 3}, r"lack 'model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"layers\.1\..*which a llama of this configuration has no place for"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"config\.json': its weights are quantised"),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            r"config\.json': rope_type is 'spiral'.*yarn",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
+            r"mistral is supported with layer_types equal to None only, got \['full",
+        ),
         ({"model_type": "flap_llama"}, r"is a pruned model's but lacks valid pruned\.layers"),
         ({"model_type": "flap_llama", "pruned": {"layers": [{"heads": 1}]}}, r"lacks valid pruned\.layers"),
     ],
