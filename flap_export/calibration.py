@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from flap_export.errors import InputError, ModelError, check_choice
+from flap_export.errors import InputError, ModelError, TextError, check_choice
 from flap_export.layerwise import Progress, no_progress, streamed
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.moments import RunningMoments
@@ -113,7 +113,12 @@ def calibration_windows(
     seed: int,
     dtype: str | None = None,
 ) -> tuple[Checkpoint, TokenWindows]:
-    """Open a dense model with all its weights in place, and read what it is calibrated on; see `calibrate`."""
+    """Open a dense model with all its weights in place, and read what it is calibrated on; see `calibrate`.
+
+    Raises:
+        ModelError: the model is unusable.
+        TextError: the source is unusable, shorter than asked, or of sequences longer than the model's positions.
+    """
     check_choice("dtype", dtype or "float32", DTYPES)
     checkpoint = open_dense(model)
     windows = read_windows(
@@ -125,6 +130,12 @@ def calibration_windows(
         seed=seed,
         default_samples=DEFAULT_SAMPLES,
     )
+    length, positions = windows.tokens.shape[1], getattr(checkpoint.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise TextError(
+            f"text source '{source}' gives sequences of {length} tokens, the model has {positions} positions; "
+            f"calibrate with a sequence_length of at most {positions}"
+        )
     return checkpoint, windows
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 
 from pydantic import Field
 
+from flap_export.calibration import open_dense
 from flap_export.errors import BudgetError, InputError, MissingRequirementError
 from flap_export.evaluation import QualityReport, evaluate
 from flap_export.evidence import CalibrationText, Evidence, evidence_options, gather
@@ -148,6 +149,7 @@ def compare(
         _check_matplotlib()
     directory = Path(output)
     check_output(directory, COMPARISON_NAME)
+    open_dense(model)
     with writing_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     report = _begun(model, directory, calibration, sources, samples, sequence_length, device)

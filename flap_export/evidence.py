@@ -30,12 +30,13 @@ from flap_export.measuring import measure
 from flap_export.methods import MethodName, PruneOptions, resolved
 from flap_export.plan import LayerPlan
 from flap_export.rates import check_rates, steps_of_rates
+from flap_export.reference import check_known
 from flap_export.rewriting import kept_channels
 from flap_export.scoring import METRICS, LayerScores, layer_scores
 from flap_export.sensitivity import SENSITIVITY_NAME, Sensitivity
 from flap_export.shapes import DecoderShape
 from flap_export.statistics import CUT_SPACES, STATISTICS_NAME, CalibrationStatistics, CutSpace, StatisticsName
-from flap_export.stock import allowed_heads
+from flap_export.stock import allowed_heads, check_stock
 from flap_export.storage import Record, Value, load_tensors, save_tensors
 
 EVIDENCE_NAME: Final = "evidence.json"
@@ -173,7 +174,7 @@ def gather(
                 "name one with --calibration"
             )
         dense = open_dense(model)
-        _check_given_rates(options, dense, None)
+        _check_options(options, dense, None)
         scores = _scores(dense, None, options, device)
         return Evidence(options.method, None, {"weights": dense.weights.digest}, scores=scores)
     dense, windows = calibration_windows(model, text.source, text.samples, text.sequence_length, text.seed, text.dtype)
@@ -181,7 +182,7 @@ def gather(
     if length < 2:
         raise TextError(f"text source '{text.source}' gives sequences of one token; calibration needs at least two")
     by_statistics = options.row.basis == "statistics" or options.compensation == "bias"
-    _check_given_rates(options, dense, text.statistics if by_statistics else None)
+    _check_options(options, dense, text.statistics if by_statistics else None)
     used = text.model_copy(update={"samples": sequences, "sequence_length": length})
     digests = {"weights": dense.weights.digest, "calibration": windows.digest}
     basis, tokens = options.row.basis, torch.from_numpy(windows.tokens)
@@ -223,8 +224,12 @@ def check_ranks_modules(options: PruneOptions, statistics: StatisticsName | None
         )
 
 
-def _check_given_rates(options: PruneOptions, dense: Checkpoint, statistics: StatisticsName | None) -> None:
-    """Before anything is computed."""
+def _check_options(options: PruneOptions, dense: Checkpoint, statistics: StatisticsName | None) -> None:
+    """Whether the model can be pruned this way, before anything is computed."""
+    if options.layout == "stock":
+        check_stock(dense, compensated=options.compensation != "none", align_channels=options.align_channels)
+    if follows_code(options, statistics):
+        check_known(dense.shape)
     if options.rates is not None:
         check_rates(options.rates, dense.shape, options.ratio)
         check_ranks_modules(options, statistics)

@@ -175,7 +175,8 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
-        Family("mistral", "Mistral", _SEPARATE_PROJECTIONS),
+        # With layer_types, transformers takes it for another family, whose layers differ in their windows.
+        Family("mistral", "Mistral", _SEPARATE_PROJECTIONS, requires={"layer_types": (None,)}),
         Family(
             "mixtral",
             "Mixtral",
@@ -231,7 +232,9 @@ def family_of(model_type: str) -> Family:
     """
     if f"{model_type}_text" in FAMILIES:
         raise ModelError(
-            f"'{model_type}' models see images too; only their text models, {model_type}_text, are supported"
+            f"'{model_type}' models see images too; only their text models, {model_type}_text, are supported; save "
+            "that by `AutoModelForImageTextToText.from_pretrained(...).model.language_model.save_pretrained(...)`, and "
+            "copy the tokenizer"
         )
     if model_type not in FAMILIES:
         raise ModelError(
@@ -264,8 +267,10 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """The dense decoder's shape, read from a transformers configuration.
 
     Raises:
-        ModelError: the query heads are not a multiple of the KV heads.
+        ModelError: there is no layer, or the query heads are not a multiple of the KV heads.
     """
+    if config.num_hidden_layers < 1:
+        raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
     heads = config.num_attention_heads
     kv_heads, head_dim = (
         None if family.plain_heads else getattr(config, name, None) for name in ("num_key_value_heads", "head_dim")

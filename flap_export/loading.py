@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from flap_export.errors import ModelError
 from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
-from flap_export.rope import both_rope_forms
+from flap_export.rope import both_rope_forms, check_rope
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
 
 PRUNED_PREFIX = "flap_"
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
 
 
@@ -43,7 +44,8 @@ class Checkpoint:
     @cached_property
     def weights(self) -> Weights:
         """The tensors on disk."""
-        return Weights(self.directory, self.family.stored_names)
+        family = self.family
+        return Weights(self.directory, family.stored_names, base=family.decoder.partition(".")[0], head=family.head)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,6 +144,7 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
     path = directory / "config.json"
     try:
         check_config(config, family)
+        check_rope(config)
         return shape_from_config(config, family)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
@@ -250,17 +253,19 @@ def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Whether the tensors on disk are exactly those of `model`, by name and shape.
+    """Whether the tensors on disk are exactly those of `model`, by name, shape and kind of numbers.
 
     Raises:
-        ModelError: one is missing, unknown or of another shape.
+        ModelError: one is missing, unknown, quantised or of another shape, or a tied head differs from the embedding.
     """
     weights, expected = checkpoint.weights, set(parameter_names(model, checkpoint))
     missing = sorted(expected - set(weights))
-    if missing:
-        raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}; the checkpoint is incomplete")
     known_extra = {f"{checkpoint.family.head}.weight"} if checkpoint.shape.tied_embeddings else set()
     extra = sorted(set(weights) - expected - known_extra)
+    if missing:
+        instead = f" and hold {_listed(extra)} instead" if extra else ""
+        fault = f"are not those of a {checkpoint.family.class_stem}ForCausalLM" if extra else "are incomplete"
+        raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}{instead}; they {fault}")
     if extra:
         raise ModelError(
             f"weights in '{checkpoint.directory}' hold {_listed(extra)}, which a {checkpoint.family.model_type} of "
@@ -273,6 +278,27 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"tensor '{name}' in '{checkpoint.directory}' has shape {list(found)}, the configuration asks for "
                 f"{list(required)}; configuration and weights do not belong together"
             )
+        if weights.dtype(name) not in _FULL_PRECISION:
+            raise ModelError(
+                f"tensor '{name}' in '{checkpoint.directory}' holds {weights.dtype(name)} numbers, expected one of "
+                f"{', '.join(_FULL_PRECISION)}: its weights are quantised; start from the full-precision checkpoint"
+            )
+    if checkpoint.shape.tied_embeddings:
+        _check_tied(checkpoint)
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Whether a head that is stored beside the embedding it is tied to holds the same.
+
+    Otherwise transformers 5 leaves it untied, whatever the configuration says, and 4.x ties it.
+    """
+    weights, family = checkpoint.weights, checkpoint.family
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if head in weights and not torch.equal(weights[head], weights[embedding]):
+        raise ModelError(
+            f"'{checkpoint.directory / 'config.json'}' ties the head to the embeddings (tie_word_embeddings), and the "
+            f"weights hold a '{head}' that differs from '{embedding}'; set tie_word_embeddings to false, or remove it"
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -28,7 +28,7 @@ from flap_export.restoring import cut_only, fitted_restorer, mean_restorer, rest
 from flap_export.rewriting import Restore, rewrite
 from flap_export.scoring import MetricName
 from flap_export.statistics import CalibrationStatistics, StatisticsName
-from flap_export.stock import Layout, stock_config, write_stock_checkpoint
+from flap_export.stock import Layout, check_stock, stock_config, write_stock_checkpoint
 from flap_export.storage import check_output, new_directory, validated
 from flap_export.text import read_windows
 
@@ -130,6 +130,8 @@ def prune_with(
     dense = open_checkpoint(model)
     check_weights(meta_model(dense, dense.dtype), dense)
     _check_evidence(evidence, dense)
+    if options.layout == "stock":
+        check_stock(dense, compensated=options.compensation != "none", align_channels=options.align_channels)
     plan = make_plan(dense, evidence, options)
     shape = plan.pruned_shape(dense.shape, compensated=options.compensation != "none")
     write = write_checkpoint

@@ -51,13 +51,11 @@ class ReferenceMoments:
         self.sequences = after
 
 
-def removed_units(
-    scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, structure: str, remove_heads: int
-) -> tuple[list[NDArray[np.bool_]], list[NDArray[np.bool_]]]:
-    """The heads [Q] and FFN channels [F] of every layer that the code removes (`lib/prune.py`, prune_flap).
+def check_known(shape: DecoderShape) -> None:
+    """Whether the code can prune such a model.
 
     Raises:
-        BudgetError: the model has grouped queries, which the code does not know, or the request makes it fail.
+        BudgetError: it has experts or grouped queries, which the code does not know.
     """
     if any(layer.experts for layer in shape.layers):
         raise BudgetError("the reference code knows no mixtures of experts; use --statistics welford for this model")
@@ -66,6 +64,17 @@ def removed_units(
             "the reference code prunes query, key and value heads by one mask and knows no grouped queries; "
             "use --statistics welford for this model"
         )
+
+
+def removed_units(
+    scores: Sequence[LayerScores], shape: DecoderShape, ratio: float, structure: str, remove_heads: int
+) -> tuple[list[NDArray[np.bool_]], list[NDArray[np.bool_]]]:
+    """The heads [Q] and FFN channels [F] of every layer that the code removes (`lib/prune.py`, prune_flap).
+
+    Raises:
+        BudgetError: the code does not know such a model (`check_known`), or the request makes it fail.
+    """
+    check_known(shape)
     heads = np.stack([layer.query_heads.numpy() for layer in scores])
     channels = np.stack([layer.ffn_channels.numpy() for layer in scores])
     head_count, channel_count = _counts(shape, ratio, structure, remove_heads)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flap_export.errors import ModelError
+
 _STATED_BESIDE = ("rope_theta", "partial_rotary_factor")
 """What transformers 5 keeps among the rotary parameters and 4.x beside them."""
 
@@ -60,6 +62,27 @@ def _scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     return {"type": kind, **{name: value for name, value in scaling.items() if name not in stated}}
 
 
+def check_rope(config: Any) -> None:
+    """Whether transformers knows the kinds of rotary embedding that a configuration states.
+
+    Raises:
+        ModelError: it does not know one.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    for kind in _kinds(config):
+        stated = kind.get("rope_type", kind.get("type", "default"))
+        if stated not in known:
+            raise ModelError(f"rope_type is '{stated}'; this version of transformers knows {', '.join(sorted(known))}")
+
+
+def _kinds(config: Any) -> list[dict[str, Any]]:
+    """Rotary parameters of every kind of layers: one, or one of each where they turn differently."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+
+
 def table_positions(config: Any) -> int | None:
     """Positions up to which one rotary table holds, or None where any number does.
 
@@ -68,12 +91,10 @@ def table_positions(config: Any) -> int | None:
     Args:
         config: a transformers configuration.
     """
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
     beside = getattr(config, "original_max_position_embeddings", None)
     held = [
         int(beside or kind.get("original_max_position_embeddings") or config.max_position_embeddings)
-        for kind in kinds
+        for kind in _kinds(config)
         if kind.get("rope_type", kind.get("type")) == "longrope"
     ]
     return min(held, default=None)

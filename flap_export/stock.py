@@ -17,13 +17,17 @@ from torch import Tensor
 
 from flap_export.checkpoint import MAX_SHARD_BYTES, read_config, write_beside_weights, write_shards
 from flap_export.errors import PlanError
+from flap_export.families import Family
 from flap_export.loading import Checkpoint, config_from, meta_model, parameter_names
 from flap_export.plan import PruningPlan
 from flap_export.rope import both_rope_forms
 from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.statistics import CUT_SPACES, CutSpace
 
 Layout = Literal["uneven", "stock"]
 LAYOUTS: Final[tuple[Layout, ...]] = ("uneven", "stock")
+EXPERT_ALIGNMENT: Final = 8
+"""Rows of experts' weights must be multiples of 16 bytes in transformers' grouped products, in half precision too."""
 
 
 def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
@@ -32,6 +36,32 @@ def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
     if dense.family.plain_heads:
         return (heads,)
     return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
+
+
+def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) -> None:
+    """Whether the family's own class can take any plan of such options, before anything is computed for one.
+
+    Raises:
+        PlanError: it has no place for the FFN's bias, or experts of any width would not run in it.
+    """
+    family = dense.family
+    without_place = [space for space in CUT_SPACES if space not in family.bias_flags]
+    # A plan may leave attention whole; one that leaves every FFN whole is not to be expected.
+    if compensated and "ffn" in without_place:
+        raise _no_place_for_bias(family, without_place[0])
+    if family.experts and align_channels % EXPERT_ALIGNMENT:
+        raise PlanError(
+            f"--layout stock: transformers multiplies the experts of {family.model_type} in groups, which fails for "
+            f"widths that are no multiple of {EXPERT_ALIGNMENT}; set --align-channels {EXPERT_ALIGNMENT}, or --layout "
+            "uneven"
+        )
+
+
+def _no_place_for_bias(family: Family, space: CutSpace) -> PlanError:
+    return PlanError(
+        f"--layout stock: {family.model_type}'s class has no place for a bias of {family.restoring(space).path}; "
+        "use --compensation none, or --layout uneven"
+    )
 
 
 def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
@@ -53,18 +83,15 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
             f"heads at a hidden size of {shape.hidden_size}, the plan keeps {layer.query_heads}; keep one of these"
         )
     config = {**both_rope_forms(read_config(dense)), **_counts(dense, layer)}
-    for space, added, there in (
+    biases: tuple[tuple[CutSpace, bool, bool], ...] = (
         ("query", layer.attention_bias, dense.shape.layers[0].attention_bias),
         ("ffn", layer.ffn_bias, dense.shape.layers[0].ffn_bias),
-    ):
+    )
+    for space, added, there in biases:
         if added and not there:
             if space not in family.bias_flags:
-                raise PlanError(
-                    f"--layout stock: {family.model_type}'s class has no place for a bias of "
-                    f"{family.restoring('query' if space == 'query' else 'ffn').path}; use --compensation none, or "
-                    "--layout uneven"
-                )
-            config[family.bias_flags["query" if space == "query" else "ffn"]] = True
+                raise _no_place_for_bias(family, space)
+            config[family.bias_flags[space]] = True
     return config
 
 

@@ -30,18 +30,26 @@ class Weights:
         ModelError: no safetensors weights, a shard is missing, or a file is truncated.
     """
 
-    def __init__(self, directory: Path, renamed: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, renamed: Mapping[str, str] | None = None, *, base: str = "", head: str = ""
+    ) -> None:
         """Look at the files' headers.
 
         Args:
             directory: where they are.
             renamed: parts of the names on disk, and what stands in their place here.
+            base: the module that all names but the head's begin with; models that were saved without a head leave it
+                out, as transformers knows.
+            head: the head's module.
         """
         self.directory = directory
         files = {name: file for name, file in _files_by_name(directory).items() if not name.endswith(_NO_PARAMETERS)}
         for file in set(files.values()):
             _check_complete(file, {name for name, holder in files.items() if holder == file})
-        self._stored = {_renamed(name, renamed or {}): name for name in files}
+        left_out = f"{base}." if base and not any(name.startswith(f"{base}.") for name in files) else ""
+        self._stored = {
+            _renamed(name if name.startswith(f"{head}.") else left_out + name, renamed or {}): name for name in files
+        }
         self._file_of = {name: files[stored] for name, stored in self._stored.items()}
 
     @cached_property
@@ -84,17 +92,22 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the file's header."""
-        return self._shapes[name]
+        return self._headers[name][0]
+
+    def dtype(self, name: str) -> str:
+        """Kind of numbers of one tensor, as safetensors calls it (`BF16`, `F8_E4M3`), from the file's header."""
+        return self._headers[name][1]
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """All shapes: mixtures of experts have tens of thousands of tensors, too many to open a file for each."""
-        shapes: dict[str, tuple[int, ...]] = {}
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """All shapes and dtypes: mixtures of experts have tens of thousands of tensors, too many to open a file for."""
+        headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in self.files:
             with safe_open(path, framework="pt") as file:
-                own = (name for name, holder in self._file_of.items() if holder == path)
-                shapes |= {name: tuple(file.get_slice(self._stored[name]).get_shape()) for name in own}
-        return shapes
+                for name in (name for name, holder in self._file_of.items() if holder == path):
+                    header = file.get_slice(self._stored[name])
+                    headers[name] = (tuple(header.get_shape()), header.get_dtype())
+        return headers
 
     @cached_property
     def digest(self) -> str:

@@ -144,6 +144,16 @@ def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:
         calibrate(path, save_tokens(tmp_path / "ids.npy", torch.full((2, 4), VOCABULARY)))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_sequences_beyond_the_models_positions(family: str, tmp_path: Path) -> None:
+    """Learned positions have no further row, and rotary ones were never trained there."""
+    path = tiny_checkpoint(family, tmp_path / "dense", max_position_embeddings=12)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(3, 13))
+    with pytest.raises(TextError, match=r"sequences of 13 tokens, the model has 12 positions; .* at most 12"):
+        calibrate(path, source)
+    assert calibrate(path, source, sequence_length=12).sequence_length == 12
+
+
 def test_precision_follows_the_device(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint("llama", tmp_path / "dense", dtype=torch.bfloat16))
     assert compute_dtype(checkpoint, None, "cpu") == torch.float32

@@ -17,7 +17,7 @@ from flap_export.comparison import (
     compare,
     parsed_variant,
 )
-from flap_export.errors import BudgetError, InputError, MissingRequirementError, OutputError
+from flap_export.errors import BudgetError, InputError, MissingRequirementError, ModelError, OutputError
 from flap_export.evaluation import evaluate
 from flap_export.evidence import CalibrationText
 from flap_export.methods import PruneOptions
@@ -208,6 +208,14 @@ def test_ratios_and_output_are_checked_first(tmp_path: Path) -> None:
     (tmp_path / "out" / "cat.jpg").write_text("")
     with pytest.raises(OutputError, match="holds something else"):
         compare(**arguments(tmp_path))
+
+
+def test_an_unusable_model_leaves_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ModelError, match="not in the family table"):
+        compare(**arguments(tmp_path, model=tmp_path / "foreign"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plot_needs_matplotlib_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ALL_FAMILIES, ROPES, assert_same_logits, plain_model, tiny_checkpoint, tiny_pruned, tokens_of
+from tiny import (
+    ALL_FAMILIES,
+    ROPES,
+    VOCABULARY,
+    assert_same_logits,
+    plain_model,
+    randomise,
+    tiny_checkpoint,
+    tiny_config,
+    tiny_pruned,
+    tokens_of,
+)
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, Gemma3Config
 
 from flap_export.errors import ModelError
 from flap_export.loading import MetaLayers, check_weights, load_model, meta_model, open_checkpoint
@@ -156,13 +168,13 @@ def load(path: str | Path) -> Any:
 
 def test_a_missing_tensor(dense: Path) -> None:
     edit_weights(dense, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
-    with pytest.raises(ModelError, match=r"lack 'model\.layers\.1\.self_attn\.k_proj\.weight'; the checkpoint"):
+    with pytest.raises(ModelError, match=r"lack 'model\.layers\.1\.self_attn\.k_proj\.weight'; they are incomplete"):
         load(dense)
 
 
 def test_many_missing_tensors_are_counted(dense: Path) -> None:
     edit_weights(dense, lambda tensors: [tensors.pop(name) for name in list(tensors) if "mlp" in name])
-    with pytest.raises(ModelError, match=r"down_proj.*and 3 more tensors; the checkpoint is incomplete"):
+    with pytest.raises(ModelError, match=r"down_proj.*and 3 more tensors; they are incomplete"):
         load(dense)
 
 
@@ -183,6 +195,64 @@ def test_a_tied_model_may_store_its_head_too(tmp_path: Path) -> None:
     expected = logits_of(load(dense), tokens_of(1, 4))
     edit_weights(dense, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert torch.equal(logits_of(load(dense), tokens_of(1, 4)), expected)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    """Versions of transformers disagree which of the two such a model uses."""
+    dense = tiny_checkpoint("llama", tmp_path / "dense", tie_word_embeddings=True)
+    edit_weights(dense, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' that differs .*; set tie_word_embeddings to false"):
+        load(dense)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+def test_a_model_that_was_saved_without_its_head(family: str, tmp_path: Path) -> None:
+    """Its names begin below `model`; a tied head is there all the same, an untied one may stand beside."""
+    for tied in (True, False):
+        path = tiny_checkpoint(family, tmp_path / str(tied), tie_word_embeddings=tied)
+        expected = load(path).state_dict()
+        edit_weights(path, lambda t: [t.update({name.removeprefix("model."): t.pop(name)}) for name in list(t)])
+        found = load(path).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
+    """Saved as the message for such models says."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=tiny_config("gemma3_text", tie_word_embeddings=True),
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"from_pretrained\(\.\.\.\)\.model\.language_model\.save_pretrained"):
+        open_checkpoint(tmp_path / "whole")
+    model.model.language_model.save_pretrained(tmp_path / "text")
+    tokens = torch.arange(9).unsqueeze(0)
+    expected = logits_of(model, tokens)
+    assert torch.equal(logits_of(load(tmp_path / "text"), tokens), expected)
+
+
+def test_weights_of_another_class(dense: Path) -> None:
+    edit_weights(dense, lambda t: t.update({"score.weight": t.pop("lm_head.weight")[:2]}))
+    with pytest.raises(
+        ModelError, match=r"lack 'lm_head\.weight' and hold 'score\.weight' instead; .*LlamaForCausalLM"
+    ):
+        load(dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_of_fewer_bits(dtype: torch.dtype, dense: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(dense, lambda t: t.update({name: t[name].to(dtype)}))
+    with pytest.raises(
+        ModelError, match=r"up_proj\.weight' .* holds (F8_E4M3|I8) numbers.*quantised; start from the full"
+    ):
+        load(dense)
 
 
 def test_an_untied_model_must_store_its_head(dense: Path) -> None:
@@ -260,9 +330,18 @@ def test_no_weights_at_all(dense: Path) -> None:
         ({"num_key_value_heads": 3}, r"multiple of num_key_value_heads, got 4 and 3"),
         ({"num_key_value_heads": 0}, r"multiple of num_key_value_heads, got 4 and 0"),
         ({"hidden_size": "wide"}, r"config\.json' is not a valid llama configuration"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1, got 0"),
         ({"num_hidden_layers": 3}, r"lack 'model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"layers\.1\..*which a llama of this configuration has no place for"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"config\.json': its weights are quantised"),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            r"config\.json': rope_type is 'spiral'.*yarn",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
+            r"mistral is supported with layer_types equal to None only, got \['full",
+        ),
         ({"model_type": "flap_llama"}, r"is a pruned model's but lacks valid pruned\.layers"),
         ({"model_type": "flap_llama", "pruned": {"layers": [{"heads": 1}]}}, r"lacks valid pruned\.layers"),
     ],

@@ -308,12 +308,15 @@ def test_experts_are_stored_as_the_family_stores_them(tmp_path: Path) -> None:
     """A plan of equal layers, in the family's own classes: transformers stacks what it finds under the old names."""
     dense = tiny_checkpoint("mixtral", tmp_path / "dense")
     source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
-    prune(dense, tmp_path / "stock", ratio=0.5, calibration=source, layout="stock", compensation="none")
+    options: dict[str, Any] = {"ratio": 0.5, "calibration": source, "layout": "stock"}
+    prune(dense, tmp_path / "stock", compensation="none", align_channels=8, **options)
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in Weights(tmp_path / "stock")
     found = logits_of(plain_model(tmp_path / "stock"), tokens_of(2, 9))
     torch.testing.assert_close(found, logits_of(load_model(tmp_path / "stock", dtype=torch.float32), tokens_of(2, 9)))
     with pytest.raises(PlanError, match=r"mixtral's class has no place for a bias of self_attn\.o_proj"):
-        prune(dense, tmp_path / "biased", ratio=0.5, calibration=source, layout="stock")
+        prune(dense, tmp_path / "biased", **options)
+    with pytest.raises(PlanError, match=r"experts of mixtral .* no multiple of 8; set --align-channels 8"):
+        prune(dense, tmp_path / "odd", compensation="none", align_channels=4, **options)
 
 
 def test_the_reference_code_knows_no_experts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from flap_export.evaluation import evaluate
 from flap_export.evidence import Evidence
 from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions
-from flap_export.pruning import prune_with
+from flap_export.pruning import prune, prune_with
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import CalibrationStatistics
 from flap_export.weights import Weights
@@ -95,3 +95,14 @@ def test_grouped_queries_are_refused(tmp_path: Path) -> None:
     gathered = calibrate(path, source, statistics="reference")
     with pytest.raises(BudgetError, match="no grouped queries"):
         prune_with(path, tmp_path / "out", Evidence.of(gathered), PruneOptions(ratio=0.2))
+    steps: list[str] = []
+    with pytest.raises(BudgetError, match="no grouped queries"):
+        prune(
+            path,
+            tmp_path / "out",
+            ratio=0.2,
+            calibration=source,
+            statistics="reference",
+            progress=lambda what, *_: steps.append(what),
+        )
+    assert not steps, "calibrated first"

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, save_tokens, tiny_checkpoint, tokens_of
+from tiny import ALL_FAMILIES, MIXTURES, save_tokens, tiny_checkpoint, tokens_of
 from transformers import AutoModelForCausalLM
 
 from flap_export.errors import InputError, PlanError
 from flap_export.exporting import export
 from flap_export.loading import load_model, open_checkpoint
 from flap_export.pruning import prune
+from flap_export.stock import EXPERT_ALIGNMENT
 
 WIDE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 
@@ -40,7 +41,9 @@ def heads(folder: Path) -> dict[str, Any]:
 def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) -> None:
     biased = family in ("llama", "opt")
     ratio = 0.3 if family == "opt" else 0.5
-    _, stock, uneven = pruned_stock(family, tmp_path, ratio=ratio, compensation="bias" if biased else "none")
+    compensation = "bias" if biased else "none"
+    alignment = EXPERT_ALIGNMENT if family in MIXTURES else 1
+    _, stock, uneven = pruned_stock(family, tmp_path, ratio=ratio, compensation=compensation, align_channels=alignment)
     assert not list(stock.glob("*.py"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -66,10 +69,20 @@ def test_other_methods_take_the_layout(method: Any, tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_place_for_the_bias_says_so(tmp_path: Path) -> None:
+    """Before it calibrates."""
     dense = tiny_checkpoint("qwen2", tmp_path / "dense")
     source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    steps: list[str] = []
     with pytest.raises(PlanError, match=r"no place for a bias of .*; use --compensation none, or --layout uneven"):
-        prune(dense, tmp_path / "out", ratio=0.3, calibration=source, layout="stock")
+        prune(
+            dense,
+            tmp_path / "out",
+            ratio=0.3,
+            calibration=source,
+            layout="stock",
+            progress=lambda what, *_: steps.append(what),
+        )
+    assert not steps
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from flap_export.calibration import open_dense
 from flap_export.choosing import make_plan
 from flap_export.errors import InputError, OtherSearchError, check_choice
 from flap_export.evidence import CalibrationText, Evidence
@@ -154,17 +155,21 @@ def check_search(options: SearchOptions, prune: PruneOptions, seeds: Sequence[in
 def _begin(directory: Path, request: SearchRequest) -> None:
     """Note what is asked, so that the directory is known for a search's from the start.
 
+    Where nothing was made yet of an earlier request, it was refused, or found wrong, and this one takes its place.
+
     Raises:
         OtherSearchError: the directory holds a search that was asked otherwise.
+        ModelError: the model is unusable; no directory is made then.
     """
     path = directory / REQUEST_NAME
-    if path.is_file():
+    if path.is_file() and any((directory / made).exists() for made in (FITS_FOLDER, RUNS_FOLDER)):
         there, here = (one.settings() for one in (SearchRequest.load(path), request))
         if changed := sorted(name for name in here if here[name] != there.get(name)):
             raise OtherSearchError(
                 f"the search in '{directory}' was begun with other settings ({', '.join(changed)}); name a new output "
                 "directory, or the settings it was begun with"
             )
+    open_dense(request.model)
     request.save(path)
 
 

@@ -18,7 +18,7 @@ import torch
 from refitting import kl, log_probabilities
 from tiny import plain_model, save_tokens, tiny_checkpoint, tokens_of
 
-from flap_export.errors import BudgetError, InputError, OutputError, TextError
+from flap_export.errors import BudgetError, InputError, ModelError, OutputError, TextError
 from flap_export.evidence import CalibrationText
 from flap_export.loading import load_model, open_checkpoint
 from flap_export.manifest import Manifest, verify
@@ -410,6 +410,20 @@ def test_other_settings_in_the_same_directory_are_refused(
         with pytest.raises(InputError, match=rf"begun with other settings \({names}\); name a new output directory"):
             search(model, output, **asked)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_request_is_in_nobodys_way(model: Path, text: CalibrationText, tmp_path: Path) -> None:
+    """A wrong model leaves no directory, and a wrong text can be put right in the same one."""
+    output = tmp_path / "out"
+    given: Any = {"prune": pruning(compensation="none"), "options": options_of(evaluations=2)}
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ModelError, match="not in the family table"):
+        search(tmp_path / "foreign", output, calibration=text, **given)
+    assert not output.exists()
+    with pytest.raises(TextError, match="no text source"):
+        search(model, output, calibration=text.model_copy(update={"source": "missing.npy"}), **given)
+    assert search(model, output, calibration=text, **given).runs
 
 
 def test_other_weights_and_another_precision_are_refused(
