@@ -65,6 +65,23 @@ class Record(Value):
         write_text(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
+    def check_output(cls, path: Path) -> None:
+        """Whether `save` may write to `path`, to be asked before the work is done.
+
+        Raises:
+            OutputError: it is a directory, or a file of another kind, which is never replaced.
+        """
+        if path.is_dir() or not path.name:
+            raise OutputError(f"the output '{path}' is a directory; name the file of a {cls.kind}")
+        try:
+            if path.exists():
+                cls.load(path)
+        except InputError as error:
+            raise OutputError(
+                f"the output '{path}' is a file and no {cls.kind}, and was not touched; name another"
+            ) from error
+
+    @classmethod
     def load(cls, path: Path) -> Self:
         """Read a saved record.
 

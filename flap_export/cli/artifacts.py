@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Seed, Threads, Verbose, one_of
@@ -27,7 +28,7 @@ def export(
 
     artifact = export_checkpoint(checkpoint, output, dtype=one_of("dtype", dtype, DTYPES), max_length=max_length)
     size = sum(file.stat().st_size for file in output.iterdir())
-    console.show(artifact, [f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"], json)
+    console.show(artifact, [escape(f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}")], json)
 
 
 def build(
@@ -69,7 +70,7 @@ def build(
         max_prompt=max_prompt,
         options=BuildOptions(optimization_level, weight_stripped, limit_keys, tf32, timing_cache),
     )
-    console.show(record, [*summaries.of_engine(record), f"engines: {output}"], json)
+    console.show(record, [*summaries.of_engine(record), escape(f"engines: {output}")], json)
 
 
 def validate(
@@ -90,8 +91,11 @@ def validate(
     console.configure_logging(verbose)
     from flap_export.cli import summaries
     from flap_export.loading import open_checkpoint
+    from flap_export.validation import ParityReport
     from flap_export.validation import validate as validate_artifact
 
+    if output is not None:
+        ParityReport.check_output(output)
     parity = validate_artifact(
         artifact,
         reference=open_checkpoint(reference).directory,
@@ -137,9 +141,12 @@ def bench(
 ) -> None:
     """Measure a pruned artifact against its dense baseline, beside what the arithmetic allows."""
     console.configure_logging(verbose)
+    from flap_export.benchmarking import LatencyReport
     from flap_export.benchmarking import bench as bench_artifacts
     from flap_export.cli import summaries
 
+    if output is not None:
+        LatencyReport.check_output(output)
     latency = bench_artifacts(
         artifact,
         baseline=baseline,

@@ -149,7 +149,7 @@ def search(
             device=device,
             progress=progress,
         )
-    console.show(report, [*of_search(report), f"rates: {output}/rates.json; prune with `--rates` of it"], json)
+    console.show(report, [*of_search(report), escape(f"rates: {output}/rates.json; prune with `--rates` of it")], json)
 
 
 def _bounds(texts: Sequence[str]) -> dict[int, tuple[float, float]]:

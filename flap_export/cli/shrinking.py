@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Verbose, one_of
@@ -31,7 +32,7 @@ def run(
         result = run_recipe(loaded, output or Path("runs") / recipe.stem, progress=progress)
     console.show(result.as_json(), summaries.of_run(result), json)
     for breach in result.breaches:
-        console.side().print(f"[bold red]breached:[/] {breach}")
+        console.side().print(f"[bold red]breached:[/] {escape(str(breach))}")
     if result.breaches:
         raise typer.Exit(result.breaches[0].exit_code)
 
@@ -111,7 +112,7 @@ def prune(
             dtype=one_of("dtype", dtype, DTYPES),
             progress=progress,
         )
-    console.show(plan, [*summaries.of_plan(plan), f"checkpoint: {output}"], json)
+    console.show(plan, [*summaries.of_plan(plan), escape(f"checkpoint: {output}")], json)
 
 
 def compare(
@@ -157,4 +158,4 @@ def compare(
             device=device,
             progress=progress,
         )
-    console.show(report, [*summaries.of_comparison(report, variants, ratios), f"comparison: {output}"], json)
+    console.show(report, [*summaries.of_comparison(report, variants, ratios), escape(f"comparison: {output}")], json)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flap_export.cli import console
 from flap_export.cli.options import Device, Json, Samples, Seed, SequenceLength, Threads, Verbose
@@ -107,7 +108,7 @@ def report(run_directory: Annotated[Path, typer.Argument(help="Directory of a ru
     from flap_export.reporting import report as write_report
 
     path = write_report(run_directory)
-    console.show({"report": str(path)}, [f"report: {path}"], json)
+    console.show({"report": str(path)}, [escape(f"report: {path}")], json)
 
 
 def predict(
