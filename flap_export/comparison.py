@@ -26,10 +26,10 @@ from flap_export.storage import (
     Value,
     check_output,
     digest_of_json,
+    locked,
     new_file,
     validated,
     write_text,
-    writing_errors,
 )
 from flap_export.text import digest_of_source
 
@@ -140,23 +140,22 @@ def compare(
         _check_matplotlib()
     directory = Path(output)
     check_output(directory, COMPARISON_NAME)
-    with writing_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    report = _begun(model, directory, calibration, sources, samples, sequence_length, device)
-    labels = [variant for variant in variants for _ in ratios]
-    shared: dict[str, Evidence] = {}
-    for done, (label, options) in enumerate(zip(labels, wanted, strict=True)):
-        assert options.ratio is not None
-        progress("comparison", done, len(wanted))
-        if report.find(label, options.ratio) is None:
-            row = _row(model, label, options, calibration, sources, samples, sequence_length, device, shared)
-            report = report.model_copy(update={"rows": (*report.rows, row)})
-            report.save(directory / COMPARISON_NAME)
-    progress("comparison", len(wanted), len(wanted))
-    write_text(directory / TABLE_NAME, markdown_table(report, variants, ratios))
-    if plot:
-        _draw(report, variants, directory / PLOT_NAME)
-    return report
+    with locked(directory):
+        report = _begun(model, directory, calibration, sources, samples, sequence_length, device)
+        labels = [variant for variant in variants for _ in ratios]
+        shared: dict[str, Evidence] = {}
+        for done, (label, options) in enumerate(zip(labels, wanted, strict=True)):
+            assert options.ratio is not None
+            progress("comparison", done, len(wanted))
+            if report.find(label, options.ratio) is None:
+                row = _row(model, label, options, calibration, sources, samples, sequence_length, device, shared)
+                report = report.model_copy(update={"rows": (*report.rows, row)})
+                report.save(directory / COMPARISON_NAME)
+        progress("comparison", len(wanted), len(wanted))
+        write_text(directory / TABLE_NAME, markdown_table(report, variants, ratios))
+        if plot:
+            _draw(report, variants, directory / PLOT_NAME)
+        return report
 
 
 def _begun(

@@ -26,8 +26,8 @@ from flap_export.pruning import prune_with
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.engines import ENGINES
-from flap_export.running import RUN_NAME, Run, Stage, begin, locked, perform
-from flap_export.storage import check_output, digest_of_json
+from flap_export.running import RUN_NAME, Run, Stage, begin, perform
+from flap_export.storage import check_output, digest_of_json, locked
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
 

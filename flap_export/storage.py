@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -188,7 +190,7 @@ def load_tensors(path: Path, kind: str, schema_version: int) -> tuple[dict[str, 
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"no {kind} at '{path}'") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"'{path}' holds no {kind} of this version ({error}); calibrate again") from error
 
 
@@ -218,13 +220,63 @@ def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterato
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear_leftovers(path)
         partial.mkdir(parents=True)
+        held = _hold(partial)
         try:
             yield partial
             _swap(partial, path)
         finally:
+            os.close(held)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside `path`; what one that is still at work holds stays."""
+    name = glob.escape(path.name)
+    for retired in path.parent.glob(f".{name}.retired-*"):
+        # Killed between the two renames: what stood there goes back.
+        shutil.rmtree(retired, ignore_errors=True) if path.exists() else retired.rename(path)
+    for leftover in path.parent.glob(f".{name}.partial-*"):
+        try:
+            os.close(_hold(leftover))
+        except OSError:
+            continue
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _hold(directory: Path) -> int:
+    """A descriptor that locks a directory; the operating system lets go of it when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make an output directory that grows in place, and hold it.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made.
+    """
+    with writing_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            held = _hold(directory)
+        except BlockingIOError as error:
+            raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:

@@ -19,6 +19,7 @@ from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, TextError
 from flap_export.manifest import verify
 from flap_export.recipe import Recipe, recipe_from
+from flap_export.storage import locked
 
 STAGE_NAMES = [stage.name for stage in pipeline.STAGES if stage.name not in ("build-dense", "build", "align")]
 
@@ -195,7 +196,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     directory = tmp_path / "run"
-    with running.locked(directory), pytest.raises(OutputError, match="another run is at work"):
+    with locked(directory), pytest.raises(OutputError, match="another run is at work"):
         pipeline.run(recipe_of(), directory)
 
 

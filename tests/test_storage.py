@@ -22,6 +22,7 @@ from flap_export.storage import (
     digest_of_file,
     digest_of_json,
     load_tensors,
+    locked,
     new_directory,
     new_file,
     save_tensors,
@@ -151,6 +152,31 @@ def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_name(
         pass
     assert (old / MARKER).read_text() == "old"
     assert names(tmp_path) == ["out"]
+
+
+def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+    output = tmp_path / "o[u]t"
+    for name in (".o[u]t.partial-1", ".o[u]t.retired-1", ".out.partial-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MARKER).write_text(name)
+    with new_directory(tmp_path / "o[u]t", MARKER) as directory:
+        # The last one before the kill stands again, and another process's work is left alone.
+        assert (output / MARKER).read_text() == ".o[u]t.retired-1"
+        at_work = tmp_path / ".o[u]t.partial-2"
+        directory.rename(at_work)
+        with new_directory(tmp_path / "o[u]t", MARKER) as other:
+            assert names(at_work) == []
+            (other / MARKER).write_text("other")
+        at_work.rename(directory)
+    assert names(tmp_path) == [".out.partial-1", "o[u]t"]
+    assert names(output) == []
+
+
+def test_a_directory_that_grows_is_one_process_s(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(OutputError, match="at work"), locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass
 
 
 def test_what_is_no_output_directory_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
