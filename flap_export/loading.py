@@ -131,7 +131,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"'{directory}' holds no config.json; name a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"'{path}' is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ModelError(f"'{path}' must hold a JSON object")

@@ -125,7 +125,7 @@ def _files_by_name(directory: Path) -> dict[str, Path]:
 def _files_from_index(index: Path) -> dict[str, Path]:
     try:
         names = {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"'{index}' is not a safetensors index; fetch the checkpoint again") from error
     missing = sorted({shard for shard in names.values() if not (index.parent / shard).is_file()})
     if missing:

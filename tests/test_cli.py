@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,6 +252,17 @@ def test_a_standard_output_that_fails_is_no_breached_gate(model: Path, form: tup
     assert refused.stderr == "error: No space left on device\n"
     closed = ["bash", "-c", '"$@" >&-', "-", *command]
     assert subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False).stderr == ""
+
+
+def test_damaged_generation_settings_are_named(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(artifacts[1], tmp_path / "onnx")
+    for text in ("[]", "{", '{"eos_token_id": 1.5}', '{"eos_token_id": ["x"]}'):
+        (tmp_path / "onnx" / "generation_config.json").write_text(text)
+        outcome = call("generate", tmp_path / "onnx", "--prompt", "the")
+        assert outcome.code == 2
+        assert "generation_config.json' is damaged" in outcome.err
+    (tmp_path / "onnx" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert call("generate", tmp_path / "onnx", "--prompt", "the", "--max-new-tokens", "2").code == 0
 
 
 def test_names_are_printed_as_they_are(call: Call, model: Path, tmp_path: Path) -> None:

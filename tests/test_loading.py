@@ -281,7 +281,12 @@ def test_pruned_weights_that_do_not_fit_their_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not valid JSON"), ("[1]", "must hold a JSON object"), ("\xff", "is not valid JSON")],
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("\xff", "is not valid JSON"),
+        ("[" * 99999, "is not valid JSON"),
+    ],
 )
 def test_a_configuration_that_is_not_json(dense: Path, content: str, message: str) -> None:
     (dense / "config.json").write_bytes(content.encode("latin-1"))

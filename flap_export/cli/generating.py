@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flap_export.building.record import is_runnable
+from flap_export.errors import ModelError
 from flap_export.generation import generate, stream_text
 from flap_export.loading import open_checkpoint
 from flap_export.runners import open_runner
@@ -32,7 +33,16 @@ def generated_text(target: str, prompt: str, *, device: str, threads: int | None
 def _stop_ids(directory: Path) -> set[int]:
     """The tokens that end a text, from the generation settings; none where there are no settings."""
     path = directory / "generation_config.json"
-    stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    if stated is None:
+    if not path.is_file():
         return set()
-    return {stated} if isinstance(stated, int) else set(stated)
+    try:
+        stated = json.loads(path.read_bytes()).get("eos_token_id")
+        listed = [] if stated is None else stated if isinstance(stated, list) else [stated]
+        if not all(type(token) is int for token in listed):
+            raise ValueError(f"eos_token_id is {stated!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"'{path}' is damaged: expected settings with a token id or a list of them as eos_token_id ({error}); "
+            "copy it from the model again, or remove it"
+        ) from error
+    return set(listed)
