@@ -27,7 +27,7 @@ from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.engines import ENGINES
 from flap_export.running import RUN_NAME, Run, Stage, begin, perform
-from flap_export.storage import check_output, digest_of_json, locked
+from flap_export.storage import MANIFEST_NAME, check_output, digest_of_json, locked
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
 
@@ -89,6 +89,8 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
                 break
         result = _result(current)
         values = recipe.model_dump(mode="json", by_alias=True)
+        # Of an earlier recipe, or damaged: what it says is nothing for this run's page.
+        (directory / MANIFEST_NAME).unlink(missing_ok=True)
         report(directory, recipe=values)
         write_manifest(directory, digests=known, recipe=values)
     return result
