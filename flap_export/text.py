@@ -205,6 +205,9 @@ def _read_bytes(source: str) -> bytes:
         raise TextError(f"no text source at '{source}'; check the path") from error
     except OSError as error:
         raise TextError(f"text source '{source}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        # A null byte, which a file of arguments or a recipe may hold.
+        raise TextError(f"text source {source!r} is no file name: {error}") from error
 
 
 def _decompress(data: bytes, suffix: str, source: str) -> bytes:

@@ -164,6 +164,8 @@ def test_a_damaged_source_is_refused(
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="no text source at"):
         read_windows(str(tmp_path / "absent.txt"), NOWHERE, 300)
+    with pytest.raises(TextError, match="is no file name: embedded null byte"):
+        read_windows(str(tmp_path / "a\0b.txt"), NOWHERE, 300)
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(TextError, match="cannot be read: Is a directory"):
         read_windows(str(tmp_path / "folder.txt"), NOWHERE, 300)
