@@ -22,6 +22,7 @@ from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved
 from flap_export.pruning import prune_with
 from flap_export.storage import (
+    SCRATCH_PREFIX,
     Record,
     Value,
     check_output,
@@ -139,7 +140,7 @@ def compare(
     if plot:
         _check_matplotlib()
     directory = Path(output)
-    check_output(directory, COMPARISON_NAME)
+    check_output(directory, COMPARISON_NAME, in_place=True)
     with locked(directory):
         report = _begun(model, directory, calibration, sources, samples, sequence_length, device)
         labels = [variant for variant in variants for _ in ratios]
@@ -206,7 +207,7 @@ def _row(
         if key not in shared:
             shared[key] = gather(model, calibration, options, device=device)
         gathered = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="flap-export-") as folder:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder:
             pruned = Path(folder) / "pruned"
             plan = prune_with(model, pruned, shared[key], options, device=device, dtype=calibration.dtype)
             finished = time.monotonic()

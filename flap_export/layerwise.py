@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flap_export.loading import Checkpoint, materialize, meta_model, read_parameters, release
 from flap_export.products import with_fast_linears
-from flap_export.storage import writing_errors
+from flap_export.storage import SCRATCH_PREFIX, writing_errors
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
@@ -336,5 +336,5 @@ def streamed(
     model = meta_model(checkpoint, dtype)
     if fast_linears:
         with_fast_linears(model)
-    with tempfile.TemporaryDirectory(prefix="flap-export-") as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, torch.no_grad():
         yield LayerStream(checkpoint, tokens, model, Path(folder), dtype, device, chunk_sequences, ahead, progress)

@@ -75,7 +75,7 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
     """
     resolved(recipe.prune)
     directory = Path(output)
-    check_output(directory, RUN_NAME)
+    check_output(directory, RUN_NAME, in_place=True)
     current = Run(recipe, directory, progress)
     with locked(directory):
         begin(current)

@@ -22,6 +22,8 @@ from flap_export.errors import InputError, OutputError
 
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
+SCRATCH_PREFIX = "flap-export-"
+"""Of what a stage keeps in the folder for temporary files while it works."""
 _PARTIAL = ".partial"
 
 
@@ -155,12 +157,13 @@ def writing_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
+        is_scratch = any(part.startswith(SCRATCH_PREFIX) for part in path.parts)
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"the disk is full while writing '{path}'; nothing was left behind. "
-                "Free some space or choose another --output"
+                f"Free some space or {'set TMPDIR to another folder' if is_scratch else 'choose another --output'}"
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EFBIG):
             raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; choose another --output") from error
         raise
 
@@ -279,16 +282,26 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(held)
 
 
-def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
-    """Whether `path` may become an output directory that is told by `marker`.
+def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: bool = False) -> None:
+    """Whether `path` may become an output directory that is told by `marker`; to be asked before the work is done.
+
+    Args:
+        path: where the directory shall be.
+        marker: see `new_directory`.
+        overwrite: whether a directory of the same kind may be there.
+        in_place: whether the directory grows where it is, instead of taking its name when it is whole.
 
     Raises:
-        OutputError: it is a file, the working directory, or a directory that holds something else.
+        OutputError: it is a file, the working directory, a directory that holds something else, or where nothing can
+            be written.
     """
     if path.is_file():
         raise OutputError(f"the output '{path}' is a file; name a directory")
     if Path.cwd().is_relative_to(path.resolve()):
         raise OutputError(f"the output '{path}' is where you work, and would be replaced; name a directory below it")
+    if not in_place and path.is_mount():
+        raise OutputError(f"the output '{path}' is a mount point, which cannot be replaced; name a directory below it")
+    _check_writable(path, path if in_place else path.resolve().parent)
     # What a killed process left half-written is nobody's.
     if not path.exists() or all(entry.name.startswith(".") and _PARTIAL in entry.name for entry in path.iterdir()):
         return
@@ -299,6 +312,15 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
         )
     if not overwrite:
         raise OutputError(f"the output directory '{path}' is already there; name a new directory")
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Whether `folder`, or the nearest one above it that is there, can be written to."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is read-only" if folder.is_dir() else "is no directory"
+        raise OutputError(f"'{path}' cannot be written: '{folder}' {reason}; choose another --output")
 
 
 def _swap(partial: Path, path: Path) -> None:

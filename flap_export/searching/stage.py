@@ -69,7 +69,7 @@ def search(
     chosen, prune, directory = options or SearchOptions(), resolved(prune), Path(output)
     check_search(chosen, prune, seeds)
     workers_of(workers)
-    check_output(directory, REQUEST_NAME)
+    check_output(directory, REQUEST_NAME, in_place=True)
     with locked(directory):
         _begin(directory, SearchRequest(model=str(model), calibration=calibration, prune=prune, options=chosen))
         started = time.monotonic()
