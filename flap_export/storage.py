@@ -297,6 +297,10 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
     """
     if path.is_file():
         raise OutputError(f"the output '{path}' is a file; name a directory")
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(f"the output {str(path)!a} is no UTF-8, which records need; name another") from error
     if Path.cwd().is_relative_to(path.resolve()):
         raise OutputError(f"the output '{path}' is where you work, and would be replaced; name a directory below it")
     if not in_place and path.is_mount():

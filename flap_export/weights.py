@@ -17,6 +17,7 @@ from flap_export.storage import digest_of_file, digest_of_json
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @final
@@ -65,13 +66,18 @@ class Weights:
         return tensor
 
     def finite(self, name: str) -> Tensor:
-        """Read one tensor that must hold neither NaN nor infinity.
+        """Read one tensor of floating-point numbers that must hold neither NaN nor infinity.
 
         Raises:
-            ModelError: it holds one.
+            ModelError: it holds one, or numbers that mean nothing without the scales of a quantization.
         """
         tensor = self[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"tensor '{name}' in '{self.directory}' is stored as {str(tensor.dtype).removeprefix('torch.')}, as "
+                "quantized weights are; name the model they were quantized from"
+            )
+        if not bool(torch.isfinite(tensor).all()):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"tensor '{name}' in '{self.directory}' holds {broken} values that are NaN or infinite; "

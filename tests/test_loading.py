@@ -197,6 +197,14 @@ def test_a_weight_that_is_no_number(dense: Path, value: float) -> None:
         load(dense)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(dense: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(dense, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ModelError, match=rf"{name}' .*stored as {str(dtype)[6:]}, as quantized weights are"):
+        load(dense)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 300, -10])
 def test_a_truncated_file(dense: Path, keep: int) -> None:
     data = (dense / SINGLE_FILE).read_bytes()

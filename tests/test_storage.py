@@ -176,6 +176,8 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeyp
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file' is no directory; choose another --output"):
         check_output(tmp_path / "file" / "deep" / "below", MARKER)
+    with pytest.raises(OutputError, match="is no UTF-8, which records need; name another"):
+        check_output(tmp_path / os.fsdecode(b"x\xff"), MARKER)
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
     with pytest.raises(OutputError, match="is a mount point, which cannot be replaced; name a directory below it"):
