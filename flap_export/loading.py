@@ -198,7 +198,14 @@ def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     kernel = checkpoint.family.attention_kernel
-    model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, attn_implementation=kernel)
+    # What transformers does not validate shows where it is used, as whatever that raises.
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"transformers cannot make a {checkpoint.family.model_type} of '{checkpoint.directory / 'config.json'}' "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fetch the configuration again"
+        ) from error
     return model.eval()
 
 

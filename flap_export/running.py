@@ -77,6 +77,7 @@ def perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
     if record is None:
         logger.info("stage %s", stage.name)
         current.progress(stage.name, 0, 1)
+        _clear_incomplete(stage, directory, record_path)
         record_path.unlink(missing_ok=True)
         with writing_errors(directory):
             stage.action(current)
@@ -92,6 +93,16 @@ def _clear(stage: Stage, directory: Path) -> None:
     for name in (*stage.outputs, f"{STAGES_FOLDER}/{stage.name}.json"):
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _clear_incomplete(stage: Stage, directory: Path, record_path: Path) -> None:
+    """Remove outputs that have lost files: without the one that tells their kind, nothing would take their place."""
+    try:
+        record = StageRecord.load(record_path)
+    except FlapExportError:
+        return
+    if not all((directory / name).is_file() for name in record.outputs):
+        _clear(stage, directory)
 
 
 def _valid_record(path: Path, key: str, directory: Path) -> StageRecord | None:

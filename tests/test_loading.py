@@ -302,6 +302,16 @@ def test_a_configuration_that_is_not_json(dense: Path, content: str, message: st
         load(dense)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_act": "nope"}, {"intermediate_size": -5}, {"head_dim": 0}, {"rope_parameters": {"rope_type": "zzz"}}],
+)
+def test_a_configuration_that_makes_no_model(dense: Path, values: dict[str, Any]) -> None:
+    edit_config(dense, **values)
+    with pytest.raises(ModelError, match=r"config\.json'"):
+        load(dense)
+
+
 def test_places_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()

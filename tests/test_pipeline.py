@@ -126,6 +126,10 @@ def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[...,
     # What export writes again is what it wrote before, so nothing after it needs to run.
     assert performed_by(performed, recipe_of(), directory) == ["export"]
 
+    for name, stage in (("checkpoint/plan.json", "prune"), ("onnx/dense/artifact.json", "export-dense")):
+        (directory / name).unlink()
+        assert performed_by(performed, recipe_of(), directory) == [stage]
+
     stale = (directory / "manifest.json").read_text(encoding="utf-8")
     (directory / "manifest.json").write_text(stale[: len(stale) // 2], encoding="utf-8")
     assert performed_by(performed, recipe_of(), directory) == []
