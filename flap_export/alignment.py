@@ -15,7 +15,7 @@ from flap_export.exporting import export
 from flap_export.layerwise import Progress, no_progress
 from flap_export.methods import PruneOptions
 from flap_export.pruning import prune_with
-from flap_export.storage import Record
+from flap_export.storage import SCRATCH_PREFIX, Record
 
 ALIGNMENT_NAME: Final = "alignment.json"
 
@@ -74,7 +74,7 @@ def compare_alignment(
     """
     aligned = load_artifact(artifact)
     exported: DtypeName = aligned.dtype
-    with tempfile.TemporaryDirectory(prefix="flap-export-") as folder:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder:
         pruned, other = Path(folder) / "pruned", Path(folder) / "onnx"
         without = options.model_copy(update={"align_channels": 1})
         prune_with(model, pruned, evidence, without, device=device, dtype=dtype, progress=progress)

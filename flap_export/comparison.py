@@ -23,14 +23,15 @@ from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved
 from flap_export.pruning import prune_with
 from flap_export.storage import (
+    SCRATCH_PREFIX,
     Record,
     Value,
     check_output,
     digest_of_json,
+    locked,
     new_file,
     validated,
     write_text,
-    writing_errors,
 )
 from flap_export.text import digest_of_source
 
@@ -148,25 +149,25 @@ def compare(
     if plot:
         _check_matplotlib()
     directory = Path(output)
-    check_output(directory, COMPARISON_NAME)
+    check_output(directory, COMPARISON_NAME, in_place=True)
+    # Before there is a directory: an unusable model leaves none.
     open_dense(model)
-    with writing_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    report = _begun(model, directory, calibration, sources, samples, sequence_length, device)
-    labels = [variant for variant in variants for _ in ratios]
-    shared: dict[str, Evidence] = {}
-    for done, (label, options) in enumerate(zip(labels, wanted, strict=True)):
-        assert options.ratio is not None
-        progress("comparison", done, len(wanted))
-        if report.find(label, options.ratio) is None:
-            row = _row(model, label, options, calibration, sources, samples, sequence_length, device, shared)
-            report = report.model_copy(update={"rows": (*report.rows, row)})
-            report.save(directory / COMPARISON_NAME)
-    progress("comparison", len(wanted), len(wanted))
-    write_text(directory / TABLE_NAME, markdown_table(report, variants, ratios))
-    if plot:
-        _draw(report, variants, directory / PLOT_NAME)
-    return report
+    with locked(directory):
+        report = _begun(model, directory, calibration, sources, samples, sequence_length, device)
+        labels = [variant for variant in variants for _ in ratios]
+        shared: dict[str, Evidence] = {}
+        for done, (label, options) in enumerate(zip(labels, wanted, strict=True)):
+            assert options.ratio is not None
+            progress("comparison", done, len(wanted))
+            if report.find(label, options.ratio) is None:
+                row = _row(model, label, options, calibration, sources, samples, sequence_length, device, shared)
+                report = report.model_copy(update={"rows": (*report.rows, row)})
+                report.save(directory / COMPARISON_NAME)
+        progress("comparison", len(wanted), len(wanted))
+        write_text(directory / TABLE_NAME, markdown_table(report, variants, ratios))
+        if plot:
+            _draw(report, variants, directory / PLOT_NAME)
+        return report
 
 
 def _begun(
@@ -217,7 +218,7 @@ def _row(
         if key not in shared:
             shared[key] = gather(model, calibration, options, device=device)
         gathered = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="flap-export-") as folder:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder:
             pruned = Path(folder) / "pruned"
             plan = prune_with(model, pruned, shared[key], options, device=device, dtype=calibration.dtype)
             finished = time.monotonic()

@@ -25,7 +25,7 @@ from flap_export.coupled import magnitude_scores, random_scores, taylor_scores
 from flap_export.errors import InputError, TextError
 from flap_export.ladders import ladders_from_scores
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import Checkpoint
+from flap_export.loading import Checkpoint, check_device
 from flap_export.measuring import measure
 from flap_export.methods import MethodName, PruneOptions, resolved
 from flap_export.plan import LayerPlan
@@ -165,8 +165,10 @@ def gather(
         progress: told after every layer.
 
     Raises:
-        InputError: one of its kinds, for an unusable model, text or rates, or a text that is missing.
+        InputError: one of its kinds, for an unusable model, text, device or rates, or a text that is missing.
+        MissingRequirementError: the device is not on this machine.
     """
+    check_device(device)
     if text is None:
         if options.row.needs_text or options.compensation != "none":
             raise InputError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flap_export.loading import Checkpoint, materialize, meta_model, read_parameters, release
 from flap_export.products import with_fast_linears
-from flap_export.storage import OTHER_TEMPORARY, writing_errors
+from flap_export.storage import SCRATCH_PREFIX, writing_errors
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
@@ -182,7 +182,7 @@ class LayerStream:
         elements = shape[0] * shape[1] * shape[2]
         path = self._folder / f"hidden_states_{self._states}"
         self._states += 1
-        with writing_errors(path, OTHER_TEMPORARY), path.open("wb") as file:
+        with writing_errors(path), path.open("wb") as file:
             # Claimed now: a disk that fills up under a mapped file ends the process without an error.
             os.posix_fallocate(file.fileno(), 0, elements * self._dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=elements, dtype=self._dtype).view(shape)
@@ -336,5 +336,5 @@ def streamed(
     model = meta_model(checkpoint, dtype)
     if fast_linears:
         with_fast_linears(model)
-    with tempfile.TemporaryDirectory(prefix="flap-export-") as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, torch.no_grad():
         yield LayerStream(checkpoint, tokens, model, Path(folder), dtype, device, chunk_sequences, ahead, progress)

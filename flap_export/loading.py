@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from flap_export.errors import ModelError
+from flap_export.errors import InputError, MissingRequirementError, ModelError
 from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
 from flap_export.rope import both_rope_forms, check_rope
 from flap_export.shapes import DecoderShape, LayerShape
@@ -54,6 +55,24 @@ class Checkpoint:
         if isinstance(stated, str):
             stated = getattr(torch, stated.removeprefix("torch."), None)
         return stated if isinstance(stated, torch.dtype) else torch.float32
+
+
+def check_device(device: str) -> None:
+    """Whether PyTorch can compute on `device`.
+
+    Raises:
+        InputError: there is no such kind of device.
+        MissingRequirementError: it is not on this machine.
+    """
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+        raise InputError(f"device must be cpu, cuda or cuda:N, got '{device}'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingRequirementError(
+            f"device '{device}' was asked for and PyTorch sees no CUDA device",
+            "install a CUDA build of torch on a machine with a GPU, or use --device cpu",
+        )
+    if (count := torch.cuda.device_count()) <= int(device.partition(":")[2] or 0) and device != "cpu":
+        raise InputError(f"device '{device}' was asked for and PyTorch sees {count}; name one, from cuda:0 on")
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -114,7 +133,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"'{directory}' holds no config.json; name a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"'{path}' is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ModelError(f"'{path}' must hold a JSON object")
@@ -184,7 +203,14 @@ def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     kernel = checkpoint.family.attention_kernel
     # Transformers writes the dtype into the configuration it is given; the checkpoint's own keeps what it states.
     config = copy.deepcopy(checkpoint.config)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+    # What transformers does not validate shows where it is used, as whatever that raises.
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"transformers cannot make a {checkpoint.family.model_type} of '{checkpoint.directory / 'config.json'}' "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fetch the configuration again"
+        ) from error
     return model.eval()
 
 

@@ -28,10 +28,10 @@ from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.engines import ENGINES
 from flap_export.reporting.records import CHECKPOINT, DENSE_ARTIFACT, PRUNED_ARTIFACT, SEARCH
-from flap_export.running import RUN_NAME, Run, Stage, begin, locked, perform
+from flap_export.running import RUN_NAME, Run, Stage, begin, perform
 from flap_export.searching import SEARCH_NAME, SearchReport, search
 from flap_export.searching.stage import check_search
-from flap_export.storage import check_output, digest_of_json
+from flap_export.storage import MANIFEST_NAME, check_output, digest_of_json, locked
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
 
@@ -79,7 +79,7 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
     if recipe.search is not None:
         check_search(recipe.search.options, prune, recipe.search.seeds)
     directory = Path(output)
-    check_output(directory, RUN_NAME)
+    check_output(directory, RUN_NAME, in_place=True)
     current = Run(recipe, directory, progress)
     with locked(directory):
         begin(current)
@@ -93,6 +93,8 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
                 break
         result = _result(current)
         values = recipe.model_dump(mode="json", by_alias=True)
+        # Of an earlier recipe, or damaged: what it says is nothing for this run's page.
+        (directory / MANIFEST_NAME).unlink(missing_ok=True)
         report(directory, recipe=values)
         write_manifest(directory, digests=known, recipe=values)
     return result

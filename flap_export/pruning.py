@@ -29,7 +29,7 @@ from flap_export.rewriting import Restore, rewrite
 from flap_export.scoring import MetricName
 from flap_export.statistics import CalibrationStatistics, StatisticsName
 from flap_export.stock import Layout, check_stock, stock_config, write_stock_checkpoint
-from flap_export.storage import check_output, new_directory, validated
+from flap_export.storage import SCRATCH_PREFIX, check_output, new_directory, validated
 from flap_export.text import read_windows
 
 
@@ -162,7 +162,7 @@ def _restorer(
     elif options.compensation == "bias":
         yield mean_restorer(_means(evidence))
     else:
-        with tempfile.TemporaryDirectory(prefix="flap-export-") as folder:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder:
             yield fitted_restorer(
                 restore(
                     dense,

@@ -159,7 +159,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"no recipe at '{file}'") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
         raise RecipeError(f"'{file}' is not a YAML file: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"'{file}' must hold keys and values, such as `model: ...`; found {type(values).__name__}")
@@ -178,7 +178,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"the override '{override}' needs a section '{parent}', which is a plain value")
     try:
         section[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"the value of the override '{override}' is not YAML: {error}") from error
 
 

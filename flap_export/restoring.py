@@ -25,7 +25,7 @@ from flap_export.moments import RunningComoments
 from flap_export.plan import PruningPlan
 from flap_export.rewriting import Restore, kept_channels, of_expert, sites_of
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics, Site
-from flap_export.storage import OTHER_TEMPORARY, writing_errors
+from flap_export.storage import writing_errors
 
 HELD_OUT_EVERY: Final = 8
 """One sequence in so many chooses the ridge before it joins the covariance."""
@@ -47,7 +47,7 @@ class RestoredWeights:
         """Keep one."""
         tensors = {"weight": restored.weight.contiguous().cpu(), "bias": restored.bias.contiguous().cpu()}
         path = self._path(site)
-        with writing_errors(path, OTHER_TEMPORARY):
+        with writing_errors(path):
             save_file(tensors, path)
 
     def load(self, site: Site) -> Restored:

@@ -7,18 +7,15 @@ exactly the stages whose inputs change. Outputs appear whole or not at all, so a
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 from flap_export import __version__
-from flap_export.errors import FlapExportError, OutputError
+from flap_export.errors import FlapExportError
 from flap_export.layerwise import Progress
 from flap_export.manifest import FileEntry, listed_files
 from flap_export.recipe import Recipe
@@ -80,6 +77,7 @@ def perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
     if record is None:
         logger.info("stage %s", stage.name)
         current.progress(stage.name, 0, 1)
+        _clear_incomplete(stage, directory, record_path)
         record_path.unlink(missing_ok=True)
         with writing_errors(directory):
             stage.action(current)
@@ -95,6 +93,16 @@ def _clear(stage: Stage, directory: Path) -> None:
     for name in (*stage.outputs, f"{STAGES_FOLDER}/{stage.name}.json"):
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _clear_incomplete(stage: Stage, directory: Path, record_path: Path) -> None:
+    """Remove outputs that have lost files: without the one that tells their kind, nothing would take their place."""
+    try:
+        record = StageRecord.load(record_path)
+    except FlapExportError:
+        return
+    if not all((directory / name).is_file() for name in record.outputs):
+        _clear(stage, directory)
 
 
 def _valid_record(path: Path, key: str, directory: Path) -> StageRecord | None:
@@ -116,30 +124,6 @@ def _measured(stage: Stage, directory: Path) -> dict[str, FileEntry]:
         for file in listed_files(path) if path.is_dir() else filter(Path.is_file, [path]):
             entries[file.relative_to(directory).as_posix()] = FileEntry.of(file)
     return entries
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the run's directory; the operating system lets go of it when the process ends, however it ends.
-
-    Raises:
-        OutputError: another process holds it, or it cannot be made.
-    """
-    with writing_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        _take(descriptor, directory)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
 
 
 def begin(current: Run) -> None:

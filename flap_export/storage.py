@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -20,9 +22,9 @@ from flap_export.errors import InputError, OutputError
 
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
+SCRATCH_PREFIX = "flap-export-"
+"""Of what a stage keeps in the folder for temporary files while it works."""
 _PARTIAL = ".partial"
-OTHER_TEMPORARY = "set TMPDIR to a folder on a larger disk"
-"""The remedy where what lies in temporary files is the trouble."""
 
 
 V = TypeVar("V", bound="Value")
@@ -65,6 +67,23 @@ class Record(Value):
     def save(self, path: Path) -> None:
         """Write as JSON, under a temporary name first."""
         write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def check_output(cls, path: Path) -> None:
+        """Whether `save` may write to `path`, to be asked before the work is done.
+
+        Raises:
+            OutputError: it is a directory, or a file of another kind, which is never replaced.
+        """
+        if path.is_dir() or not path.name:
+            raise OutputError(f"the output '{path}' is a directory; name the file of a {cls.kind}")
+        try:
+            if path.exists():
+                cls.load(path)
+        except InputError as error:
+            raise OutputError(
+                f"the output '{path}' is a file and no {cls.kind}, and was not touched; name another"
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -132,17 +151,19 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_errors(path: Path, remedy: str = "choose another --output") -> Iterator[None]:
+def writing_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write below `path` into `OutputError`, with what else can be done."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
+        is_scratch = any(part.startswith(SCRATCH_PREFIX) for part in path.parts)
+        remedy = "set TMPDIR to a folder on a larger disk" if is_scratch else "choose another --output"
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"the disk is full while writing '{path}'; nothing was left behind. Free some space or {remedy}"
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EFBIG):
             raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; {remedy}") from error
         raise
 
@@ -172,7 +193,7 @@ def load_tensors(path: Path, kind: str, schema_version: int) -> tuple[dict[str, 
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"no {kind} at '{path}'") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"'{path}' holds no {kind} of this version ({error}); calibrate again") from error
 
 
@@ -202,25 +223,89 @@ def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterato
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear_leftovers(path)
         partial.mkdir(parents=True)
+        held = _hold(partial)
         try:
             yield partial
             _swap(partial, path)
         finally:
+            os.close(held)
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
-    """Whether `path` may become an output directory that is told by `marker`.
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside `path`; what one that is still at work holds stays."""
+    name = glob.escape(path.name)
+    for retired in path.parent.glob(f".{name}.retired-*"):
+        # Killed between the two renames: what stood there goes back.
+        shutil.rmtree(retired, ignore_errors=True) if path.exists() else retired.rename(path)
+    for leftover in path.parent.glob(f".{name}.partial-*"):
+        try:
+            os.close(_hold(leftover))
+        except OSError:
+            continue
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _hold(directory: Path) -> int:
+    """A descriptor that locks a directory; the operating system lets go of it when the process ends, however it ends.
 
     Raises:
-        OutputError: it is a file, the working directory, or a directory that holds something else.
+        BlockingIOError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make an output directory that grows in place, and hold it.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be made.
+    """
+    with writing_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            held = _hold(directory)
+        except BlockingIOError as error:
+            raise OutputError(f"another run is at work in '{directory}'; wait for it or name another") from error
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: bool = False) -> None:
+    """Whether `path` may become an output directory that is told by `marker`; to be asked before the work is done.
+
+    Args:
+        path: where the directory shall be.
+        marker: see `new_directory`.
+        overwrite: whether a directory of the same kind may be there.
+        in_place: whether the directory grows where it is, instead of taking its name when it is whole.
+
+    Raises:
+        OutputError: it is a file, the working directory, a directory that holds something else, or where nothing can
+            be written.
     """
     if path.is_file():
         raise OutputError(f"the output '{path}' is a file; name a directory")
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(f"the output {str(path)!a} is no UTF-8, which records need; name another") from error
     if Path.cwd().is_relative_to(path.resolve()):
         raise OutputError(f"the output '{path}' is where you work, and would be replaced; name a directory below it")
+    if not in_place and path.is_mount():
+        raise OutputError(f"the output '{path}' is a mount point, which cannot be replaced; name a directory below it")
+    _check_writable(path, path if in_place else path.resolve().parent)
     # What a killed process left half-written is nobody's.
     if not path.exists() or all(entry.name.startswith(".") and _PARTIAL in entry.name for entry in path.iterdir()):
         return
@@ -231,6 +316,15 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True) -> None:
         )
     if not overwrite:
         raise OutputError(f"the output directory '{path}' is already there; name a new directory")
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Whether `folder`, or the nearest one above it that is there, can be written to."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is read-only" if folder.is_dir() else "is no directory"
+        raise OutputError(f"'{path}' cannot be written: '{folder}' {reason}; choose another --output")
 
 
 def _swap(partial: Path, path: Path) -> None:

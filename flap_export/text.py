@@ -160,7 +160,10 @@ def _open_tokenizer(directory: Path) -> Any:
     loader = PreTrainedTokenizerFast if has_serialized else AutoTokenizer
     try:
         # False, not absent: a checkpoint with a modelling file of its own would make transformers ask on the terminal.
-        return loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # A setting of a wrong type, such as a `model_max_length` that is no number, shows only in use.
+        tokenizer.encode("a")
+        return tokenizer
     # tokenizers raises bare Exception on a damaged file, transformers exceptions of many libraries.
     except Exception as error:
         raise ModelError(
@@ -202,6 +205,9 @@ def _read_bytes(source: str) -> bytes:
         raise TextError(f"no text source at '{source}'; check the path") from error
     except OSError as error:
         raise TextError(f"text source '{source}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        # A null byte, which a file of arguments or a recipe may hold.
+        raise TextError(f"text source {source!r} is no file name: {error}") from error
 
 
 def _decompress(data: bytes, suffix: str, source: str) -> bytes:

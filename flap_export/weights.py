@@ -82,7 +82,7 @@ class Weights:
             ModelError: it holds one.
         """
         tensor = self[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"tensor '{name}' in '{self.directory}' holds {broken} values that are NaN or infinite; "
@@ -141,7 +141,7 @@ def _files_by_name(directory: Path) -> dict[str, Path]:
 def _files_from_index(index: Path) -> dict[str, Path]:
     try:
         names = {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"'{index}' is not a safetensors index; fetch the checkpoint again") from error
     missing = sorted({shard for shard in names.values() if not (index.parent / shard).is_file()})
     if missing:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -259,6 +261,81 @@ def test_help_names_every_option_on_a_narrow_terminal(call: Call, monkeypatch: p
 def test_wrong_usage_exits_2(call: Call) -> None:
     assert call("prune").code == 2
     assert call("no-such-command").code == 2
+
+
+@pytest.mark.parametrize("arguments", [["prune"], ["verify", "x", "--nonsense"], ["bench", "x", "--budget", "soon"]])
+def test_wrong_usage_with_json_is_one_json_object(call: Call, arguments: list[str]) -> None:
+    outcome = call(*arguments, "--json")
+    assert outcome.code == 2
+    found = json.loads(outcome.out)["error"]
+    assert found["kind"] == "Usage"
+    assert found["exit_code"] == 2
+    assert found["message"]
+
+
+def test_what_the_operating_system_refuses_is_one_line(call: Call, model: Path) -> None:
+    outcome = call("export", model, "--output", "x" * 1000)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: 'xxx")
+    assert "File name too long" in outcome.err
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_standard_output_that_fails_is_no_breached_gate(model: Path, form: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "flap_export", "inspect", str(model), *form]
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (141, "")
+    with Path("/dev/full").open("w") as full:
+        refused = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: No space left on device\n"
+    closed = ["bash", "-c", '"$@" >&-', "-", *command]
+    assert subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False).stderr == ""
+
+
+def test_damaged_generation_settings_are_named(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(artifacts[1], tmp_path / "onnx")
+    for text in ("[]", "{", '{"eos_token_id": 1.5}', '{"eos_token_id": ["x"]}'):
+        (tmp_path / "onnx" / "generation_config.json").write_text(text)
+        outcome = call("generate", tmp_path / "onnx", "--prompt", "the")
+        assert outcome.code == 2
+        assert "generation_config.json' is damaged" in outcome.err
+    (tmp_path / "onnx" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert call("generate", tmp_path / "onnx", "--prompt", "the", "--max-new-tokens", "2").code == 0
+
+
+def test_names_are_printed_as_they_are(call: Call, model: Path, tmp_path: Path) -> None:
+    assert "hf::train" in call("evaluate", model, "--text", "hf::train").err
+    assert "hf:x:train:" in call("evaluate", model, "--text", "hf:x:train:").err
+    output = tmp_path / "out[" / "x]"
+    assert f"{output}" in call("export", model, "--output", output, "--max-length", "16").out
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "meta", "[bold]"])
+@pytest.mark.parametrize("method", ["flap", "magnitude"])
+def test_a_device_that_is_none(call: Call, model: Path, tmp_path: Path, name: str, method: str) -> None:
+    text = model.parent / "text.txt"
+    options = ("--ratio", "0.2", "--calibration", text, "--method", method, "--device", name)
+    outcome = call("prune", model, "--output", tmp_path / "out", *options)
+    assert outcome.code == 2
+    assert "device must be cpu, cuda or cuda:N" in outcome.err
+
+
+def test_a_result_never_replaces_a_file_of_another_kind(
+    call: Call, pruned: Path, artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dense, exported = artifacts
+    other = tmp_path / "other.json"
+    other.write_text("mine")
+    for command in (["validate", exported, "--reference", pruned], ["bench", exported, "--baseline", dense]):
+        for output in (other, tmp_path, Path("/")):
+            outcome = call(*command, "--output", output)
+            assert outcome.code == 2
+            assert f"the output '{output}' is a" in outcome.err
+    assert other.read_text() == "mine"
 
 
 def test_an_unknown_recipe_key_names_the_nearest(call: Call, tmp_path: Path) -> None:

@@ -370,11 +370,26 @@ def test_pruned_weights_that_do_not_fit_their_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not valid JSON"), ("[1]", "must hold a JSON object"), ("\xff", "is not valid JSON")],
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("\xff", "is not valid JSON"),
+        ("[" * 99999, "is not valid JSON"),
+    ],
 )
 def test_a_configuration_that_is_not_json(dense: Path, content: str, message: str) -> None:
     (dense / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=rf"config\.json' {message}"):
+        load(dense)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_act": "nope"}, {"intermediate_size": -5}, {"head_dim": 0}, {"rope_parameters": {"rope_type": "zzz"}}],
+)
+def test_a_configuration_that_makes_no_model(dense: Path, values: dict[str, Any]) -> None:
+    edit_config(dense, **values)
+    with pytest.raises(ModelError, match=r"config\.json'"):
         load(dense)
 
 

@@ -17,12 +17,14 @@ from tiny import save_tokens, tiny_checkpoint, tokens_of
 from flap_export import pipeline, running
 from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, TextError
-from flap_export.manifest import verify
+from flap_export.manifest import Manifest, verify
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
+from flap_export.reporting import report
 from flap_export.searching import preparing
 from flap_export.searching.fitness import LocalLosses
 from flap_export.searching.space import Candidate
+from flap_export.storage import locked
 
 STAGE_NAMES = [stage.name for stage in pipeline.STAGES if stage.name not in ("search", "build-dense", "build", "align")]
 
@@ -69,6 +71,10 @@ def performed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(pipeline, "STAGES", tuple(noting(stage) for stage in pipeline.STAGES))
     return names
+
+
+def digest_in(directory: Path, name: str) -> str:
+    return Manifest.load(directory / "manifest.json").digests[name]
 
 
 def performed_by(names: list[str], recipe: Recipe, directory: Path) -> list[str]:
@@ -181,6 +187,22 @@ def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[...,
     # What export writes again is what it wrote before, so nothing after it needs to run.
     assert performed_by(performed, recipe_of(), directory) == ["export"]
 
+    for name, stage in (("checkpoint/plan.json", "prune"), ("onnx/dense/artifact.json", "export-dense")):
+        (directory / name).unlink()
+        assert performed_by(performed, recipe_of(), directory) == [stage]
+
+    stale = (directory / "manifest.json").read_text(encoding="utf-8")
+    (directory / "manifest.json").write_text(stale[: len(stale) // 2], encoding="utf-8")
+    assert performed_by(performed, recipe_of(), directory) == []
+    verify(directory)
+    # A manifest of other texts has no say in the page, and a page made again none in whether the run is whole.
+    (directory / "manifest.json").write_text(stale.replace(digest_in(directory, "model"), "f" * 64), encoding="utf-8")
+    page = pipeline.run(recipe_of(), directory).report
+    assert "f" * 64 not in page.read_text(encoding="utf-8")
+    page.write_text("older", encoding="utf-8")
+    report(directory)
+    verify(directory)
+
 
 def test_a_changed_calibration_text_redoes_what_depends_on_it(
     tmp_path: Path, inputs: Path, recipe_of: Callable[..., Recipe], performed: list[str]
@@ -256,7 +278,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     directory = tmp_path / "run"
-    with running.locked(directory), pytest.raises(OutputError, match="another run is at work"):
+    with locked(directory), pytest.raises(OutputError, match="another run is at work"):
         pipeline.run(recipe_of(), directory)
 
 

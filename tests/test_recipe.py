@@ -89,6 +89,7 @@ def test_all_mistakes_are_named_at_once() -> None:
     ("text", "message"),
     [
         ("a: [1", "is not a YAML file"),
+        ("[" * 5000, "is not a YAML file"),
         ("- a\n- b", r"must hold keys and values.*found list"),
         ("", r"must hold keys and values.*found NoneType"),
         ("just words", r"found str"),

@@ -22,6 +22,7 @@ from flap_export.storage import (
     digest_of_file,
     digest_of_json,
     load_tensors,
+    locked,
     new_directory,
     new_file,
     save_tensors,
@@ -153,6 +154,59 @@ def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_name(
     assert names(tmp_path) == ["out"]
 
 
+def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+    output = tmp_path / "o[u]t"
+    for name in (".o[u]t.partial-1", ".o[u]t.retired-1", ".out.partial-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MARKER).write_text(name)
+    with new_directory(tmp_path / "o[u]t", MARKER) as directory:
+        # The last one before the kill stands again, and another process's work is left alone.
+        assert (output / MARKER).read_text() == ".o[u]t.retired-1"
+        at_work = tmp_path / ".o[u]t.partial-2"
+        directory.rename(at_work)
+        with new_directory(tmp_path / "o[u]t", MARKER) as other:
+            assert names(at_work) == []
+            (other / MARKER).write_text("other")
+        at_work.rename(directory)
+    assert names(tmp_path) == [".out.partial-1", "o[u]t"]
+    assert names(output) == []
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file' is no directory; choose another --output"):
+        check_output(tmp_path / "file" / "deep" / "below", MARKER)
+    with pytest.raises(OutputError, match="is no UTF-8, which records need; name another"):
+        check_output(tmp_path / os.fsdecode(b"x\xff"), MARKER)
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(OutputError, match="is a mount point, which cannot be replaced; name a directory below it"):
+        check_output(tmp_path / "volume", MARKER)
+    check_output(tmp_path / "volume", MARKER, in_place=True)
+    # Not by the folder's mode, which does not bind the super-user.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    check_output(tmp_path / "volume" / "new", MARKER)
+    check_output(tmp_path / "volume", MARKER, in_place=True)
+    for path, in_place in ((tmp_path / "new", False), (tmp_path / "new" / "new", True)):
+        with pytest.raises(OutputError, match=r"cannot be written: .* is read-only; choose another --output"):
+            check_output(path, MARKER, in_place=in_place)
+
+
+def test_a_full_disk_of_temporary_files_names_their_folder(tmp_path: Path) -> None:
+    for folder, remedy in (("flap-export-x", "set TMPDIR"), ("out", "choose another --output")):
+        with pytest.raises(OutputError, match=remedy), writing_errors(tmp_path / folder / "states"):
+            raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(OutputError, match="File too large"), writing_errors(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+
+def test_a_directory_that_grows_is_one_process_s(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(OutputError, match="at work"), locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass
+
+
 def test_what_is_no_output_directory_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "photos").mkdir()
@@ -166,6 +220,7 @@ def test_what_is_no_output_directory_is_never_touched(tmp_path: Path, monkeypatc
         pass
     check_output(tmp_path / "empty", MARKER)
     check_output(tmp_path / "new", MARKER)
+    check_output(tmp_path / "deep" / "new", MARKER, in_place=True)
     monkeypatch.chdir(tmp_path / "empty")
     for here in (Path(), Path("../empty"), tmp_path):
         with pytest.raises(OutputError):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import lzma
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -163,6 +164,8 @@ def test_a_damaged_source_is_refused(
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="no text source at"):
         read_windows(str(tmp_path / "absent.txt"), NOWHERE, 300)
+    with pytest.raises(TextError, match="is no file name: embedded null byte"):
+        read_windows(str(tmp_path / "a\0b.txt"), NOWHERE, 300)
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(TextError, match="cannot be read: Is a directory"):
         read_windows(str(tmp_path / "folder.txt"), NOWHERE, 300)
@@ -382,6 +385,13 @@ def test_a_tokenizer_must_be_there_and_readable(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(damaged)
         with pytest.raises(ModelError, match="cannot be read"):
             load_tokenizer(tmp_path, 300)
+
+
+def test_a_tokenizer_s_settings_must_be_usable(tmp_path: Path, tokenizer_directory: Path) -> None:
+    shutil.copytree(tokenizer_directory, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": "x"}')
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_tokenizer(tmp_path / "tokenizer", 300)
 
 
 def test_a_tokenizer_must_fit_the_vocabulary(tokenizer_directory: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
-from typing import Annotated, Final
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Final, NoReturn, TextIO
 
 import typer
 
 from flap_export.cli import artifacts, console, searching, shrinking, using
-from flap_export.errors import FlapExportError
+from flap_export.errors import FlapExportError, InputError
 
 app = typer.Typer(
     name="flap-export",
@@ -22,13 +26,28 @@ app = typer.Typer(
 )
 UNFORESEEN: Final = 70
 """Exit code of an error that is nobody's input; Python's own is 1, which says that a gate was breached."""
+BROKEN_PIPE: Final = 128 + signal.SIGPIPE
+"""What a shell reports of a process whose reader went away; Typer's own 1 would read as a breached gate."""
 
 
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     as_json = "--json" in sys.argv[1:]
+    _open_closed_streams()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # A handler that is set already, or a signal that is ignored (nohup), was asked for.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _ended)
     try:
         app(standalone_mode=True)
+    except SystemExit as left:
+        # Typer prints usage errors itself, and ends by an exit whose cause is the error.
+        if isinstance(left.__context__, BrokenPipeError):
+            sys.exit(BROKEN_PIPE)
+        describe = getattr(left.__context__, "format_message", None)
+        if as_json and describe is not None:
+            console.emit_error_json("Usage", describe(), 2)
+        raise
     except FlapExportError as error:
         console.emit_error(error, as_json=as_json)
         sys.exit(error.exit_code)
@@ -36,13 +55,44 @@ def main() -> None:
         console.side().print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(BROKEN_PIPE)
+    except OSError as error:
+        _leave_by(error, as_json)
     except Exception as error:
         traceback.print_exc()
         if as_json:
-            message = f"{type(error).__name__}: {error}"
-            console.emit_json({"error": {"kind": "Unforeseen", "message": message, "exit_code": UNFORESEEN}})
+            console.emit_error_json("Unforeseen", f"{type(error).__name__}: {error}", UNFORESEEN)
         sys.exit(UNFORESEEN)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without standard output or error (`>&-`) one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, _nowhere())
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
+
+
+def _ended(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an exception does, so that nothing half-written stays."""
+    sys.exit(128 + number)
+
+
+def _leave_by(error: OSError, as_json: bool) -> NoReturn:
+    """What the operating system refuses and no stage expects, in one line: a name too long, a full standard output."""
+    where = f"'{error.filename}': " if error.filename is not None else ""
+    refused = InputError(f"{where}{error.strerror or error}")
+    try:
+        console.emit_error(refused, as_json=as_json)
+        sys.stdout.flush()
+    except OSError:
+        # Standard output itself is what failed; without this, Python tries once more when it ends.
+        sys.stdout = _nowhere()
+        console.emit_error(refused, as_json=False)
+    sys.exit(refused.exit_code)
 
 
 @app.callback(invoke_without_command=True)

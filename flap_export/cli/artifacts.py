@@ -91,8 +91,11 @@ def validate(
     """Prove that an artifact computes what its checkpoint does. A breach exits 1."""
     console.configure_logging(verbose)
     from flap_export.cli import summaries
+    from flap_export.validation import ParityReport
     from flap_export.validation import validate as validate_artifact
 
+    if output is not None:
+        ParityReport.check_output(output)
     parity = validate_artifact(
         artifact,
         reference=reference,
@@ -140,9 +143,12 @@ def bench(
 ) -> None:
     """Measure a pruned artifact against its dense baseline. Beside it stands what the arithmetic allows."""
     console.configure_logging(verbose)
+    from flap_export.benchmarking import LatencyReport
     from flap_export.benchmarking import bench as bench_artifacts
     from flap_export.cli import summaries
 
+    if output is not None:
+        LatencyReport.check_output(output)
     latency = bench_artifacts(
         artifact,
         baseline=baseline,

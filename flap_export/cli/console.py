@@ -20,12 +20,13 @@ from flap_export.errors import FlapExportError, GateBreachedError
 
 def words() -> Console:
     """Standard output, for people."""
-    return Console(highlight=False, soft_wrap=True)
+    # Without emoji: `:train:` in the name of a dataset is one.
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def side() -> Console:
     """Standard error."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def configure_logging(verbose: bool) -> None:
@@ -57,8 +58,13 @@ def emit_error(error: FlapExportError, *, as_json: bool) -> None:
     if as_json:
         kind = type(error).__name__.removesuffix("Error")
         gate = {"gate": error.gate} if isinstance(error, GateBreachedError) else {}
-        emit_json({"error": {"kind": kind, **gate, "message": str(error), "exit_code": error.exit_code}})
+        emit_error_json(kind, str(error), error.exit_code, **gate)
     side().print(f"[bold red]error:[/] {escape(str(error))}")
+
+
+def emit_error_json(kind: str, message: str, exit_code: int, **more: str) -> None:
+    """An error as the one JSON object."""
+    emit_json({"error": {"kind": kind, **more, "message": message, "exit_code": exit_code}})
 
 
 @contextmanager

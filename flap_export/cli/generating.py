@@ -40,7 +40,13 @@ def _stop_ids(directory: Path) -> set[int]:
     if not path.is_file():
         return set()
     try:
-        stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"'{path}' must be a JSON object whose eos_token_id is a number or a list: {error}") from error
+        stated = json.loads(path.read_bytes()).get("eos_token_id")
+        listed = [] if stated is None else stated if isinstance(stated, list) else [stated]
+        if not all(type(token) is int for token in listed):
+            raise ValueError(f"eos_token_id is {stated!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"'{path}' is damaged: expected settings with a token id or a list of them as eos_token_id ({error}); "
+            "copy it from the model again, or remove it"
+        ) from error
+    return set(listed)

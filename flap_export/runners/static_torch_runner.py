@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flap_export.exporting.dialect import softcapped_attention
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import check_device, load_model, open_checkpoint
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.sampling import Sampling, sampled
-from flap_export.runners.torch_runner import check_torch_device, torch_dtype, torch_threads
+from flap_export.runners.torch_runner import torch_dtype, torch_threads
 
 NAME: Final = "flap_export_static"
 _WARMUP_CALLS: Final = 2
@@ -110,7 +110,7 @@ class StaticTorchRunner(Runner):
 
         checkpoint = open_checkpoint(path)
         self._dtype = torch_dtype(options.dtype or "float32")
-        check_torch_device(options.device)
+        check_device(options.device)
         super().__init__(
             max_length=options.max_length or checkpoint.config.max_position_embeddings,
             vocabulary_size=checkpoint.shape.vocabulary_size,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
-from flap_export.errors import InputError, MissingRequirementError
+from flap_export.errors import InputError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class TorchRunner(Runner):
     name = "torch"
 
     def __init__(self, path: Path, options: RunnerOptions) -> None:
-        from flap_export.loading import load_model, open_checkpoint
+        from flap_export.loading import check_device, load_model, open_checkpoint
 
         checkpoint = open_checkpoint(path)
         dtype = torch_dtype(options.dtype or "float32")
-        check_torch_device(options.device)
+        check_device(options.device)
         super().__init__(
             max_length=options.max_length or checkpoint.config.max_position_embeddings,
             vocabulary_size=checkpoint.shape.vocabulary_size,
@@ -96,25 +96,6 @@ def torch_dtype(name: str) -> torch.dtype:
         raise InputError(f"dtype must be one of {', '.join(TORCH_DTYPES)}, got '{name}'")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def check_torch_device(device: str) -> None:
-    """Whether PyTorch can compute on `device`.
-
-    Raises:
-        InputError: there is no such kind of device.
-        MissingRequirementError: it is not on this machine.
-    """
-    import torch
-
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu, cuda or cuda:N, got '{device}'")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise MissingRequirementError(
-            f"device '{device}' was asked for and PyTorch sees no CUDA device",
-            "install a CUDA build of torch on a machine with a GPU, or use --device cpu",
-        )
 
 
 def _empty_cache() -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,12 @@ from torch import Tensor
 
 from flap_export.calibration import compute_dtype
 from flap_export.choosing import ladders_of, make_plan, splitting_of
-from flap_export.errors import BudgetError, InputError, TextError
+from flap_export.errors import BudgetError, FlapExportError, InputError, TextError
 from flap_export.evidence import EVIDENCE_NAME, CalibrationText, Evidence, evidence_options, gather
 from flap_export.ladders import LayerLadders
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, open_checkpoint
+from flap_export.manifest import verify, write_manifest
 from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PruningPlan
 from flap_export.pruning import calibration_tokens
@@ -27,6 +30,8 @@ from flap_export.searching.record import SearchOptions
 from flap_export.searching.space import Candidate, Space
 from flap_export.storage import new_directory
 from flap_export.text import read_windows
+
+_logger = logging.getLogger(__name__)
 
 EVIDENCE_FOLDER: Final = "evidence"
 FITS_FOLDER: Final = "fits"
@@ -151,16 +156,31 @@ def _evidence(
 ) -> Evidence:
     """What the method goes by, from the folder where it is of the same model and text."""
     wanted = evidence_options(prune)
-    if (folder / EVIDENCE_NAME).is_file():
+    if _is_whole(folder):
         kept = Evidence.load(folder)
         same = kept.method == wanted.method and kept.digests.get("weights") == open_checkpoint(model).weights.digest
         if same and (folder / _OPTIONS_NAME).read_text(encoding="utf-8") == _described(text, wanted):
             return kept
     found = gather(model, text, wanted, device=device, progress=progress)
+    # The folder is the search's own, whatever became of it.
+    shutil.rmtree(folder, ignore_errors=True)
     with new_directory(folder, EVIDENCE_NAME) as whole:
         found.save(whole)
         (whole / _OPTIONS_NAME).write_text(_described(text, wanted), encoding="utf-8")
+        write_manifest(whole, digests=found.digests)
     return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all that was gathered is there as it was written: losses in a journal are of that ranking only."""
+    if not folder.is_dir():
+        return False
+    try:
+        verify(folder)
+    except (FlapExportError, OSError) as error:
+        _logger.warning("what was gathered is damaged, and gathered again: %s", error)
+        return False
+    return True
 
 
 def _described(text: CalibrationText, wanted: PruneOptions) -> str:

@@ -25,7 +25,7 @@ from flap_export.searching.runs import Setting
 from flap_export.searching.sources import opened_losses, workers_of
 from flap_export.searching.space import Candidate
 from flap_export.searching.strategies import StrategyName
-from flap_export.storage import check_output
+from flap_export.storage import check_output, locked
 
 RUNS_FOLDER: Final = "runs"
 BASELINES: Final[tuple[StrategyName, ...]] = ("random", "evolutionary")
@@ -73,51 +73,54 @@ def search(
     chosen, prune, directory = options or SearchOptions(), resolved(prune), Path(output)
     check_search(chosen, prune, seeds)
     workers_of(workers)
-    check_output(directory, REQUEST_NAME)
-    _begin(directory, SearchRequest(model=str(model), calibration=calibration, prune=prune, options=chosen))
-    started = time.monotonic()
-    ready = prepared(
-        model,
-        directory,
-        calibration,
-        prune,
-        chosen,
-        compares=baselines,
-        device=device,
-        progress=progress,
-        evidence=evidence,
-        fits=False,
-    )
-    with opened_losses(ready, workers, progress) as losses:
-        setting = Setting(ready, losses, chosen, prune, calibration, directory / RUNS_FOLDER, progress, replay)
-        references = setting.references()
-        prepare_s = time.monotonic() - started
-        wanted = [(chosen.strategy, chosen.proposer)]
-        if baselines:
-            wanted += [(name, None) for name in BASELINES if (name, None) not in wanted]
-        runs = [setting.run(strategy, proposer, seed) for strategy, proposer in wanted for seed in seeds]
-    best, candidate = min(runs[: len(seeds)], key=lambda run: run[0].best.fitness)
-    plan = _write_plan(ready, directory, prune, candidate)
-    asked = prune.ratio or plan.ratio.requested
-    report = SearchReport(
-        model=ready.dense.name,
-        ratio=plan.ratio.model_copy(update={"requested": asked}),
-        options=chosen,
-        prune=prune,
-        calibration=calibration,
-        fitness_sequences=len(ready.problem.tokens),
-        fitness_shares_calibration=ready.shares_calibration,
-        references=references,
-        runs=tuple(run for run, _ in runs),
-        chosen=best.name,
-        prepare_s=round(prepare_s, 1),
-        digests=dict(ready.evidence.digests),
-    )
-    report.save(directory / SEARCH_NAME)
-    # As large as the projections' covariances, and soon made again where the search goes on.
-    shutil.rmtree(directory / FITS_FOLDER, ignore_errors=True)
-    write_manifest(directory, digests=plan.digests)
-    return report
+    check_output(directory, REQUEST_NAME, in_place=True)
+    # Before there is a directory: an unusable model leaves none.
+    open_dense(model)
+    with locked(directory):
+        _begin(directory, SearchRequest(model=str(model), calibration=calibration, prune=prune, options=chosen))
+        started = time.monotonic()
+        ready = prepared(
+            model,
+            directory,
+            calibration,
+            prune,
+            chosen,
+            compares=baselines,
+            device=device,
+            progress=progress,
+            evidence=evidence,
+            fits=False,
+        )
+        with opened_losses(ready, workers, progress) as losses:
+            setting = Setting(ready, losses, chosen, prune, calibration, directory / RUNS_FOLDER, progress, replay)
+            references = setting.references()
+            prepare_s = time.monotonic() - started
+            wanted = [(chosen.strategy, chosen.proposer)]
+            if baselines:
+                wanted += [(name, None) for name in BASELINES if (name, None) not in wanted]
+            runs = [setting.run(strategy, proposer, seed) for strategy, proposer in wanted for seed in seeds]
+        best, candidate = min(runs[: len(seeds)], key=lambda run: run[0].best.fitness)
+        plan = _write_plan(ready, directory, prune, candidate)
+        asked = prune.ratio or plan.ratio.requested
+        report = SearchReport(
+            model=ready.dense.name,
+            ratio=plan.ratio.model_copy(update={"requested": asked}),
+            options=chosen,
+            prune=prune,
+            calibration=calibration,
+            fitness_sequences=len(ready.problem.tokens),
+            fitness_shares_calibration=ready.shares_calibration,
+            references=references,
+            runs=tuple(run for run, _ in runs),
+            chosen=best.name,
+            prepare_s=round(prepare_s, 1),
+            digests=dict(ready.evidence.digests),
+        )
+        report.save(directory / SEARCH_NAME)
+        # As large as the projections' covariances, and soon made again where the search goes on.
+        shutil.rmtree(directory / FITS_FOLDER, ignore_errors=True)
+        write_manifest(directory, digests=plan.digests)
+        return report
 
 
 def check_search(options: SearchOptions, prune: PruneOptions, seeds: Sequence[int]) -> None:
@@ -159,7 +162,6 @@ def _begin(directory: Path, request: SearchRequest) -> None:
 
     Raises:
         OtherSearchError: the directory holds a search that was asked otherwise.
-        ModelError: the model is unusable; no directory is made then.
     """
     path = directory / REQUEST_NAME
     if path.is_file() and any((directory / made).exists() for made in (FITS_FOLDER, RUNS_FOLDER)):
@@ -169,7 +171,6 @@ def _begin(directory: Path, request: SearchRequest) -> None:
                 f"the search in '{directory}' was begun with other settings ({', '.join(changed)}); name a new output "
                 "directory, or the settings it was begun with"
             )
-    open_dense(request.model)
     request.save(path)
 
 

@@ -409,13 +409,14 @@ def test_a_full_disk_leaves_the_old_artifact(
     assert (old / ARTIFACT_NAME).read_text() == "the old one"
 
 
-def test_a_damaged_weight_stops_the_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_damaged_weight_stops_the_export(tmp_path: Path, name: str) -> None:
     from safetensors.torch import load_file, save_file
 
     dense = tiny_checkpoint("llama", tmp_path / "dense")
     tensors = load_file(dense / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
+    tensors[name].view(-1)[3] = float("inf")
     save_file(tensors, dense / "model.safetensors")
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight.*1 values that are NaN or infinite"):
+    with pytest.raises(ModelError, match=rf"{name}.*1 values that are NaN or infinite"):
         export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

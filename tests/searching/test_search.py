@@ -248,6 +248,35 @@ def test_killed_before_the_first_candidate_or_after_the_last(
     assert found(tmp_path / "out") == finished["evolutionary"][1]
 
 
+@pytest.mark.parametrize("damage", ["deleted", "flipped", "garbage", "folder", "unmarked"])
+@pytest.mark.parametrize("name", ["statistics.safetensors", "evidence.json", "options.json"])
+def test_damaged_evidence_is_gathered_again(
+    damage: str,
+    name: str,
+    finished: dict[str, tuple[Path, dict[str, Any]]],
+    model: Path,
+    text: CalibrationText,
+    tmp_path: Path,
+) -> None:
+    output, whole = finished["evolutionary"]
+    shutil.copytree(output, tmp_path / "out")
+    path = tmp_path / "out" / "evidence" / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "flipped":
+        content[-9] ^= 0x40
+        path.write_bytes(content)
+    elif damage == "garbage":
+        path.write_bytes(b"\xff" * 100)
+    elif damage == "folder":
+        path.mkdir()
+    elif damage == "unmarked":
+        (path.parent / "manifest.json").unlink()
+    search(model, tmp_path / "out", calibration=text, prune=pruning(), options=options_of())
+    assert found(tmp_path / "out") == whole
+    assert (output / "evidence" / name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.slow
 def test_a_process_that_is_really_killed(
     finished: dict[str, tuple[Path, dict[str, Any]]], model: Path, text: CalibrationText, tmp_path: Path

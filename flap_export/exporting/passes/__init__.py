@@ -1,4 +1,4 @@
-"""Graph passes over lazy initializers: small, in order, none of which reads a weight.
+"""Graph passes over lazy initializers: small, in order, none of which reads a large weight.
 
 A pass states what it needs and what holds after it. `optimize` runs them all.
 """
@@ -6,8 +6,9 @@ A pass states what it needs and what holds after it. `optimize` runs them all.
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes import Sequential, common
+from onnx_ir.passes import PassError, Sequential, common
 
+from flap_export.errors import FlapExportError
 from flap_export.exporting.passes.constants import FoldConstantsPass
 from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
@@ -22,7 +23,11 @@ __all__ = ["keep_all_logits", "optimize"]
 
 
 def optimize(ir_model: ir.Model) -> ir.Model:
-    """Simplify a traced graph: about a quarter of its nodes remain."""
+    """Simplify a traced graph: about a quarter of its nodes remain.
+
+    Raises:
+        ModelError: a tensor that is read on the way holds NaN or infinity.
+    """
     passes = Sequential(
         FoldConstantsPass(),
         common.IdentityEliminationPass(),
@@ -41,7 +46,14 @@ def optimize(ir_model: ir.Model) -> ir.Model:
         common.ClearMetadataAndDocStringPass(),
         common.TopologicalSortPass(),
     )
-    return passes(ir_model).model
+    try:
+        return passes(ir_model).model
+    except PassError as error:
+        # Small tensors are read to be compared; one that is damaged says so itself.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, FlapExportError):
+            cause = cause.__cause__
+        raise cause or error from error
 
 
 def keep_all_logits(ir_model: ir.Model) -> ir.Model:
