@@ -368,7 +368,7 @@ def test_what_rates_do_not_go_with_is_refused_before_calibrating(
         pytest.fail("calibrated first")
 
     monkeypatch.setattr("flap_export.evidence.calibrate", calibrating)
-    path = tiny_checkpoint("llama", tmp_path / "dense")
+    path = tiny_checkpoint("llama", tmp_path / "dense", num_key_value_heads=4)
     source = save_tokens(tmp_path / "ids.npy", tokens_of(9, 8))
     values = given.get("rates", [0.2, 0.2])
     rates = None if values is None else written(tmp_path, values)

@@ -72,27 +72,27 @@ def test_a_line_is_the_mean_over_seeds() -> None:
 
 def test_lines_fall_in_steps_within_the_plot_and_rates_far_off_stay_out() -> None:
     page = search_page(report_of())
-    assert [series.name for series in page.series] == ["evolutionary", "random"]
-    assert len({series.style for series in page.series}) == 2
-    for series in page.series:
+    assert [series.name for series in page.curve.series] == ["evolutionary", "random"]
+    assert len({series.style for series in page.curve.series}) == 2
+    for series in page.curve.series:
         for path in series.paths:
             heights = [float(found) for found in re.findall(r"(?:V|M[\d.]+ )([\d.]+)", path)]
             assert all(0 <= height <= 100 for height in heights)
             # Down the page is better.
             assert heights == sorted(heights)
             assert path.endswith("H100.000")
-    heights = {reference.name: reference.height for reference in page.references}
+    heights = {reference.name: reference.height for reference in page.curve.references}
     assert heights["flap"] is None
     assert heights["uniform"] == pytest.approx(
-        float(re.findall(r"M[\d.]+ ([\d.]+)", page.series[0].paths[0])[0]), abs=1e-3
+        float(re.findall(r"M[\d.]+ ([\d.]+)", page.curve.series[0].paths[0])[0]), abs=1e-3
     )
-    assert page.columns == ("After 5", "After 10", "After 20")
+    assert page.curve.columns == ("After 5", "After 10", "After 20")
     assert page.front == ()
 
 
 def test_one_run_that_found_nothing_better_is_drawn_all_the_same() -> None:
     page = search_page(report_of(runs=(run_of("random-0", [(1, 0.9)]),), chosen="random-0", references={}))
-    assert page.series[0].paths[0].startswith("M5.000 ")
+    assert page.curve.series[0].paths[0].startswith("M5.000 ")
 
 
 def test_the_page_of_a_search_is_written_and_escapes_names(tmp_path: Path) -> None:
