@@ -367,7 +367,8 @@ def measured_machine(device: str, dtype: str) -> tuple[str, Roofline]:
     target = torch.empty_like(source)
     copy_s = median_seconds(lambda: target.copy_(source), is_gpu)
     side = 8192 if is_gpu else 256
-    left = torch.ones(side, side, dtype=getattr(torch, dtype), device=device)
+    # Matrices of ones would let a GPU clock higher than any weights do.
+    left = torch.randn(side, side, device=device).to(getattr(torch, dtype))
     product_s = median_seconds(lambda: left @ left, is_gpu)
     # A copy reads and writes every byte.
     return name, Roofline(2 * source.nbytes / copy_s, 2 * side**3 / product_s)

@@ -58,18 +58,16 @@ PARTS: Final = ("quality", "strategies", "speed")
 
 
 def main() -> None:
-    """Search, prune, evaluate and time; print tables, write JSON and a plot."""
+    """Search, prune, evaluate and time; print tables, write a JSON file per part."""
     arguments = parsed_arguments()
-    conditions = common.Conditions()
-    result: dict[str, Any] = {}
+    measures = {"quality": quality, "strategies": strategies, "speed": speed}
+    asked: Path | None = arguments.output
     with common.work_directory(arguments) as work:
-        if "quality" in arguments.parts:
-            result["quality"] = list(quality(arguments, work))
-        if "strategies" in arguments.parts:
-            result["strategies"] = list(strategies(arguments, work))
-        if "speed" in arguments.parts:
-            result["speed"] = speed(arguments, work)
-    print(f"written to {common.save_result(arguments, conditions, result)}")
+        for part in arguments.parts:
+            conditions, arguments.benchmark = common.Conditions(), f"search-{part}"
+            arguments.output = asked and asked.with_stem(f"{asked.stem}-{part}")
+            found = measures[part](arguments, work)
+            print(f"written to {common.save_result(arguments, conditions, {part: found})}")
 
 
 def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
@@ -102,18 +100,21 @@ def text_of(arguments: argparse.Namespace) -> CalibrationText:
     )
 
 
-def quality(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """One result per ratio: the search, and perplexity on held-out text of what it found."""
+    results = []
     for ratio in arguments.ratios:
         folder = work / f"search-{ratio:g}"
         report = searched(arguments, folder, ratio, "evolutionary")
         rows = [*known_rows(arguments, report, folder, work), *found_rows(arguments, report, folder, work)]
         common.show(f"{ratio:.0%}, {arguments.evaluations:g} evaluations", COLUMNS, map(row, rows))
-        yield {"ratio": ratio, "rows": rows, "curves": curves(report), "prepare_s": report.prepare_s}
+        results.append({"ratio": ratio, "rows": rows, "curves": curves(report), "prepare_s": report.prepare_s})
+    return results
 
 
-def strategies(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+def strategies(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """What every strategy makes of uniform rates: at the known ones of `obs` there is little left to find."""
+    results = []
     for ratio in arguments.compared_ratios:
         folder = work / f"strategies-{ratio:g}"
         report = searched(arguments, folder, ratio, "population", baselines=True, informed=False)
@@ -134,7 +135,9 @@ def strategies(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, 
         shown += [(name, "", "", f"{value:.4f}", "", "") for name, value in report.references.items()]
         after = [f"after {share * arguments.evaluations:g}" for share in SHARES]
         common.show(f"{ratio:.0%}, from uniform rates", ("strategy", *after, "± seeds", "candidates"), shown)
-        yield {"ratio": ratio, "references": report.references, "strategies": lines, "curves": curves(report)}
+        own = {"ratio": ratio, "references": report.references, "strategies": lines, "curves": curves(report)}
+        results.append(own)
+    return results
 
 
 def searched(

@@ -136,7 +136,7 @@ def allocate_by_loss(
     modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
     taken = _least_loss([(ladder.scores, ladder.costs) for ladder in modules], ratio * shape.decoder_parameters)
     layers = plan_layers(ladders, shape, list(zip(taken[0::2], taken[1::2], strict=True)))
-    return layers, achieved_ratio(shape, layers, ratio, _reason("al-am", "exact", len(layers), align_channels))
+    return layers, achieved_ratio(shape, layers, ratio, _remainder(align_channels))
 
 
 def check_ratio(ratio: float) -> None:
@@ -391,6 +391,11 @@ def _reason(structure: StructureName, selection: Selection, layers: int, align_c
             f"{structure} removes the same in each of {layers} layers, so it moves {layers * align_channels} channels "
             "at a time, and cannot make up for heads that cost more than a layer's share"
         )
+    return _remainder(align_channels)
+
+
+def _remainder(align_channels: int) -> str:
+    """Why FFN channels may not make up for what whole heads miss."""
     if align_channels > 1:
         return f"FFN widths are multiples of {align_channels}, so the budget moves {align_channels} channels at a time"
     return "no FFN channels are left to make up for whole heads"

@@ -27,7 +27,7 @@ from flap_export.ladders import ladders_from_scores
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_device
 from flap_export.measuring import measure
-from flap_export.methods import MethodName, PruneOptions, resolved
+from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
 from flap_export.plan import LayerPlan
 from flap_export.rates import check_rates, steps_of_rates
 from flap_export.reference import check_known
@@ -117,10 +117,15 @@ class Evidence:
         """Read a folder that `save` wrote.
 
         Raises:
-            InputError: it holds nothing of the kind.
+            InputError: it holds nothing of the kind, or not all of it.
         """
         record = _EvidenceRecord.load(folder / EVIDENCE_NAME)
         statistics, sensitivity, scores = (folder / name for name in (STATISTICS_NAME, SENSITIVITY_NAME, SCORES_NAME))
+        needed = {"statistics": statistics, "sensitivity": sensitivity}.get(METHODS[record.method].basis, scores)
+        if not needed.is_file():
+            raise InputError(
+                f"'{folder}' lacks {needed.name}, which the method {record.method} goes by; calibrate again"
+            )
         return cls(
             record.method,
             record.text,

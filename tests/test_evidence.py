@@ -29,6 +29,16 @@ def text_of(folder: Path, sequences: int = 9, length: int = 8, **given: Any) -> 
     return CalibrationText(source=save_tokens(folder / "ids.npy", tokens_of(sequences, length)), **given)
 
 
+@pytest.mark.parametrize(("method", "name"), [("flap", "statistics"), ("obs", "sensitivity"), ("magnitude", "scores")])
+def test_evidence_that_lost_what_its_method_goes_by(method: MethodName, name: str, tmp_path: Path) -> None:
+    path, folder = tiny_checkpoint("llama", tmp_path / "dense"), tmp_path / "evidence"
+    folder.mkdir()
+    gather(path, text_of(tmp_path), options(method)).save(folder)
+    (folder / f"{name}.safetensors").unlink()
+    with pytest.raises(InputError, match=rf"lacks {name}\.safetensors, which the method {method} goes by; calibrate"):
+        Evidence.load(folder)
+
+
 @pytest.mark.parametrize("compensation", ["none", "bias", "least-squares"])
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_evidence_gives_the_same_checkpoint(method: MethodName, compensation: Any, tmp_path: Path) -> None:

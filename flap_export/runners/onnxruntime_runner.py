@@ -5,6 +5,7 @@ TensorRT's execution providers are offered where an installed onnxruntime has th
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -95,7 +96,7 @@ class OnnxRuntimeRunner(Runner):
 
     def _opened(self, graph: Path, changed: bytes | None, threads: int | None) -> Any:
         """An InferenceSession on the wanted device; `changed` stands for the graph's file where it is given."""
-        onnxruntime = _import_onnxruntime()
+        onnxruntime = _import_onnxruntime(self._device)
         provider, provider_options = self._provider(onnxruntime)
         options = _session_options(onnxruntime, threads)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
@@ -176,7 +177,10 @@ class OnnxRuntimeRunner(Runner):
         return _widened(logits)
 
 
-def _import_onnxruntime() -> Any:
+def _import_onnxruntime(device: str) -> Any:
+    if device != "cpu":
+        # Where pip has installed the CUDA libraries, PyTorch knows, and what it has loaded ONNX Runtime finds.
+        importlib.import_module("torch")
     try:
         import onnxruntime
     except ImportError as error:
