@@ -17,7 +17,7 @@ from pydantic import Field
 from flap_export.calibration import open_dense
 from flap_export.errors import BudgetError, InputError, MissingRequirementError
 from flap_export.evaluation import QualityReport, evaluate
-from flap_export.evidence import CalibrationText, Evidence, evidence_options, gather
+from flap_export.evidence import ANY_RATIO, CalibrationText, Evidence, evidence_options, gather
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved
@@ -38,7 +38,6 @@ from flap_export.text import digest_of_source
 COMPARISON_NAME: Final = "comparison.json"
 TABLE_NAME: Final = "comparison.md"
 PLOT_NAME: Final = "comparison.svg"
-_ANY_RATIO: Final = 0.5
 
 
 class Row(Value):
@@ -105,7 +104,7 @@ def parsed_variant(text: str) -> PruneOptions:
         raise InputError(
             f"the variants of a comparison are all pruned at the same ratios, rates have one of their own; got '{text}'"
         )
-    options = validated(PruneOptions, {**values, "ratio": _ANY_RATIO})
+    options = validated(PruneOptions, {**values, "ratio": ANY_RATIO})
     resolved(options)
     return options
 

@@ -22,10 +22,11 @@ from flap_export.calibration import (
 )
 from flap_export.compensation import complement
 from flap_export.coupled import magnitude_scores, random_scores, taylor_scores
+from flap_export.devices import check_device
 from flap_export.errors import InputError, TextError
 from flap_export.ladders import ladders_from_scores
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import Checkpoint, check_device
+from flap_export.loading import Checkpoint
 from flap_export.measuring import measure
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
 from flap_export.plan import LayerPlan
@@ -42,7 +43,8 @@ from flap_export.storage import Record, Value, load_tensors, save_tensors
 EVIDENCE_NAME: Final = "evidence.json"
 SCORES_NAME: Final = "scores.safetensors"
 _SCORES_VERSION: Final = 1
-_ANY_RATIO: Final = 0.5
+ANY_RATIO: Final = 0.5
+"""For options that do not depend on it, and must state one."""
 
 
 class CalibrationText(Value):
@@ -249,7 +251,7 @@ def evidence_options(options: PruneOptions) -> PruneOptions:
         return filled
     basis = filled.row.basis
     return PruneOptions(
-        ratio=_ANY_RATIO,
+        ratio=ANY_RATIO,
         method=filled.method,
         # A bias needs statistics, which are there where they decide.
         compensation="bias" if filled.compensation == "bias" or basis == "statistics" else "none",

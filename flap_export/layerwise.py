@@ -325,7 +325,7 @@ def streamed(
         chunk_sequences: sequences per chunk.
         prefetch: read the next layer's weights while one computes, at the price of a second layer in memory; None
             does so where the device has a memory of its own.
-        fast_linears: multiply as `flap_export.products` does, which takes memory beside a layer's weights.
+        fast_linears: multiply as `flap_export.products` does.
         progress: told after every layer.
 
     Raises:

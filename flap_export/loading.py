@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from flap_export.errors import InputError, MissingRequirementError, ModelError
+from flap_export.errors import ModelError
 from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
 from flap_export.rope import both_rope_forms, check_rope
 from flap_export.shapes import DecoderShape, LayerShape
@@ -55,24 +54,6 @@ class Checkpoint:
         if isinstance(stated, str):
             stated = getattr(torch, stated.removeprefix("torch."), None)
         return stated if isinstance(stated, torch.dtype) else torch.float32
-
-
-def check_device(device: str) -> None:
-    """Whether PyTorch can compute on `device`.
-
-    Raises:
-        InputError: there is no such kind of device.
-        MissingRequirementError: it is not on this machine.
-    """
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
-        raise InputError(f"device must be cpu, cuda or cuda:N, got '{device}'")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingRequirementError(
-            f"device '{device}' was asked for and PyTorch sees no CUDA device",
-            "install a CUDA build of torch on a machine with a GPU, or use --device cpu",
-        )
-    if (count := torch.cuda.device_count()) <= int(device.partition(":")[2] or 0) and device != "cpu":
-        raise InputError(f"device '{device}' was asked for and PyTorch sees {count}; name one, from cuda:0 on")
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

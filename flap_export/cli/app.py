@@ -1,4 +1,4 @@
-"""The commands, in the order of their use."""
+"""The commands, in the order of their use, and how a process of them begins and ends."""
 
 from __future__ import annotations
 

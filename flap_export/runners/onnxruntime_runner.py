@@ -25,6 +25,7 @@ from flap_export.artifact import (
 from flap_export.building.flavours import Flavour
 from flap_export.building.masks import masked_graph
 from flap_export.building.profiles import profiles_of, provider_options
+from flap_export.devices import parsed_device
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.growing_cache import GrowingCache, relaxed_graph
@@ -79,7 +80,7 @@ class OnnxRuntimeRunner(Runner):
             max_length=artifact.max_length, vocabulary_size=artifact.shape.vocabulary_size, logits=options.logits
         )
         self._artifact, self._path, self._flavour = artifact, path, provider
-        self._device, self._device_id = _parsed_device(options.device)
+        self._device, self._device_id = parsed_device(options.device)
         graph = _graph_file(artifact, path, options.logits)
         relaxed = _relaxed(graph, artifact) if self._device == "cpu" else None
         self._grows = relaxed is not None
@@ -221,14 +222,6 @@ def _check_options(artifact: Artifact, path: Path, options: RunnerOptions) -> No
             "ONNX Runtime's CPU provider does not implement bfloat16",
             "run the artifact with --device cuda, or export with --dtype float32",
         )
-
-
-def _parsed_device(device: str) -> tuple[str, int]:
-    """Kind and index of `cpu`, `cuda` or `cuda:N`."""
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
-        raise InputError(f"device must be cpu, cuda or cuda:N, got '{device}'")
-    return kind, int(index or 0)
 
 
 def _graph_file(artifact: Artifact, path: Path, logits: LogitsKind) -> Path:

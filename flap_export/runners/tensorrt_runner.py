@@ -13,6 +13,7 @@ import numpy as np
 
 from flap_export.artifact import LogitsKind
 from flap_export.building.record import EngineRecord, load_engine
+from flap_export.devices import parsed_device
 from flap_export.errors import ArtifactError, InputError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.sampling import Sampling
@@ -108,7 +109,6 @@ def _check_options(record: EngineRecord, path: Path, options: RunnerOptions) -> 
 
 
 def _cuda_device(device: str) -> str:
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
-        raise InputError(f"device must be cpu, cuda or cuda:N, got '{device}'")
-    return f"cuda:{int(index or 0)}"
+    """The GPU that is meant; an engine runs on no CPU, which is what is meant where nobody says."""
+    _, index = parsed_device(device)
+    return f"cuda:{index}"

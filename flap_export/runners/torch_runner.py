@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
+from flap_export.devices import check_device
 from flap_export.errors import InputError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 
@@ -34,7 +35,7 @@ class TorchRunner(Runner):
     name = "torch"
 
     def __init__(self, path: Path, options: RunnerOptions) -> None:
-        from flap_export.loading import check_device, load_model, open_checkpoint
+        from flap_export.loading import load_model, open_checkpoint
 
         checkpoint = open_checkpoint(path)
         dtype = torch_dtype(options.dtype or "float32")
