@@ -1,0 +1,27 @@
+"""The model families: what a row says (`family`), the rows (`table`), and what a configuration makes of one."""
+
+from flap_export.families.configuration import check_config, shape_from_config
+from flap_export.families.family import (
+    EVERY_EXPERT,
+    Family,
+    Norm,
+    Projection,
+    Space,
+    expert_at,
+    experts_of,
+)
+from flap_export.families.table import FAMILIES, family_of
+
+__all__ = [
+    "EVERY_EXPERT",
+    "FAMILIES",
+    "Family",
+    "Norm",
+    "Projection",
+    "Space",
+    "check_config",
+    "expert_at",
+    "experts_of",
+    "family_of",
+    "shape_from_config",
+]

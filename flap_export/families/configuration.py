@@ -1,0 +1,67 @@
+"""A transformers configuration against its family's row: whether the row describes the model, and the model's shape."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from flap_export.errors import ModelError
+from flap_export.families.family import Family, Space
+from flap_export.shapes import DecoderShape, LayerShape
+
+LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+
+
+def check_config(config: Any, family: Family) -> None:
+    """Whether the model computes nothing that the table does not describe.
+
+    Raises:
+        ModelError: it is quantised, or a field asks for something else; the message names it.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("its weights are quantised (quantization_config); start from the full-precision checkpoint")
+    unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
+    for name, required in family.requires.items():
+        allowed = (getattr(config, required),) if isinstance(required, str) else required
+        found = getattr(config, name, allowed[0])
+        if found not in allowed:
+            stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
+            raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
+
+
+def shape_from_config(config: Any, family: Family) -> DecoderShape:
+    """The dense decoder's shape, read from a transformers configuration.
+
+    Raises:
+        ModelError: there is no layer, or the query heads are not a multiple of the KV heads.
+    """
+    if config.num_hidden_layers < 1:
+        raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
+    heads = config.num_attention_heads
+    kv_heads, head_dim = (
+        None if family.plain_heads else getattr(config, name, None) for name in ("num_key_value_heads", "head_dim")
+    )
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
+    layer = LayerShape(
+        query_heads=heads,
+        kv_heads=kv_heads,
+        ffn_channels=getattr(config, family.ffn_width),
+        attention_bias=_has_bias(config, family, "query"),
+        ffn_bias=_has_bias(config, family, "ffn"),
+        experts=getattr(config, family.experts) if family.experts else 0,
+    )
+    return DecoderShape(
+        hidden_size=config.hidden_size,
+        head_dim=head_dim or config.hidden_size // heads,
+        vocabulary_size=config.vocab_size,
+        ffn_matrices=family.ffn_matrices,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        layers=(layer,) * config.num_hidden_layers,
+    )
+
+
+def _has_bias(config: Any, family: Family, space: Space) -> bool:
+    return space in family.bias_flags and bool(getattr(config, family.bias_flags[space], False))

@@ -1,0 +1,121 @@
+"""What a family is: where a model keeps its attention, FFN and norms, as data.
+
+A projection declares the space of its inputs and of its outputs. Everything that cuts, counts or exports
+weights follows from these spaces; a further family is a further row of the table (`flap_export.families.table`).
+
+    hidden   the residual stream, never cut
+    query    Q heads of D channels        kv   K heads of D channels        ffn   F channels
+
+In a mixture of experts every expert has an `ffn` space of its own; `*` in a path stands for the expert's number, as
+checkpoints have it. Routers are no projections: they read and write what is never cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flap_export.shapes import LayerShape
+
+Space = Literal["hidden", "query", "kv", "ffn"]
+EVERY_EXPERT = "*"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module below a decoder layer; several output spaces mean fused outputs, stacked in that order."""
+
+    path: str
+    inputs: Space
+    outputs: tuple[Space, ...]
+
+    @property
+    def restores(self) -> bool:
+        """Whether it maps a cut space back to the residual stream, so that compensation goes here."""
+        return self.inputs != "hidden" and self.outputs == ("hidden",)
+
+    @property
+    def part(self) -> Literal["query", "ffn"]:
+        """Which part of a layer it belongs to: attention, whose heads are cut, or the FFN."""
+        return "ffn" if "ffn" in (self.inputs, *self.outputs) else "query"
+
+    def at(self, expert: int | None) -> str:
+        """The path in one expert, or in a plain FFN."""
+        return self.path if expert is None else self.path.replace(EVERY_EXPERT, str(expert))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What sets a family's RMS norm apart: x / sqrt(mean(x^2) + epsilon) * (weight + offset)."""
+
+    epsilon: str = "variance_epsilon"
+    """The module's attribute that holds it."""
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: module paths relative to the causal LM (or to one layer), and class names inside transformers."""
+
+    model_type: str
+    class_stem: str
+    """`<stem>ForCausalLM` and `<stem>Config` are the classes, `<stem>RMSNorm` its norm."""
+    projections: tuple[Projection, ...]
+    config_stem: str | None = None
+    """Stem of the configuration's class where it is another one."""
+    attention: str = "self_attn"
+    decoder: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    ffn_matrices: int = 3
+    ffn_width: str = "intermediate_size"
+    """Configuration field that holds F."""
+    experts: str | None = None
+    """Configuration field that holds E, in mixtures of experts."""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """Parts of tensors' names in checkpoints, and what the model calls them."""
+    plain_heads: bool = False
+    """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
+    norm: Norm = Norm()
+    attention_kernel: str = "sdpa"
+    """Attention implementation of transformers to run; one that leaves nothing of the family out."""
+    bias_flags: Mapping[Space, str] = field(default_factory=dict)
+    """Configuration flag that gives all projections around a space a bias. A family with both can hold a
+    compensated uniform plan in its own stock classes."""
+    requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
+    """What configuration fields must hold: one of these values, or the same as another field."""
+
+    def projection(self, path: str) -> Projection | None:
+        """The projection at `path` below a layer, in whichever expert, or None."""
+        general = _NUMBER.sub(EVERY_EXPERT, path)
+        return next((projection for projection in self.projections if projection.path == general), None)
+
+    def stored_name(self, name: str) -> str:
+        """What checkpoints of the family's own class call a tensor."""
+        for stored, called in self.stored_names.items():
+            name = name.replace(called, stored)
+        return name
+
+    def restoring(self, space: Space) -> Projection:
+        """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""
+        return next(p for p in self.projections if p.restores and p.inputs == space)
+
+    def restoring_paths(self, space: Space, layer: LayerShape) -> list[str]:
+        """Where the restoring projections of `space` are: one, or that of every expert in turn."""
+        restoring = self.restoring(space)
+        return [restoring.at(expert) for expert in experts_of(space, layer)]
+
+
+def expert_at(path: str) -> int | None:
+    """The number of the expert that a path below a layer leads into, or None."""
+    number = _NUMBER.search(path)
+    return None if number is None else int(number.group())
+
+
+def experts_of(space: Space, layer: LayerShape) -> Sequence[int | None]:
+    """The experts that have a `space` of their own each; (None,) where there is but one."""
+    return range(layer.experts) if space == "ffn" and layer.experts else (None,)
