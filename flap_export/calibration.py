@@ -93,6 +93,7 @@ def calibrate(
         dtype=compute_dtype(checkpoint, dtype, device),
         device=device,
         chunk_sequences=chunk_sequences,
+        fast_linears=True,
         progress=progress,
     ) as stream:
         for visited in stream:

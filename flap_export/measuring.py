@@ -84,6 +84,7 @@ def measure(
         dtype=compute_dtype(dense, dtype, device),
         device=device,
         chunk_sequences=chunk_sequences,
+        fast_linears=True,
         progress=progress,
     ) as stream:
         for visited in stream:

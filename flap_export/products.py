@@ -2,7 +2,7 @@
 
 In single precision PyTorch multiplies with MKL, which keeps to AVX2 on processors that Intel did not make. oneDNN,
 which PyTorch brings along too and compiles models to, uses AVX-512 wherever it is (`benchmarks/cpu_products.py`). Both
-sum in single precision; only the order differs. Searches multiply so; calibration keeps to PyTorch's own choice.
+sum in single precision; only the order differs. Calibration and searches multiply so.
 """
 
 from __future__ import annotations

@@ -119,7 +119,13 @@ def restore(
     restored = RestoredWeights(folder)
     length = tokens.shape[1]
     with streamed(
-        dense, tokens, dtype=dtype, device=device, chunk_sequences=chunk_sequences, progress=progress
+        dense,
+        tokens,
+        dtype=dtype,
+        device=device,
+        chunk_sequences=chunk_sequences,
+        fast_linears=True,
+        progress=progress,
     ) as stream:
         for visited in stream:
             cut = {
