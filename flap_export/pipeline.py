@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
 from flap_export.alignment import ALIGNMENT_NAME, compare_alignment
-from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench
+from flap_export.benchmarking import LATENCY_NAME, LatencyReport, bench, planned_workloads
 from flap_export.building import BuildOptions, build
-from flap_export.errors import GateBreachedError, OtherSearchError
+from flap_export.building.profiles import profiles_of
+from flap_export.errors import GateBreachedError, InputError, OtherSearchError, RecipeError
 from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
 from flap_export.evidence import Evidence, evidence_options, gather
-from flap_export.exporting import export
+from flap_export.exporting import cache_length, export
 from flap_export.ideal import Phase
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
@@ -34,6 +36,7 @@ from flap_export.searching.stage import check_search
 from flap_export.storage import MANIFEST_NAME, check_output, digest_of_json, locked
 from flap_export.text import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport, validate
+from flap_export.validation.cases import build_cases
 
 CALIBRATION_FOLDER: Final = "calibration"
 
@@ -78,6 +81,7 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
     prune = resolved(recipe.prune)
     if recipe.search is not None:
         check_search(recipe.search.options, prune, recipe.search.seeds)
+    _check_lengths(recipe)
     directory = Path(output)
     check_output(directory, RUN_NAME, in_place=True)
     current = Run(recipe, directory, progress)
@@ -98,6 +102,50 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
         report(directory, recipe=values)
         write_manifest(directory, digests=known, recipe=values)
     return result
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    """Whether what later stages put into the caches fits them: said before hours of pruning, not after.
+
+    Raises:
+        InputError: the model cannot be used.
+        RecipeError: a section asks for more than the caches hold.
+    """
+    dense = open_checkpoint(recipe.model)
+    with _of_section("export"):
+        max_length = cache_length(dense, recipe.export.max_length)
+    with _of_section("build"):
+        if _builds_engines(recipe):
+            profiles_of(
+                max_length,
+                batch_size=recipe.build.batch_size,
+                max_batch=recipe.build.max_batch,
+                prompt=recipe.build.prompt_length,
+                max_prompt=recipe.build.max_prompt,
+            )
+    with _of_section("validate"):
+        build_cases(
+            max_length=max_length,
+            vocabulary_size=dense.shape.vocabulary_size,
+            decode_steps=recipe.validate_.decode_steps,
+            prompt_length=recipe.validate_.prompt_length,
+            batch_size=recipe.validate_.batch_size,
+            seed=recipe.validate_.seed,
+            prompts=None,
+        )
+    with _of_section("bench"):
+        planned_workloads(
+            batch_sizes=recipe.bench.batch_sizes, prompt_lengths=recipe.bench.prompt_lengths, max_length=max_length
+        )
+
+
+@contextmanager
+def _of_section(name: str) -> Iterator[None]:
+    """Whatever is wrong within is a section's of the recipe."""
+    try:
+        yield
+    except InputError as error:
+        raise RecipeError(f"section '{name}' of the recipe: {error}") from error
 
 
 def _input_digests(recipe: Recipe) -> dict[str, str]:

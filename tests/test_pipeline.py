@@ -16,7 +16,7 @@ from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export import pipeline, running
 from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
-from flap_export.errors import BudgetError, OutputError, TextError
+from flap_export.errors import BudgetError, OutputError, RecipeError, TextError
 from flap_export.manifest import Manifest, verify
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
@@ -81,6 +81,26 @@ def performed_by(names: list[str], recipe: Recipe, directory: Path) -> list[str]
     names.clear()
     pipeline.run(recipe, directory)
     return list(names)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("export", {"max_length": 65}),
+        ("validate", {"prompt_length": 45}),
+        ("validate", {"decode_steps": 47}),
+        ("bench", {"prompt_lengths": [8, 49]}),
+        ("bench", {"prompt_lengths": [0]}),
+        ("build", {"backend": "tensorrt-rtx", "max_prompt": 49}),
+    ],
+    ids=str,
+)
+def test_lengths_that_cannot_fit_are_refused_before_anything_is_done(
+    section: str, values: dict[str, Any], recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=f"section '{section}' of the recipe: "):
+        pipeline.run(recipe_of(**{section: values}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_does_every_stage_and_a_second_one_only_what_changed(

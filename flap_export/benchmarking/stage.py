@@ -78,9 +78,8 @@ def bench(
     paths = (Path(baseline), Path(artifact))
     dense, pruned = load_runnable(paths[0]), load_runnable(paths[1])
     _check_comparable(dense, pruned, paths)
-    context = _context_length(context_length, prompt_lengths, dense.max_length)
-    workloads = _workloads(phases, batch_sizes, prompt_lengths, context)
-    _check_request(workloads, dense.max_length, repeats, budget_s)
+    _check_rounds(repeats, budget_s)
+    workloads = planned_workloads(phases, batch_sizes, prompt_lengths, context_length, max_length=dense.max_length)
     measured: list[PhaseLatency] = []
     draw, options = random.Random(seed), WorkerOptions(device=device, threads=threads, seed=seed)
     with Worker(paths[0], options) as dense_worker, Worker(paths[1], options) as pruned_worker:
@@ -121,27 +120,40 @@ def _check_comparable(dense: Artifact, pruned: Artifact, paths: tuple[Path, Path
             )
 
 
-def _context_length(requested: int | None, prompt_lengths: Sequence[int], max_length: int) -> int:
-    return min(max(prompt_lengths, default=1), max_length - 1) if requested is None else requested
-
-
-def _workloads(
-    phases: Sequence[Phase], batch_sizes: Sequence[int], prompt_lengths: Sequence[int], context_length: int
+def planned_workloads(
+    phases: Sequence[Phase] = PHASES,
+    batch_sizes: Sequence[int] = (1,),
+    prompt_lengths: Sequence[int] = (128,),
+    context_length: int | None = None,
+    *,
+    max_length: int,
 ) -> list[Workload]:
+    """Every phase and shape that `bench` measures on artifacts with caches of `max_length` rows.
+
+    Raises:
+        InputError: an unknown phase, or a size out of range.
+        ArtifactError: a shape does not fit the cache.
+    """
     unknown = sorted(set(phases) - set(PHASES))
     if unknown:
         raise InputError(f"phases must be among {', '.join(PHASES)}, got {', '.join(unknown)}")
-    lengths: dict[Phase, tuple[int, ...]] = {"prefill": tuple(prompt_lengths), "decode": (context_length,)}
-    return [Workload(phase, size, length) for phase in phases for size in batch_sizes for length in lengths[phase]]
+    context = min(max(prompt_lengths, default=1), max_length - 1) if context_length is None else context_length
+    lengths: dict[Phase, tuple[int, ...]] = {"prefill": tuple(prompt_lengths), "decode": (context,)}
+    planned = [Workload(phase, size, length) for phase in phases for size in batch_sizes for length in lengths[phase]]
+    _check_workloads(planned, max_length)
+    return planned
 
 
-def _check_request(workloads: Sequence[Workload], max_length: int, repeats: int, budget_s: float) -> None:
-    if not workloads:
-        raise InputError("nothing to measure; name at least one phase, one batch size and one prompt length")
+def _check_rounds(repeats: int, budget_s: float) -> None:
     if repeats < MINIMUM_ROUNDS:
         raise InputError(f"repeats must be at least {MINIMUM_ROUNDS}, got {repeats}")
     if budget_s <= 0:
         raise InputError(f"the budget must be positive, got {budget_s} s")
+
+
+def _check_workloads(workloads: Sequence[Workload], max_length: int) -> None:
+    if not workloads:
+        raise InputError("nothing to measure; name at least one phase, one batch size and one prompt length")
     for workload in workloads:
         if workload.batch_size < 1 or workload.length < 1:
             raise InputError(f"batch sizes and lengths must be positive, got '{workload.described}'")

@@ -13,12 +13,12 @@ Shapes = dict[str, tuple[tuple[int, ...], ...]]
 
 
 def profiles_of(
-    artifact: Artifact, *, batch_size: int = 1, max_batch: int = 4, prompt: int | None = None, max_prompt: int | None
+    max_length: int, *, batch_size: int = 1, max_batch: int = 4, prompt: int | None = None, max_prompt: int | None
 ) -> tuple[Profile, Profile]:
     """Decode (one new token) and prefill (one to `max_prompt`), both for batches of 1 to `max_batch`.
 
     Args:
-        artifact: what the engine is built from.
+        max_length: rows of the cache.
         batch_size: the usual batch, which the engine is tuned for.
         max_batch: the largest batch.
         prompt: the usual number of prompt tokens; None is 128, or `max_prompt` where that is less.
@@ -27,11 +27,11 @@ def profiles_of(
     Raises:
         InputError: a number is out of its range.
     """
-    longest = artifact.max_length if max_prompt is None else max_prompt
+    longest = max_length if max_prompt is None else max_prompt
     usual = min(USUAL_PROMPT, longest) if prompt is None else prompt
     rules = (
         (1 <= batch_size <= max_batch, f"the usual batch must lie in 1..{max_batch} (--max-batch), got {batch_size}"),
-        (1 <= longest <= artifact.max_length, f"max_prompt must lie in 1..{artifact.max_length}, got {longest}"),
+        (1 <= longest <= max_length, f"max_prompt must lie in 1..{max_length}, got {longest}"),
         (1 <= usual <= longest, f"the usual prompt must lie in 1..{longest} tokens (--max-prompt), got {usual}"),
     )
     for holds, message in rules:

@@ -100,7 +100,9 @@ def build(
 
     source, opened, chosen = Path(artifact), load_artifact(Path(artifact)), options or BuildOptions()
     kinds = _kinds(logits, opened, source)
-    profiles = profiles_of(opened, batch_size=batch_size, max_batch=max_batch, prompt=prompt, max_prompt=max_prompt)
+    profiles = profiles_of(
+        opened.max_length, batch_size=batch_size, max_batch=max_batch, prompt=prompt, max_prompt=max_prompt
+    )
     trt = import_tensorrt(backend)
     _check_options(backend, targets, chosen)
     builder = _Builder(source, opened, backend, trt, import_polygraphy(backend), tuple(targets), profiles, chosen)

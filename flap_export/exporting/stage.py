@@ -55,7 +55,7 @@ def export(
     """
     opened = open_checkpoint(checkpoint)
     check_choice("dtype", dtype, DTYPES)
-    max_length = _checked_length(opened, max_length)
+    max_length = cache_length(opened, max_length)
     check_weights(meta_model(opened, torch.float32), opened)
     with new_directory(Path(output), ARTIFACT_NAME) as directory:
         ir_model = trace(opened, DTYPES[dtype], max_length, "last")
@@ -75,7 +75,12 @@ def export(
     return artifact
 
 
-def _checked_length(checkpoint: Checkpoint, max_length: int | None) -> int:
+def cache_length(checkpoint: Checkpoint, max_length: int | None) -> int:
+    """Rows of the cache that `export` gives an artifact of `checkpoint`.
+
+    Raises:
+        InputError: `max_length` is not positive or beyond what the model's positions allow.
+    """
     positions, held = getattr(checkpoint.config, "max_position_embeddings", None), table_positions(checkpoint.config)
     if max_length is None:
         return min(length for length in (DEFAULT_MAX_LENGTH, positions, held) if length is not None)

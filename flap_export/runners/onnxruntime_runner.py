@@ -132,7 +132,7 @@ class OnnxRuntimeRunner(Runner):
             raise MissingRequirementError(
                 f"the installed onnxruntime has no {name}", f"install a build of onnxruntime with {flavour}"
             )
-        _, prefill = profiles_of(self._artifact, max_prompt=None)
+        _, prefill = profiles_of(self._artifact.max_length, max_prompt=None)
         return name, {"device_id": self._device_id, **provider_options(prefill, self._artifact, prefix)}
 
     def _allocate(self, batch_size: int) -> None:

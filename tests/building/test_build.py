@@ -120,7 +120,7 @@ def attentions(network: Any) -> list[Any]:
 
 
 def test_profiles_cover_every_input(artifact: Artifact) -> None:
-    decode, prefill = profiles_of(artifact, batch_size=2, max_batch=4, prompt=8, max_prompt=None)
+    decode, prefill = profiles_of(artifact.max_length, batch_size=2, max_batch=4, prompt=8, max_prompt=None)
     assert input_shapes(decode, artifact)["input_ids"] == ((1, 1), (2, 1), (4, 1))
     shapes = input_shapes(prefill, artifact)
     assert shapes["input_ids"] == ((1, 1), (2, 8), (4, 32))
