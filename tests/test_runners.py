@@ -18,6 +18,7 @@ from flap_export.errors import ArtifactError, FlapExportError, InputError, Missi
 from flap_export.exporting import export
 from flap_export.loading import load_model
 from flap_export.runners import Logits, Runner, open_runner
+from flap_export.runners.static_torch_runner import grouped_attention
 
 MAX_LENGTH, VOCABULARY = parity_models.MAX_LENGTH, parity_models.VOCABULARY
 LOCAL = ("torch", "torch-static", "onnxruntime")
@@ -502,6 +503,18 @@ def test_static_torch_agrees_with_torch(family: str, pruned: bool, tmp_path: Pat
     np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("heads", [2, 4, 6])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_query_heads_below_each_other_see_what_each_would(heads: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    query = torch.randn(3, heads, tokens, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 7, 8, generator=generator)
+    mask = torch.where(torch.rand(3, 1, tokens, 7, generator=generator) < 0.4, torch.finfo(torch.float32).min, 0.0)
+    repeated = (caches.repeat_interleave(heads // 2, dim=1) for caches in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.7)
+    torch.testing.assert_close(grouped_attention(query, key, value, mask, 0.7), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_static_torch_captures_on_its_own_device(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that is made for no device belongs to the current one, and takes in nothing of another."""
     seen: list[Any] = []
@@ -529,7 +542,7 @@ def test_static_torch_captures_on_its_own_device(dense: Path, monkeypatch: pytes
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     with open_runner(dense, backend="torch-static", max_length=MAX_LENGTH) as runner:
-        runner._device, runner._called = torch.device("cuda:1"), lambda ids, starts: ids  # type: ignore[attr-defined]
+        runner._device, runner._called = torch.device("cuda:1"), lambda ids, starts, length: ids  # type: ignore[attr-defined]
         runner._captured(torch.zeros(1, 1), torch.zeros(1))  # type: ignore[attr-defined]
     assert seen == [(kind, torch.device("cuda:1")) for kind in ("device", "stream", "graph")]
 

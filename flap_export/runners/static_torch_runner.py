@@ -29,28 +29,29 @@ Caches = Mapping[int, tuple[Tensor, Tensor]]
 
 
 class StaticCache(Cache):  # type: ignore[misc]
-    """Transformers' cache interface over caches [B, K_i, L, D], one call long; each layer has its own K."""
+    """Transformers' cache interface over the first L rows of caches, one call long; each layer has its own K."""
 
     counts_empty_layers = False
 
-    def __init__(self, caches: Caches, write_indices: Tensor, new_tokens: int, max_length: int) -> None:
-        self.caches, self.max_length = caches, max_length
+    def __init__(self, caches: Caches, write_indices: Tensor, new_tokens: int, length: int) -> None:
+        self.caches, self.length = caches, length
         self.layers: list[Any] = []
         steps = torch.arange(new_tokens, device=write_indices.device)
         self.position_ids = write_indices.unsqueeze(1) + steps
         self._masks: dict[int | None, Tensor] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new rows [B, K, n, D] and return the whole caches."""
+        """Write new rows [B, K, n, D] and return what is seen of the caches, [B, K, L, D] each."""
         rows = self.position_ids[:, None, :, None].expand_as(key)
         past_key, past_value = self.caches[layer_idx]
-        return past_key.scatter_(2, rows, key), past_value.scatter_(2, rows, value)
+        present = past_key.scatter_(2, rows, key), past_value.scatter_(2, rows, value)
+        return present[0][:, :, : self.length], present[1][:, :, : self.length]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p, or all up to p."""
         if window not in self._masks:
             query = self.position_ids[:, None, :, None]
-            key = torch.arange(self.max_length, device=query.device)
+            key = torch.arange(self.length, device=query.device)
             hidden = key > query if window is None else (key > query) | (key <= query - window)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=query.device)
             self._masks[window] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
@@ -62,7 +63,7 @@ class StaticCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         """Unused: the attention below makes its own mask."""
-        return self.max_length, 0
+        return self.length, 0
 
 
 def _attention(
@@ -83,10 +84,30 @@ def _attention(
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, mask, softcap)
     else:
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        output = grouped_attention(query, key, value, mask, scaling)
     return output.transpose(1, 2), None
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention with the query heads of a KV head one below the other, as rows that see the same keys.
+
+    PyTorch's fused kernels take a mask or grouped queries, not both; so they take the mask, and caches are neither
+    repeated nor read more than once.
+
+    Args:
+        query: [B, Q, n, D]
+        key: [B, K, L, D]
+        value: [B, K, L, D]
+        mask: additive, [B, 1, n, L].
+        scaling: of the scores.
+    """
+    (batch, heads, tokens, size), kv_heads = query.shape, key.shape[1]
+    group = heads // kv_heads
+    rows = query.reshape(batch, kv_heads, group * tokens, size)
+    output = nn.functional.scaled_dot_product_attention(
+        rows, key, value, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling
+    )
+    return output.reshape(query.shape)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -167,7 +188,9 @@ class StaticTorchRunner(Runner):
     def _on_device(self, input_ids: TokenIds, write_indices: TokenIds) -> Tensor:
         ids, starts = torch.from_numpy(input_ids), torch.from_numpy(write_indices)
         if ids.shape[1] > 1 or self._device.type == "cpu":
-            return self._called(ids.to(self._device), starts.to(self._device))
+            # Rows behind the last new token hold nothing that any query sees.
+            length = int(write_indices.max()) + ids.shape[1]
+            return self._called(ids.to(self._device), starts.to(self._device), length)
         if self._step is None:
             self._step = self._captured(ids.to(self._device), starts.to(self._device))
         fixed_ids, fixed_starts, logits = self._step
@@ -176,9 +199,9 @@ class StaticTorchRunner(Runner):
         self._graph.replay()
         return logits
 
-    def _called(self, ids: Tensor, starts: Tensor) -> Tensor:
-        """Logits [B, n, V], or [B, 1, V] of the last tokens."""
-        cache = StaticCache(self._caches, starts, ids.shape[1], self.max_length)
+    def _called(self, ids: Tensor, starts: Tensor, length: int) -> Tensor:
+        """Logits [B, n, V], or [B, 1, V] of the last tokens; of the caches the first `length` rows are seen."""
+        cache = StaticCache(self._caches, starts, ids.shape[1], length)
         logits: Tensor = self._model(
             input_ids=ids,
             position_ids=cache.position_ids,
@@ -197,9 +220,9 @@ class StaticTorchRunner(Runner):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARMUP_CALLS):
-                    self._called(ids, starts)
+                    self._called(ids, starts, self.max_length)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=side):
-                logits = self._called(ids, starts)
+                logits = self._called(ids, starts, self.max_length)
         return ids, starts, logits
