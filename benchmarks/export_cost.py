@@ -137,13 +137,12 @@ def measured(kind: str, model: str, dtype: str, work: Path) -> dict[str, Any]:
 def optimized_nodes(opened: Any, dtype: str) -> list[str]:
     """Operators of the graph after tracing and all passes; no weight is read."""
     from flap_export.exporting.passes import optimize
-    from flap_export.exporting.stage import DTYPES
     from flap_export.exporting.streaming import bind_weights
     from flap_export.exporting.trace import trace
+    from flap_export.precision import torch_dtype
 
-    torch_dtype = DTYPES[dtype]  # type: ignore[index]
-    ir_model = trace(opened, torch_dtype, MAX_LENGTH, "last")
-    bind_weights(ir_model, opened, torch_dtype)
+    ir_model = trace(opened, torch_dtype(dtype), MAX_LENGTH, "last")
+    bind_weights(ir_model, opened, torch_dtype(dtype))
     optimize(ir_model)
     return [node.op_type for node in ir_model.graph]
 

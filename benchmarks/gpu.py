@@ -31,7 +31,8 @@ from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.errors import FlapExportError
 from flap_export.ideal import Roofline, ideal_speedup
-from flap_export.prediction import BYTES_PER_WEIGHT, Assumptions, estimate
+from flap_export.precision import PRECISIONS
+from flap_export.prediction import Assumptions, estimate
 
 AIMS: Final = {"7b decode at batch 1": 0.95}
 """Efficiency, speedup over ideal speedup, at 30 % and 50 %."""
@@ -66,7 +67,7 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     made.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.2])
     made.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    made.add_argument("--dtype", choices=sorted(BYTES_PER_WEIGHT), default="float16")
+    made.add_argument("--dtype", choices=sorted(PRECISIONS), default="float16")
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     made.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 1024])
     made.add_argument("--context-length", type=int, default=1024, help="cached tokens before a decode step")
@@ -206,7 +207,7 @@ class Comparison:
                 )
                 ideal = ideal_speedup(
                     *shapes, workload.phase, batch_size=workload.batch_size, length=workload.length,
-                    bytes_per_weight=BYTES_PER_WEIGHT[arguments.dtype], roofline=self.roofline,
+                    bytes_per_weight=PRECISIONS[arguments.dtype].bytes_per_value, roofline=self.roofline,
                 )  # fmt: skip
                 phases.append(phase_latency(workload, *samples, ideal=ideal, seed=arguments.seed))
         predicted = tuple(tuple(self.predicted_ms(shape, w) for shape in shapes) for w in grid)

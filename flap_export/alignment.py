@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
-from flap_export.artifact import DtypeName, load_artifact
+from flap_export.artifact import load_artifact
 from flap_export.benchmarking import LatencyReport, bench
 from flap_export.evaluation import QualityReport, evaluate
 from flap_export.evidence import Evidence
 from flap_export.exporting import export
 from flap_export.layerwise import Progress, no_progress
 from flap_export.methods import PruneOptions
+from flap_export.precision import DtypeName
 from flap_export.pruning import prune_with
 from flap_export.storage import SCRATCH_PREFIX, Record
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Literal
 
 from flap_export.errors import ArtifactError
+from flap_export.precision import DtypeName
 from flap_export.shapes import DecoderShape
 from flap_export.storage import Record
 
@@ -28,7 +29,6 @@ WRITE_INDICES: Final = "write_indices"
 LOGITS: Final = "logits"
 
 LogitsKind = Literal["all", "last"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
 
 
 class Artifact(Record):

@@ -15,6 +15,7 @@ from flap_export.errors import InputError, ModelError, TextError, check_choice
 from flap_export.layerwise import Progress, no_progress, streamed
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.moments import RunningMoments
+from flap_export.precision import COMPUTE_DTYPES, torch_dtype
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import (
     CUT_SPACES,
@@ -34,12 +35,6 @@ RemovedChannels = Callable[[int, Sites], Mapping[CutSpace, Tensor]]
 ACCUMULATORS: Final[dict[StatisticsName, type[RunningMoments] | type[ReferenceMoments]]] = {
     "welford": RunningMoments,
     "reference": ReferenceMoments,
-}
-DTYPES: Final = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
 }
 
 
@@ -120,7 +115,7 @@ def calibration_windows(
         ModelError: the model is unusable.
         TextError: the source is unusable, shorter than asked, or of sequences longer than the model's positions.
     """
-    check_choice("dtype", dtype or "float32", DTYPES)
+    check_choice("dtype", dtype or "float32", COMPUTE_DTYPES)
     checkpoint = open_dense(model)
     windows = read_windows(
         source,
@@ -156,7 +151,7 @@ def open_dense(model: str | Path) -> Checkpoint:
 def compute_dtype(checkpoint: Checkpoint, dtype: str | None, device: str) -> torch.dtype:
     """The named dtype, or float32 on a CPU and the checkpoint's own elsewhere."""
     if dtype is not None:
-        return DTYPES[dtype]
+        return torch_dtype(dtype)
     return torch.float32 if device == "cpu" else checkpoint.dtype
 
 

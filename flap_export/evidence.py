@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, Literal, final
+from typing import ClassVar, Final, final
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ from flap_export.loading import Checkpoint
 from flap_export.measuring import measure
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
 from flap_export.plan import LayerPlan
+from flap_export.precision import ComputeDtypeName
 from flap_export.rates import check_rates, steps_of_rates
 from flap_export.reference import check_known
 from flap_export.rewriting import kept_channels
@@ -60,7 +61,7 @@ class CalibrationText(Value):
     """Chooses the sequences of a longer text."""
     statistics: StatisticsName = "welford"
     """Exact, or as the official code computes them; see `flap_export.reference`."""
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    dtype: ComputeDtypeName | None = None
     """Precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU."""
 
 

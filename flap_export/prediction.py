@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Final, Literal
 
-from flap_export.artifact import DtypeName
 from flap_export.errors import InputError, check_choice
 from flap_export.ideal import Phase, Roofline, call_bytes, call_flops, stored_parameters
+from flap_export.precision import PRECISIONS, DtypeName
 from flap_export.shapes import DecoderShape
 from flap_export.storage import Record, Value
 
 _TERA: Final = 1e12
 _GIGA: Final = 1e9
-BYTES_PER_WEIGHT: Final[dict[DtypeName, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
 WORTHWHILE_SPEEDUP: Final = 1.05
 """Below this a plan counts as not faster: it would drown in the noise of a measurement."""
 
@@ -150,13 +149,13 @@ def predict(
         InputError: an unknown GPU or precision, or a size that is not positive.
     """
     check_choice("gpu", gpu, GPUS)
-    check_choice("dtype", dtype, BYTES_PER_WEIGHT)
+    check_choice("dtype", dtype, PRECISIONS)
     if min((*batch_sizes, *prompt_lengths, context_length), default=0) < 1:
         raise InputError("batch sizes and lengths must be positive")
     assumed, row = assumptions or Assumptions(), GPUS[gpu]
     calls: list[tuple[Phase, int, int]] = [("prefill", size, n) for size in batch_sizes for n in prompt_lengths]
     calls += [("decode", size, context_length) for size in batch_sizes]
-    weights = [_width(dtype) * stored_parameters(shape) for shape in (dense, pruned)]
+    weights = [PRECISIONS[dtype].bytes_per_value * stored_parameters(shape) for shape in (dense, pruned)]
     compared = partial(_phase, dense, pruned, machine=sustained(row, dtype, assumed), dtype=dtype, assumptions=assumed)
     return Prediction(
         gpu=gpu,
@@ -197,7 +196,9 @@ def estimate(
 ) -> Estimate:
     """Expected time of one call on a machine that sustains `machine`, from the assumptions about kernels."""
     new_tokens, context = (length, 0) if phase == "prefill" else (1, length)
-    moved = call_bytes(shape, batch_size=batch_size, context_length=context, bytes_per_weight=_width(dtype))
+    moved = call_bytes(
+        shape, batch_size=batch_size, context_length=context, bytes_per_weight=PRECISIONS[dtype].bytes_per_value
+    )
     operations = call_flops(shape, batch_size=batch_size, new_tokens=new_tokens, context_length=context)
     seconds: dict[Bound, float] = {
         "bandwidth": moved / machine.bandwidth_bytes_per_s,
@@ -252,7 +253,3 @@ def _remark(after: Estimate) -> str:
     if after.bound == "kernel gaps":
         return f"not faster: {after.gap_share:.0%} of the time passes between kernels, which pruning leaves as it is"
     return f"not faster: bound by {after.bound}, of which the plan saves too little"
-
-
-def _width(dtype: DtypeName) -> int:
-    return BYTES_PER_WEIGHT[dtype]

@@ -21,6 +21,7 @@ ROOT = Path(flap_export.__file__).parent
 STAGES = (
     "errors",
     "devices",
+    "precision",
     "storage",
     "shapes",
     "rope",

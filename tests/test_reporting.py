@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName
+from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.benchmarking import LatencyReport, Measurement, PhaseLatency
 from flap_export.benchmarking.machine import Machine
 from flap_export.errors import InputError, PlanError
@@ -19,6 +19,7 @@ from flap_export.evaluation import QualityReport, SourceQuality
 from flap_export.ideal import Phase, ideal_speedup
 from flap_export.manifest import FileEntry, Manifest
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
+from flap_export.precision import DtypeName
 from flap_export.reporting import REPORT_NAME, formats, report
 from flap_export.reporting.layers import MAXIMUM_TICKS, layer_chart
 from flap_export.reporting.page import Page, page_from

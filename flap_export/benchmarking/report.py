@@ -7,13 +7,13 @@ from typing import ClassVar, Final
 
 from pydantic import Field
 
-from flap_export.artifact import DtypeName
 from flap_export.benchmarking.machine import Machine
 from flap_export.benchmarking.statistics import Interval, median, median_interval, ratio_interval, ratio_of_medians
 from flap_export.benchmarking.worker import Sample
 from flap_export.benchmarking.workload import Workload
 from flap_export.errors import GateBreachedError
 from flap_export.ideal import Phase
+from flap_export.precision import DtypeName
 from flap_export.storage import Record, Value
 
 LATENCY_NAME: Final = "latency.json"

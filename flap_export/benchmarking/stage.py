@@ -16,10 +16,10 @@ from flap_export.benchmarking.workload import Workload
 from flap_export.building.record import load_runnable, record_file
 from flap_export.errors import ArtifactError, InputError, check_choice
 from flap_export.ideal import Phase, Roofline, ideal_speedup
+from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
 from flap_export.storage import digest_of_file
 
-BYTES_PER_WEIGHT: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
 
@@ -172,7 +172,7 @@ def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roof
         workload.phase,
         batch_size=workload.batch_size,
         length=workload.length,
-        bytes_per_weight=BYTES_PER_WEIGHT[dense.dtype],
+        bytes_per_weight=PRECISIONS[dense.dtype].bytes_per_value,
         roofline=roofline,
     )
 

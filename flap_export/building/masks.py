@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from flap_export.artifact import INPUT_IDS, WRITE_INDICES, Artifact, DtypeName
+from flap_export.artifact import INPUT_IDS, WRITE_INDICES, Artifact
+from flap_export.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _VALID_KEYS_INPUT: Final = 6
-_LARGEST: Final[dict[DtypeName, float]] = {
-    "float32": float(np.finfo(np.float32).max),
-    "float16": float(np.finfo(np.float16).max),
-    # The largest float32 rounds to infinity in bfloat16; this is its own largest.
-    "bfloat16": float.fromhex("0x1.fep127"),
-}
 
 
 def masked_graph(graph: Path, artifact: Artifact) -> bytes:
@@ -93,8 +88,8 @@ def _causal_mask(model: ir.Model, artifact: Artifact) -> ir.Value:
     def integers(name: str, values: object) -> ir.Value:
         return tape.initializer(ir.tensor(np.asarray(values, np.int64)), name=f"causal_mask.{name}")
 
-    least = ir.tensor(-_LARGEST[artifact.dtype], dtype=ir.DataType[_IR_DTYPES[artifact.dtype]])
-    shown = ir.tensor(0.0, dtype=ir.DataType[_IR_DTYPES[artifact.dtype]])
+    precision = PRECISIONS[artifact.dtype]
+    least, shown = (ir.tensor(number, dtype=ir.DataType[precision.onnx]) for number in (-precision.largest, 0.0))
     tokens = tape.op("Squeeze", [tape.op("Shape", [inputs[INPUT_IDS]], {"start": 1, "end": 2}), integers("zero", [0])])
     steps = tape.op("Range", [integers("start", 0), tokens, integers("step", 1)])
     first = tape.op("Unsqueeze", [inputs[WRITE_INDICES], integers("axes_first", [1, 2, 3])])
@@ -113,9 +108,6 @@ def _causal_mask(model: ir.Model, artifact: Artifact) -> ir.Value:
         model.graph.register_initializer(value)
     model.graph.insert_before(model.graph[0], tape.nodes)
     return mask
-
-
-_IR_DTYPES: Final[dict[DtypeName, str]] = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 
 
 def _drop_unused(model: ir.Model) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, Artifact, DtypeName, past_names, present_names
+from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, Artifact, past_names, present_names
 from flap_export.building.flavours import quiet_polygraphy
 from flap_export.building.record import NetworkSummary
 from flap_export.errors import ArtifactError, InputError
+from flap_export.precision import PRECISIONS
 
-TYPE_NAMES: Final[dict[DtypeName, str]] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 _PLACE: Final = re.compile(r"ModelImporter\.cpp|\[!\]|In node ")
 _TOLD_LINES: Final = 4
 _ITEM_BYTES: Final = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4, "BOOL": 1}
@@ -77,7 +77,7 @@ def allow_decomposition(network: Any, trt: Any) -> int:
 def _has_fused_kernel(attention: Any) -> bool:
     query = attention.get_input(0)
     _, heads, _, head_dim = tuple(query.shape)
-    return query.dtype.name != TYPE_NAMES["float32"] and heads >= FUSED_HEADS and head_dim in FUSED_HEAD_DIM
+    return query.dtype.name != PRECISIONS["float32"].tensorrt and heads >= FUSED_HEADS and head_dim in FUSED_HEAD_DIM
 
 
 def limit_keys(network: Any, trt: Any) -> None:
@@ -148,7 +148,7 @@ def _attention_problems(network: Any, trt: Any) -> Iterator[str]:
 
 
 def _type_problems(network: Any, artifact: Artifact) -> Iterator[str]:
-    wanted = TYPE_NAMES[artifact.dtype]
+    wanted = PRECISIONS[artifact.dtype].tensorrt
     for layer in layers_of(network):
         if layer.type.name in _COMPUTING_LAYERS and (found := layer.get_output(0).dtype.name) != wanted:
             yield f"layer {layer.name} must compute in {wanted}, found {found}"
@@ -181,7 +181,9 @@ def _results(network: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _float32_layers(network: Any) -> Counter[str]:
-    return Counter(layer.type.name for layer, tensor in _results(network) if tensor.dtype.name == TYPE_NAMES["float32"])
+    return Counter(
+        layer.type.name for layer, tensor in _results(network) if tensor.dtype.name == PRECISIONS["float32"].tensorrt
+    )
 
 
 def weights_bytes(network: Any) -> int:

@@ -13,9 +13,10 @@ from typing import ClassVar, Final, Literal
 
 from pydantic import Field
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName, LogitsKind, is_artifact, load_artifact
+from flap_export.artifact import ARTIFACT_NAME, Artifact, LogitsKind, is_artifact, load_artifact
 from flap_export.building.flavours import Flavour
 from flap_export.errors import ArtifactError
+from flap_export.precision import DtypeName
 from flap_export.shapes import DecoderShape
 from flap_export.storage import Record, Value
 

@@ -23,10 +23,10 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX with its KV cache in place."""
     console.configure_logging(verbose)
-    from flap_export.exporting import DTYPES
     from flap_export.exporting import export as export_checkpoint
+    from flap_export.precision import PRECISIONS
 
-    artifact = export_checkpoint(checkpoint, output, dtype=one_of("dtype", dtype, DTYPES), max_length=max_length)
+    artifact = export_checkpoint(checkpoint, output, dtype=one_of("dtype", dtype, PRECISIONS), max_length=max_length)
     size = sum(file.stat().st_size for file in output.iterdir())
     told = f"exported {checkpoint} in {dtype}, {size / 1e6:.1f} MB: {output}"
     console.show(artifact, [escape(told)], json)

@@ -78,11 +78,12 @@ def prune(
     """Prune a model: a smaller checkpoint and its plan."""
     console.configure_logging(verbose)
     from flap_export.allocation import STRUCTURES
-    from flap_export.calibration import ACCUMULATORS, DTYPES
+    from flap_export.calibration import ACCUMULATORS
     from flap_export.cli import summaries
     from flap_export.compensation import COMPENSATIONS
     from flap_export.ladders import HEAD_UNITS
     from flap_export.methods import METHODS
+    from flap_export.precision import COMPUTE_DTYPES
     from flap_export.pruning import prune as prune_model
     from flap_export.scoring import METRICS
     from flap_export.stock import LAYOUTS
@@ -109,7 +110,7 @@ def prune(
             sequence_length=sequence_length,
             seed=seed,
             device=device,
-            dtype=one_of("dtype", dtype, DTYPES),
+            dtype=one_of("dtype", dtype, COMPUTE_DTYPES),
             progress=progress,
         )
     console.show(plan, [*summaries.of_plan(plan), escape(f"checkpoint: {output}")], json)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flap_export.exporting.stage import DTYPES, cache_length, export
+from flap_export.exporting.stage import cache_length, export
 
-__all__ = ["DTYPES", "cache_length", "export"]
+__all__ = ["cache_length", "export"]

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, DtypeName, LogitsKind
+from flap_export.artifact import ARTIFACT_NAME, Artifact, LogitsKind
 from flap_export.checkpoint import copy_companions
 from flap_export.errors import InputError, check_choice
 from flap_export.exporting.passes import keep_all_logits, optimize
@@ -19,16 +19,12 @@ from flap_export.exporting.trace import OPSET, trace
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
+from flap_export.precision import PRECISIONS, DtypeName, torch_dtype
 from flap_export.rope import table_positions
 from flap_export.storage import new_directory
 
 logger = logging.getLogger(__name__)
 
-DTYPES: Final[dict[DtypeName, torch.dtype]] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 GRAPHS: Final[dict[LogitsKind, str]] = {"all": "model.onnx", "last": "model-last.onnx"}
 DATA_NAME: Final = "model.onnx.data"
 DEFAULT_MAX_LENGTH: Final = 2048
@@ -54,12 +50,12 @@ def export(
         OutputError: `output` holds something else, or the disk is full.
     """
     opened = open_checkpoint(checkpoint)
-    check_choice("dtype", dtype, DTYPES)
+    check_choice("dtype", dtype, PRECISIONS)
     max_length = cache_length(opened, max_length)
     check_weights(meta_model(opened, torch.float32), opened)
     with new_directory(Path(output), ARTIFACT_NAME) as directory:
-        ir_model = trace(opened, DTYPES[dtype], max_length, "last")
-        bind_weights(ir_model, opened, DTYPES[dtype])
+        ir_model = trace(opened, torch_dtype(dtype), max_length, "last")
+        bind_weights(ir_model, opened, torch_dtype(dtype))
         optimize(ir_model)
         write_graph(ir_model, directory / GRAPHS["last"], DATA_NAME)
         share_weights(ir_model, directory / GRAPHS["last"])

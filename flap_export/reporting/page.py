@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import final
 
 from flap_export.artifact import Artifact
-from flap_export.benchmarking.stage import BYTES_PER_WEIGHT
 from flap_export.ideal import cache_bytes, stored_parameters
+from flap_export.precision import PRECISIONS
 from flap_export.reporting import formats
 from flap_export.reporting.alignment import AlignmentSection, alignment_section
 from flap_export.reporting.comparisons import CASES, ParityRow, ParityRule, parity_rows, parity_rule
@@ -151,7 +151,7 @@ def _decoder_parameters(shape: DecoderShape) -> int:
 
 
 def _cache_bytes_per_token(artifact: Artifact) -> float:
-    width = BYTES_PER_WEIGHT[artifact.dtype]
+    width = PRECISIONS[artifact.dtype].bytes_per_value
     return cache_bytes(artifact.shape, batch_size=1, context_length=1, bytes_per_value=width)
 
 

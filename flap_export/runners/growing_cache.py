@@ -60,7 +60,7 @@ def _is_masked(node: Any) -> bool:
 class GrowingCache:
     """Key and value arrays [B, K_i, rows, D] of all layers in host memory, bound in place."""
 
-    def __init__(self, binding: Any, artifact: Artifact, batch_size: int, dtype: type[np.generic]) -> None:
+    def __init__(self, binding: Any, artifact: Artifact, batch_size: int, dtype: np.dtype[Any]) -> None:
         self._binding, self._artifact, self._batch_size, self._dtype = binding, artifact, batch_size, dtype
         self._arrays: dict[str, NDArray[np.generic]] = {}
         self.rows = 0

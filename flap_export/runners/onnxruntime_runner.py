@@ -27,16 +27,10 @@ from flap_export.building.masks import masked_graph
 from flap_export.building.profiles import profiles_of, provider_options
 from flap_export.devices import parsed_device
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
+from flap_export.precision import PRECISIONS
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.growing_cache import GrowingCache, relaxed_graph
 
-_ONNX_ELEMENT_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16}
-# NumPy has no bfloat16; its bits travel as uint16.
-_ARRAY_DTYPES: Final[dict[str, type[np.generic]]] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-}
 _PROVIDERS: Final[dict[Flavour, tuple[str, str]]] = {
     "tensorrt": ("TensorrtExecutionProvider", "trt"),
     "tensorrt-rtx": ("NvTensorRTRTXExecutionProvider", "nv"),
@@ -80,6 +74,8 @@ class OnnxRuntimeRunner(Runner):
             max_length=artifact.max_length, vocabulary_size=artifact.shape.vocabulary_size, logits=options.logits
         )
         self._artifact, self._path, self._flavour = artifact, path, provider
+        self._precision = PRECISIONS[artifact.dtype]
+        self._array_dtype: np.dtype[Any] = np.dtype(self._precision.array)
         self._device, self._device_id = parsed_device(options.device)
         graph = _graph_file(artifact, path, options.logits)
         relaxed = _relaxed(graph, artifact) if self._device == "cpu" else None
@@ -138,7 +134,7 @@ class OnnxRuntimeRunner(Runner):
     def _allocate(self, batch_size: int) -> None:
         self._binding = self._session.io_binding()
         if self._grows:
-            self._cache = GrowingCache(self._binding, self._artifact, batch_size, _ARRAY_DTYPES[self._artifact.dtype])
+            self._cache = GrowingCache(self._binding, self._artifact, batch_size, self._array_dtype)
             return
         for layer in self._artifact.cache_layers:
             shape = self._artifact.cache_shape(layer, batch_size)
@@ -151,9 +147,9 @@ class OnnxRuntimeRunner(Runner):
         """A zeroed OrtValue on the device. Unwritten rows have no weight, but zero times NaN would still be NaN."""
         from onnxruntime import OrtValue
 
-        element_type = _ONNX_ELEMENT_TYPES[self._artifact.dtype]
+        element_type = self._precision.onnx_number
         value = OrtValue.ortvalue_from_shape_and_type(shape, element_type, self._device, self._device_id)
-        value.update_inplace(np.zeros(shape, _ARRAY_DTYPES[self._artifact.dtype]))
+        value.update_inplace(np.zeros(shape, self._array_dtype))
         return value
 
     def _forward(self, input_ids: TokenIds, write_indices: TokenIds) -> Logits:
@@ -163,8 +159,8 @@ class OnnxRuntimeRunner(Runner):
         if self._cache is not None:
             self._cache.reserve(int(write_indices.max()) + new_tokens)
         rows = new_tokens if self.logits == "all" else 1
-        logits = np.empty((batch_size, rows, self.vocabulary_size), _ARRAY_DTYPES[self._artifact.dtype])
-        element_type = _ONNX_ELEMENT_TYPES[self._artifact.dtype]
+        logits = np.empty((batch_size, rows, self.vocabulary_size), self._array_dtype)
+        element_type = self._precision.onnx_number
         self._binding.bind_ortvalue_input(INPUT_IDS, OrtValue.ortvalue_from_numpy(input_ids))
         self._binding.bind_ortvalue_input(WRITE_INDICES, OrtValue.ortvalue_from_numpy(write_indices))
         # The session writes the logits straight into the array.

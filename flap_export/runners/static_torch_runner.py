@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache
 from flap_export.devices import check_device
 from flap_export.exporting.dialect import softcapped_attention
 from flap_export.loading import load_model, open_checkpoint
+from flap_export.precision import torch_dtype
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.sampling import Sampling, sampled
-from flap_export.runners.torch_runner import torch_dtype, torch_threads
+from flap_export.runners.torch_runner import torch_threads
 
 NAME: Final = "flap_export_static"
 _WARMUP_CALLS: Final = 2

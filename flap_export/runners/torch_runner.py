@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, final
 
 import numpy as np
 
 from flap_export.devices import check_device
-from flap_export.errors import InputError
+from flap_export.precision import torch_dtype
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
-
-if TYPE_CHECKING:
-    import torch
-
-TORCH_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 
 
 @final
@@ -83,20 +78,6 @@ class TorchRunner(Runner):
             widened = logits if logits.dtype == torch.float64 else logits.float()
         array: Logits = widened.cpu().numpy()
         return array
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name.
-
-    Raises:
-        InputError: PyTorch cannot be asked for it.
-    """
-    import torch
-
-    if name not in TORCH_DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(TORCH_DTYPES)}, got '{name}'")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def _empty_cache() -> Any:

@@ -14,12 +14,13 @@ import numpy as np
 from flap_export.artifact import Artifact, LogitsKind
 from flap_export.building.record import is_engine, load_engine, load_runnable, record_file
 from flap_export.errors import ArtifactError, MissingRequirementError
+from flap_export.precision import PRECISIONS
 from flap_export.runners import Backend, Runner, natural_backend, open_runner
 from flap_export.shapes import DecoderShape
 from flap_export.storage import digest_of_file, digest_of_json
 from flap_export.validation.cases import Case, Trace, build_cases, run_case, run_last_case
 from flap_export.validation.report import PARITY_NAME, CaseName, Comparison, ParityReport, Phase, compared, not_run
-from flap_export.validation.tolerance import FLOOR_ULPS, REFERENCE_DTYPES, SAFETY_FACTOR
+from flap_export.validation.tolerance import FLOOR_ULPS, SAFETY_FACTOR
 
 __all__ = ["PARITY_NAME", "Comparison", "ParityReport", "validate"]
 
@@ -82,7 +83,7 @@ def validate(
         prompts=prompts,
     )
     inputs = _Inputs(cases, decode_steps, opened, device, threads)
-    expected = _reference_traces(inputs, checkpoint.directory, REFERENCE_DTYPES[opened.dtype], forced=None)
+    expected = _reference_traces(inputs, checkpoint.directory, PRECISIONS[opened.dtype].reference, forced=None)
     yardstick = _reference_traces(inputs, checkpoint.directory, opened.dtype, forced=expected)
     comparisons: list[Comparison] = []
     for candidate, backend in candidates:
@@ -223,7 +224,7 @@ def _settings(inputs: _Inputs, seed: int | None) -> dict[str, str | int | float 
     ragged = next(case for case in inputs.cases if case.name == "ragged")
     return {
         "dtype": inputs.artifact.dtype,
-        "reference_dtype": REFERENCE_DTYPES[inputs.artifact.dtype],
+        "reference_dtype": PRECISIONS[inputs.artifact.dtype].reference,
         "safety_factor": SAFETY_FACTOR,
         "floor_ulps": FLOOR_ULPS,
         "decode_steps": inputs.decode_steps,

@@ -19,14 +19,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from flap_export import errormetrics
-from flap_export.artifact import DtypeName
 from flap_export.errormetrics import Array
+from flap_export.precision import PRECISIONS, DtypeName
 
 SAFETY_FACTOR: Final = 8.0
 FLOOR_ULPS: Final = 4.0
-
-REFERENCE_DTYPES: Final[dict[DtypeName, str]] = {"float32": "float64", "float16": "float32", "bfloat16": "float32"}
-_EPSILONS: Final[dict[DtypeName, float]] = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def tolerance_from(reference: Array, yardstick: Array, dtype: DtypeName) -> Tole
         yardstick: logits [N, V] in `dtype`.
         dtype: the artifact's precision.
     """
-    floor = FLOOR_ULPS * _EPSILONS[dtype] * errormetrics.scale(reference)
+    floor = FLOOR_ULPS * PRECISIONS[dtype].epsilon * errormetrics.scale(reference)
     return Tolerance(
         max_abs=max(SAFETY_FACTOR * errormetrics.max_abs(reference, yardstick), floor),
         kl=max(SAFETY_FACTOR * errormetrics.kl(reference, yardstick), floor**2 / 2),

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny import ALL_FAMILIES, MIXTURES, VOCABULARY, tiny_checkpoint, tiny_pruned
 
-from flap_export.artifact import Artifact, DtypeName, past_names
+from flap_export.artifact import Artifact, past_names
 from flap_export.building import EngineRecord, build
 from flap_export.building.masks import mask_explicitly
 from flap_export.exporting import export
+from flap_export.precision import DtypeName
 from flap_export.shapes import DecoderShape
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'flap-export[tensorrt-rtx]'")
