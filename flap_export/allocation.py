@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Final, Literal, final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from flap_export.budgets import cheapest_first, least_loss
 from flap_export.errors import BudgetError, check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, Ladder, LayerLadders, ladders_from_scores, layer_plan
 from flap_export.plan import LayerPlan, Ratio
+from flap_export.ratios import achieved_ratio, check_ratio, remainder, smallest_unit
 from flap_export.reference import removed_units
 from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape
 
 StructureName = Literal["al-am", "al-mm", "ul-mm", "ul-um"]
 Selection = Literal["exact", "reference"]
-_BISECTIONS: Final = 200
 Steps = Sequence[tuple[int, int]]
 """Per layer, how many steps its attention and its FFN go down their ladders."""
 
@@ -134,19 +134,9 @@ def allocate_by_loss(
     """
     check_ratio(ratio)
     modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
-    taken = _least_loss([(ladder.scores, ladder.costs) for ladder in modules], ratio * shape.decoder_parameters)
+    taken = least_loss([(ladder.scores, ladder.costs) for ladder in modules], ratio * shape.decoder_parameters)
     layers = plan_layers(ladders, shape, list(zip(taken[0::2], taken[1::2], strict=True)))
-    return layers, achieved_ratio(shape, layers, ratio, _remainder(align_channels))
-
-
-def check_ratio(ratio: float) -> None:
-    """Whether `ratio` lies in (0, 1).
-
-    Raises:
-        BudgetError: it does not.
-    """
-    if not 0 < ratio < 1:
-        raise BudgetError(f"the ratio must lie strictly between 0 and 1, got {ratio}; 0.2 removes 20 %")
+    return layers, achieved_ratio(shape, layers, ratio, remainder(align_channels))
 
 
 def plan_layers(ladders: Sequence[LayerLadders], shape: DecoderShape, steps: Steps) -> tuple[LayerPlan, ...]:
@@ -251,92 +241,16 @@ def _nearest(ladder: Ladder, budget: float, allowed: Sequence[int] | None = None
     return int(np.argmin(misses))
 
 
-def cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
-    """Take steps from the lowest score on while they fit `budget` to half of the smallest step's cost.
-
-    Args:
-        ladders: scores, ascending, and costs of the steps of each; [S] both.
-        budget: in the same units as the costs.
-
-    Returns:
-        Steps taken of each ladder. What is passed over for its cost is the end of its ladder: costs never fall.
-    """
-    values = np.concatenate([scores for scores, _ in ladders])
-    costs = np.concatenate([step_costs for _, step_costs in ladders])
-    owners = np.repeat(np.arange(len(ladders)), [len(scores) for scores, _ in ladders])
-    taken, removed, smallest = [0] * len(ladders), 0, int(costs.min())
-    # A stable sort: equal scores go in layer order, so that the same statistics always give the same plan.
-    for step in np.argsort(values, kind="stable"):
-        cost = int(costs[step])
-        if removed + cost <= budget + smallest / 2:
-            taken[owners[step]] += 1
-            removed += cost
-        elif cost == smallest:
-            break
-    return taken
-
-
-def _least_loss(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]], budget: float) -> list[int]:
-    """Steps of each ladder that cost at most `budget`, to half of the smallest step, at the least added score.
-
-    Args:
-        ladders: what each step adds, and costs of the steps; [S] both.
-        budget: in the same units as the costs.
-    """
-    losses = [np.concatenate([[0.0], np.cumsum(added)]) for added, _ in ladders]
-    weights = [np.concatenate([[0], np.cumsum(costs)]) for _, costs in ladders]
-    limit = budget + min(int(costs.min()) for _, costs in ladders) / 2
-
-    def at(price: float) -> list[int]:
-        return [int(np.argmin(loss - price * weight)) for loss, weight in zip(losses, weights, strict=True)]
-
-    def cost(taken: Sequence[int]) -> int:
-        return sum(int(weight[steps]) for weight, steps in zip(weights, taken, strict=True))
-
-    low, high = 0.0, max(float(added.sum() / costs.sum()) for added, costs in ladders) + 1.0
-    while cost(at(high)) <= limit and high < np.finfo(np.float64).max / 4:
-        low, high = high, 2 * high
-        if cost(at(low)) == sum(int(weight[-1]) for weight in weights):
-            break
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(at(middle)) <= limit else (low, middle)
-    return _filled(at(low), losses, weights, limit)
-
-
-def _filled(
-    taken: list[int], losses: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.int64]], limit: float
-) -> list[int]:
-    """Go on with the single steps that add least per weight while they fit."""
-    removed = sum(int(weight[steps]) for weight, steps in zip(weights, taken, strict=True))
-    while True:
-        fitting = [
-            (float(loss[steps + 1] - loss[steps]) / int(weight[steps + 1] - weight[steps]), index)
-            for index, (loss, weight, steps) in enumerate(zip(losses, weights, taken, strict=True))
-            if steps + 1 < len(weight) and removed + int(weight[steps + 1] - weight[steps]) <= limit
-        ]
-        if not fitting:
-            return taken
-        index = min(fitting)[1]
-        removed += int(weights[index][taken[index] + 1] - weights[index][taken[index]])
-        taken[index] += 1
-
-
 def _check_rest(task: _Task, rest: float) -> None:
     """Whether the FFN channels can make up the `rest` of the budget, in weights."""
     available = sum(task.shape.ffn_parameters(layer) for layer in task.shape.layers)
-    channel = _smallest_unit(task.shape)
+    channel = smallest_unit(task.shape)
     if not -channel / 2 <= rest <= available + channel / 2:
         more = "more" if rest > 0 else "fewer"
         raise BudgetError(
             f"the budget cannot be met: beside {task.remove_heads} query heads, {rest:.0f} weights of FFN channels "
             f"would have to go, and there are {available}; remove {more} heads (--remove-heads)"
         )
-
-
-def _smallest_unit(shape: DecoderShape) -> int:
-    """Weights of the least that can go: one FFN channel, or one of every expert."""
-    return min((shape.ffn_unit_parameters(layer) for layer in shape.layers), default=shape.ffn_channel_parameters)
 
 
 def _check_heads(task: _Task, found: int) -> None:
@@ -348,40 +262,6 @@ def _check_heads(task: _Task, found: int) -> None:
         )
 
 
-def _of_every(shape: DecoderShape) -> str:
-    return " of every expert" if any(layer.experts for layer in shape.layers) else ""
-
-
-def achieved_ratio(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: float, reason: str) -> Ratio:
-    """What share of the weights a plan removes.
-
-    Args:
-        shape: the dense decoder.
-        layers: what they keep.
-        ratio: what was asked for.
-        reason: why it may have been missed by more than half an FFN channel.
-
-    Raises:
-        BudgetError: the plan removes nothing, or everything.
-    """
-    total, unit = shape.decoder_parameters, _smallest_unit(shape)
-    kept = sum(
-        len(plan.query_heads) * shape.query_head_parameters
-        + len(plan.kv_heads) * shape.kv_head_parameters
-        + plan.ffn_width * shape.ffn_unit_parameters(layer)
-        for plan, layer in zip(layers, shape.layers, strict=True)
-    )
-    if kept == total:
-        raise BudgetError(
-            f"a ratio of {ratio} removes nothing: the smallest unit, one FFN channel{_of_every(shape)}, is "
-            f"{unit / total:.2g} of the decoder's weights; ask for more than half of that"
-        )
-    if kept == 0:
-        raise BudgetError(f"a ratio of {ratio} would remove every head and channel of the decoder; ask for less")
-    missed = abs(total - kept - ratio * total)
-    return Ratio(requested=ratio, achieved=(total - kept) / total, reason=reason if missed > unit / 2 else None)
-
-
 def _reason(structure: StructureName, selection: Selection, layers: int, align_channels: int) -> str:
     """Why a ratio may be missed by more than half a unit."""
     if selection == "reference":
@@ -391,11 +271,4 @@ def _reason(structure: StructureName, selection: Selection, layers: int, align_c
             f"{structure} removes the same in each of {layers} layers, so it moves {layers * align_channels} channels "
             "at a time, and cannot make up for heads that cost more than a layer's share"
         )
-    return _remainder(align_channels)
-
-
-def _remainder(align_channels: int) -> str:
-    """Why FFN channels may not make up for what whole heads miss."""
-    if align_channels > 1:
-        return f"FFN widths are multiples of {align_channels}, so the budget moves {align_channels} channels at a time"
-    return "no FFN channels are left to make up for whole heads"
+    return remainder(align_channels)

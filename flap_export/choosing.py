@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flap_export.allocation import allocate, allocate_by_loss, allocate_ladders
 from flap_export.errors import BudgetError, InputError
-from flap_export.evidence import CalibrationText, Evidence, check_ranks_modules, follows_code
+from flap_export.evidence import CalibrationText, Evidence
+from flap_export.gathering import check_ranks_modules, follows_code
 from flap_export.ladders import LayerLadders, ffn_plan, ladders_from_scores
 from flap_export.loading import Checkpoint
 from flap_export.methods import PruneOptions, resolved

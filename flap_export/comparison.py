@@ -17,7 +17,8 @@ from pydantic import Field
 from flap_export.calibration import open_dense
 from flap_export.errors import BudgetError, InputError, MissingRequirementError
 from flap_export.evaluation import QualityReport, evaluate
-from flap_export.evidence import ANY_RATIO, CalibrationText, Evidence, evidence_options, gather
+from flap_export.evidence import CalibrationText, Evidence
+from flap_export.gathering import ANY_RATIO, evidence_options, gather
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved

@@ -18,11 +18,12 @@ from typing import Final, Literal, final
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flap_export.allocation import STRUCTURES, StructureName, check_ratio
+from flap_export.allocation import STRUCTURES, StructureName
 from flap_export.compensation import COMPENSATIONS, CompensationName
 from flap_export.errors import BudgetError, InputError, check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, check_alignment
 from flap_export.rates import LayerRate
+from flap_export.ratios import check_ratio
 from flap_export.scoring import METRICS, MetricName
 from flap_export.statistics import StatisticsName
 from flap_export.stock import LAYOUTS, Layout

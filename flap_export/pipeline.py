@@ -16,8 +16,9 @@ from flap_export.building import BuildOptions, build
 from flap_export.building.profiles import profiles_of
 from flap_export.errors import GateBreachedError, InputError, OtherSearchError, RecipeError
 from flap_export.evaluation import QUALITY_NAME, QualityReport, evaluate_both
-from flap_export.evidence import Evidence, evidence_options, gather
+from flap_export.evidence import Evidence
 from flap_export.exporting import cache_length, export
+from flap_export.gathering import evidence_options, gather
 from flap_export.ideal import Phase
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint

@@ -16,7 +16,8 @@ from flap_export.checkpoint import write_checkpoint
 from flap_export.choosing import make_plan
 from flap_export.compensation import CompensationName
 from flap_export.errors import InputError, TextError
-from flap_export.evidence import CalibrationText, Evidence, gather
+from flap_export.evidence import CalibrationText, Evidence
+from flap_export.gathering import gather
 from flap_export.ladders import HeadUnits
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
@@ -125,7 +126,7 @@ def prune_with(
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> PruningPlan:
-    """Prune by what was gathered before; see `prune` and `flap_export.evidence.gather`."""
+    """Prune by what was gathered before; see `prune` and `flap_export.gathering.gather`."""
     options = resolved(options)
     dense = open_checkpoint(model)
     check_weights(meta_model(dense, dense.dtype), dense)

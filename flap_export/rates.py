@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from flap_export.allocation import Steps, achieved_ratio, cheapest_first, plan_layers
+from flap_export.allocation import Steps, plan_layers
+from flap_export.budgets import cheapest_first
 from flap_export.errors import BudgetError, InputError
 from flap_export.ladders import LayerLadders
 from flap_export.plan import LayerPlan, Ratio
+from flap_export.ratios import achieved_ratio
 from flap_export.shapes import DecoderShape
 from flap_export.storage import Record, Value
 

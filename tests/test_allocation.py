@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny import ALL_FAMILIES, tiny_config
 from transformers import AutoModelForCausalLM
 
-from flap_export.allocation import STRUCTURES, StructureName, _least_loss, allocate, allocate_by_loss
+from flap_export.allocation import STRUCTURES, StructureName, allocate, allocate_by_loss
+from flap_export.budgets import least_loss
 from flap_export.errors import BudgetError, PlanError
 from flap_export.families import FAMILIES, shape_from_config
 from flap_export.ladders import HEAD_UNITS, HeadUnits, Ladder, LayerLadders, attention_costs, ffn_steps
@@ -449,7 +450,7 @@ def loss_of(ladders: Sequence[LayerLadders], layers: Sequence[LayerPlan], shape:
 
 @pytest.mark.parametrize("convex", [True, False])
 @given(data=st.data())
-def test_the_least_loss_keeps_within_the_budget_and_leaves_no_room(convex: bool, data: st.DataObject) -> None:
+def test_theleast_loss_keeps_within_the_budget_and_leaves_no_room(convex: bool, data: st.DataObject) -> None:
     shape, ladders, ratio = data.draw(ladder_problems(convex=convex))
     try:
         layers, found = allocate_by_loss(ladders, shape, ratio)
@@ -485,7 +486,7 @@ def test_convex_losses_are_least_for_what_is_removed_with_equal_costs(
     )
     modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
     budget = ratio * unit * sum(len(ladder.costs) for ladder in modules)
-    taken = _least_loss([(np.sort(m.scores), m.costs) for m in modules], budget)
+    taken = least_loss([(np.sort(m.scores), m.costs) for m in modules], budget)
     ladders = tuple(
         LayerLadders(*(dataclasses.replace(m, scores=np.sort(m.scores)) for m in (layer.attention, layer.ffn)))
         for layer in ladders
@@ -551,7 +552,7 @@ def test_the_scale_of_losses_does_not_matter(scale: float) -> None:
     assert allocate_by_loss(scaled, shape, 0.4) == allocate_by_loss(ladders, shape, 0.4)
 
 
-def test_ratios_at_the_ends_of_the_least_loss() -> None:
+def test_ratios_at_the_ends_of_theleast_loss() -> None:
     shape, ladders = two_modules([1.0, 1.0], [1.0] * 40)
     with pytest.raises(BudgetError, match="removes nothing"):
         allocate_by_loss(ladders, shape, 1e-6)
@@ -562,7 +563,7 @@ def test_ratios_at_the_ends_of_the_least_loss() -> None:
     assert allocate_by_loss(ladders, shape, 1 - 12 / shape.decoder_parameters)[1].reason is None
 
 
-def test_the_aligned_least_loss_says_why_it_misses() -> None:
+def test_the_alignedleast_loss_says_why_it_misses() -> None:
     shape, ladders = two_modules([9.0, 9.0], [1.0] * 40)
     aligned = tuple(
         LayerLadders(layer.attention, Ladder(np.arange(40), ffn_steps(40, 8), np.full(5, 8 * 12), np.ones(5)))

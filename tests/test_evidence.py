@@ -13,7 +13,8 @@ from tiny import plain_model, save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.choosing import make_plan
 from flap_export.errors import InputError, TextError
-from flap_export.evidence import CalibrationText, Evidence, evidence_options, gather
+from flap_export.evidence import CalibrationText, Evidence
+from flap_export.gathering import evidence_options, gather
 from flap_export.loading import open_checkpoint
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
 from flap_export.pruning import prune_with

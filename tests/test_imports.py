@@ -41,6 +41,8 @@ STAGES = (
     "layerwise",
     "calibration",
     "ladders",
+    "budgets",
+    "ratios",
     "allocation",
     "rates",
     "compensation",
@@ -54,6 +56,7 @@ STAGES = (
     "measuring",
     "coupled",
     "evidence",
+    "gathering",
     "choosing",
     "pruning",
     "exporting",
@@ -148,7 +151,18 @@ def test_the_carried_modelling_file_imports_nothing_of_ours() -> None:
 
 def test_the_pure_part_imports_no_input_or_output() -> None:
     """Moments, scores, allocation, compensation and budget arithmetic: no files, no logging, no models."""
-    pure = ("moments", "scoring", "allocation", "compensation", "shapes", "errormetrics", "ideal", "prediction")
+    pure = (
+        "moments",
+        "scoring",
+        "budgets",
+        "ratios",
+        "allocation",
+        "compensation",
+        "shapes",
+        "errormetrics",
+        "ideal",
+        "prediction",
+    )
     for name in pure:
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         modules = {

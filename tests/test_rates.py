@@ -17,7 +17,8 @@ from tiny import MIXTURES, save_tokens, tiny_checkpoint, tokens_of
 from flap_export import choosing
 from flap_export.allocation import Steps, plan_layers
 from flap_export.errors import BudgetError, InputError
-from flap_export.evidence import CalibrationText, Evidence, evidence_options, gather
+from flap_export.evidence import CalibrationText, Evidence
+from flap_export.gathering import evidence_options, gather
 from flap_export.ladders import HEAD_UNITS, LayerLadders
 from flap_export.loading import Checkpoint, load_model, open_checkpoint
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
@@ -367,7 +368,7 @@ def test_what_rates_do_not_go_with_is_refused_before_calibrating(
     def calibrating(*_: Any, **__: Any) -> None:
         pytest.fail("calibrated first")
 
-    monkeypatch.setattr("flap_export.evidence.calibrate", calibrating)
+    monkeypatch.setattr("flap_export.gathering.calibrate", calibrating)
     path = tiny_checkpoint("llama", tmp_path / "dense", num_key_value_heads=4)
     source = save_tokens(tmp_path / "ids.npy", tokens_of(9, 8))
     values = given.get("rates", [0.2, 0.2])

@@ -144,7 +144,7 @@ def test_everyone_is_fed_the_references_greedy_tokens(
         calls.append((case.name, options["forced"], trace.tokens))
         return trace
 
-    monkeypatch.setattr("flap_export.validation.run_case", spied)
+    monkeypatch.setattr("flap_export.validation.stage.run_case", spied)
     validate(artifact, reference=checkpoint, decode_steps=3, threads=1)
     own = {name: tokens for name, forced, tokens in calls if forced is None}
     assert set(own) == {"single", "chunked", "ragged"}

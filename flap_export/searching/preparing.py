@@ -16,7 +16,8 @@ from torch import Tensor
 from flap_export.calibration import compute_dtype
 from flap_export.choosing import ladders_of, make_plan, splitting_of
 from flap_export.errors import BudgetError, FlapExportError, InputError, TextError
-from flap_export.evidence import EVIDENCE_NAME, CalibrationText, Evidence, evidence_options, gather
+from flap_export.evidence import EVIDENCE_NAME, CalibrationText, Evidence
+from flap_export.gathering import evidence_options, gather
 from flap_export.ladders import LayerLadders
 from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import Checkpoint, open_checkpoint
