@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flap_export.artifact import Artifact
     from flap_export.benchmarking import LatencyReport, bench
-    from flap_export.building import EngineRecord, build
+    from flap_export.building import BuildOptions, EngineRecord, build
     from flap_export.calibration import calibrate
     from flap_export.comparison import compare
     from flap_export.errors import FlapExportError
     from flap_export.evaluation import QualityReport, evaluate
+    from flap_export.evidence import CalibrationText
     from flap_export.exporting import export
     from flap_export.generation import generate
     from flap_export.loading import load_model
     from flap_export.manifest import verify
+    from flap_export.methods import PruneOptions
     from flap_export.pipeline import run
     from flap_export.plan import PruningPlan
     from flap_export.prediction import predict
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from flap_export.recipe import Recipe, load_recipe
     from flap_export.reporting import report
     from flap_export.runners import open_runner
-    from flap_export.searching import search
+    from flap_export.searching import SearchOptions, SearchReport, search
     from flap_export.statistics import CalibrationStatistics
     from flap_export.validation import ParityReport, validate
 
@@ -38,14 +40,19 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Artifact": "artifact",
+    "BuildOptions": "building",
     "CalibrationStatistics": "statistics",
+    "CalibrationText": "evidence",
     "EngineRecord": "building",
     "FlapExportError": "errors",
     "LatencyReport": "benchmarking",
     "ParityReport": "validation",
+    "PruneOptions": "methods",
     "PruningPlan": "plan",
     "QualityReport": "evaluation",
     "Recipe": "recipe",
+    "SearchOptions": "searching",
+    "SearchReport": "searching",
     "bench": "benchmarking",
     "build": "building",
     "calibrate": "calibration",
@@ -67,14 +74,19 @@ _MODULES = {
 
 __all__ = [
     "Artifact",
+    "BuildOptions",
     "CalibrationStatistics",
+    "CalibrationText",
     "EngineRecord",
     "FlapExportError",
     "LatencyReport",
     "ParityReport",
+    "PruneOptions",
     "PruningPlan",
     "QualityReport",
     "Recipe",
+    "SearchOptions",
+    "SearchReport",
     "__version__",
     "bench",
     "build",
