@@ -24,7 +24,7 @@ VERSIONED: Final = (
     "transformers",
 )  # fmt: skip
 
-UNRECORDED: Final = ("benchmark", "case", "genai_python", "output", "work")
+UNRECORDED: Final = ("benchmark", "case", "genai_python", "optimum_python", "output", "work")
 """Options that name a place or a process rather than what is measured."""
 
 LLAMAS: Final[dict[str, dict[str, Any]]] = {

@@ -1,7 +1,8 @@
-"""Our artifact against onnxruntime-genai and PyTorch on the same dense random Llama, on the CPU.
+"""Our artifact against onnxruntime-genai, optimum and PyTorch on the same dense random Llama, on the CPU.
 
-Every candidate runs in a process of its own; they take turns. onnxruntime-genai may live in an environment of its own
-(`--genai-python`); without it the comparison is with PyTorch alone, and says so.
+Every candidate runs in a process of its own; they take turns. onnxruntime-genai and optimum may live in environments of
+their own (`--genai-python`, `--optimum-python`; optimum needs one, made with `pip install -e ".[optimum]"`). What is
+not there is left out, and named.
 """
 
 from __future__ import annotations
@@ -25,23 +26,29 @@ from flap_export.benchmarking.workload import Workload
 
 OURS: Final = "flap_export"
 GENAI: Final = "onnxruntime-genai"
+OPTIMUM: Final = "optimum"
 TORCH: Final = "torch"
 AIMS: Final = {"decode": 1.0, "prefill": 1.3}
 """Our speed over onnxruntime-genai's."""
 GENAI_WORKER: Final = Path(__file__).with_name("genai_worker.py")
+OPTIMUM_WORKER: Final = Path(__file__).with_name("optimum_worker.py")
+OPTIMUM_EXPORT: Final = """
+import sys
+from optimum.exporters.onnx import main_export
+main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past")
+"""
 
 
 def main() -> None:
     """Measure, compare greedy tokens, print a table, write JSON."""
     arguments = parsed_arguments()
     conditions = common.Conditions()
-    genai_package = found_genai(arguments.genai_python)
     with common.work_directory(arguments) as work:
-        result = compared(arguments, work, genai_package)
+        result = compared(arguments, work)
     common.show(f"{arguments.model} Llama, float32, batch {arguments.batch_size}", COLUMNS, rows(result))
     print(f"greedy tokens equal: {result['greedy_tokens_equal']}")
-    if result["skipped"]:
-        print(f"skipped: {result['skipped']}")
+    for name, reason in result["skipped"].items():
+        print(f"{name} left out: {reason}")
     print(f"written to {common.save_result(arguments, conditions, result)}")
 
 
@@ -49,6 +56,7 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made = common.parser(__doc__, "onnxruntime_cpu")
     made.add_argument("--model", choices=sorted(common.LLAMAS), default="52m")
     made.add_argument("--genai-python", default=sys.executable, help="Python that has onnxruntime-genai")
+    made.add_argument("--optimum-python", default=sys.executable, help="Python that has optimum-onnx")
     made.add_argument("--prune-genai-head", action="store_true", help="build it with prune_lm_head=true as well")
     made.add_argument("--batch-size", type=int, default=1)
     made.add_argument("--prompt-length", type=int, default=128)
@@ -64,17 +72,38 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     return arguments
 
 
-def found_genai(python: str) -> Path | str:
-    """The folder of the package, or why it is not there."""
-    command = "import onnxruntime_genai, pathlib; print(pathlib.Path(onnxruntime_genai.__file__).parent)"
+def found_package(python: str, module: str) -> Path | None:
+    """The folder of a package, or None where an environment lacks it."""
+    command = f"import {module}, pathlib; print(pathlib.Path({module}.__file__).parent)"
     try:
         done = subprocess.run([python, "-c", command], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return f"{python} has no onnxruntime-genai; name one that has with --genai-python"
-    return Path(done.stdout.strip())
+        return None
+    return Path(done.stdout.strip().splitlines()[-1])
 
 
-def compared(arguments: argparse.Namespace, work: Path, genai_package: Path | str) -> dict[str, Any]:
+def foreign_candidates(
+    arguments: argparse.Namespace, work: Path, checkpoint: Path
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Commands of the other packages' workers by what they measure, and why the rest is left out."""
+    commands: dict[str, list[str]] = {}
+    skipped: dict[str, str] = {}
+    threads = str(arguments.threads or 0)
+    genai = found_package(arguments.genai_python, "onnxruntime_genai")
+    if genai is None:
+        skipped[GENAI] = f"{arguments.genai_python} does not have it; name one that has with --genai-python"
+    else:
+        for label, model in built_genai(arguments, work, checkpoint, genai).items():
+            commands[label] = [arguments.genai_python, str(GENAI_WORKER), str(model), threads]
+    if found_package(arguments.optimum_python, "optimum.onnxruntime") is None:
+        skipped[OPTIMUM] = f"{arguments.optimum_python} does not have it; name one that has with --optimum-python"
+    else:
+        model = exported_by_optimum(arguments, work, checkpoint)
+        commands[OPTIMUM] = [arguments.optimum_python, str(OPTIMUM_WORKER), str(model), threads]
+    return commands, skipped
+
+
+def compared(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All candidates in both phases, and what they generate."""
     name, max_length = arguments.model, arguments.max_length
     checkpoint = common.random_checkpoint(work / name, common.llama_config(name, max_length))
@@ -84,22 +113,25 @@ def compared(arguments: argparse.Namespace, work: Path, genai_package: Path | st
         OURS: greedy_tokens(artifact, prompt, arguments.new_tokens),
         TORCH: greedy_tokens(checkpoint, prompt, arguments.new_tokens),
     }
+    commands, skipped = foreign_candidates(arguments, work, checkpoint)
     with contextlib.ExitStack() as stack:
         options = WorkerOptions(device="cpu", threads=arguments.threads, seed=arguments.seed)
         candidates: dict[str, Any] = {
             OURS: stack.enter_context(opened(artifact, options)),
             TORCH: stack.enter_context(opened(checkpoint, options)),
         }
-        if isinstance(genai_package, Path):
-            for label, model in built_genai(arguments, work, checkpoint, genai_package).items():
-                genai = stack.enter_context(GenaiProcess(arguments, model))
-                candidates[label] = genai
-                tokens[label] = genai.generate(prompt, arguments.new_tokens)
+        for label, command in commands.items():
+            foreign = stack.enter_context(ForeignProcess(label, command, arguments.seed))
+            candidates[label] = foreign
+            tokens[label] = foreign.generate(prompt, arguments.new_tokens)
         phases = {phase: measured(arguments, candidates, phase) for phase in ("prefill", "decode")}
     return {
         "aims": AIMS,
-        "skipped": None if isinstance(genai_package, Path) else genai_package,
-        "genai_version": genai_version(arguments.genai_python),
+        "skipped": skipped,
+        "others": {
+            GENAI: versions(arguments.genai_python, "onnxruntime-genai", "onnxruntime"),
+            OPTIMUM: versions(arguments.optimum_python, "optimum-onnx", "onnxruntime", "transformers"),
+        },
         "greedy_tokens_equal": len({tuple(found) for found in tokens.values()}) == 1,
         "greedy_tokens": tokens,
         "phases": phases,
@@ -181,22 +213,35 @@ def add_tokenizer(checkpoint: Path, vocabulary_size: int) -> None:
     made.save_pretrained(checkpoint)
 
 
-def genai_version(python: str) -> str | None:
-    command = "import importlib.metadata as m; print(m.version('onnxruntime-genai'), m.version('onnxruntime'))"
-    done = subprocess.run([python, "-c", command], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+def exported_by_optimum(arguments: argparse.Namespace, work: Path, checkpoint: Path) -> Path:
+    """The export that optimum makes of the checkpoint, unless it is there."""
+    directory = work / f"{arguments.model}-optimum"
+    if not (directory / "model.onnx").is_file():
+        command = [arguments.optimum_python, "-c", OPTIMUM_EXPORT, str(checkpoint), str(directory)]
+        subprocess.run(command, check=True, capture_output=True)
+    return directory
+
+
+def versions(python: str, *packages: str) -> dict[str, str] | None:
+    """What another environment has installed; None where it lacks one."""
+    command = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {packages!r}}}))"
+    try:
+        done = subprocess.run([python, "-c", command], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 @final
-class GenaiProcess:
-    """The parent's end of `genai_worker.py`; can be measured like a `Worker`."""
+class ForeignProcess:
+    """The parent's end of a worker around another package (`foreign_worker.py`); can be measured like a `Worker`."""
 
-    def __init__(self, arguments: argparse.Namespace, model: Path) -> None:
-        self.seed = arguments.seed
-        command = [arguments.genai_python, str(GENAI_WORKER), str(model), str(arguments.threads or 0)]
+    def __init__(self, name: str, command: Sequence[str], seed: int) -> None:
+        self.name, self.seed = name, seed
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __enter__(self) -> GenaiProcess:
+    def __enter__(self) -> ForeignProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -220,7 +265,7 @@ class GenaiProcess:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("the onnxruntime-genai process died; its message stands above")
+            raise SystemExit(f"the process of {self.name} died; its message stands above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

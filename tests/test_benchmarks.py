@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from flap_export.benchmarking.worker import Sample
+from flap_export.benchmarking.workload import Workload
 from flap_export.errors import FlapExportError
 from flap_export.ideal import Roofline
 from flap_export.loading import load_model, open_checkpoint
@@ -106,11 +106,60 @@ def test_nodes_per_layer_leave_out_what_comes_once() -> None:
     assert script("export_cost").nodes_per_layer(nodes, 4) == 3
 
 
-def test_without_onnxruntime_genai_the_reason_is_stated() -> None:
-    found_genai = script("onnxruntime_cpu").found_genai
-    assert "--genai-python" in found_genai("/no/such/python")
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        assert "--genai-python" in found_genai(sys.executable)
+def test_packages_that_are_not_there_are_left_out_and_named(tmp_path: Path) -> None:
+    compared = script("onnxruntime_cpu")
+    absent = ["--genai-python", "/no/such/python", "--optimum-python", "/no/such/python"]
+    commands, skipped = compared.foreign_candidates(compared.parsed_arguments(absent), tmp_path, tmp_path)
+    assert commands == {}
+    assert "--genai-python" in skipped["onnxruntime-genai"]
+    assert "--optimum-python" in skipped["optimum"]
+    assert compared.versions("/no/such/python", "optimum-onnx") is None
+    assert set(compared.versions(sys.executable, "numpy")) == {"numpy"}
+
+
+def test_a_worker_of_another_package_is_measured_like_ours(tmp_path: Path) -> None:
+    """Its protocol with a model that counts; both phases, the calls that warm up, and tokens."""
+    (tmp_path / "worker.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+from foreign_worker import serve
+
+class Model:
+    vocabulary_size = 50
+
+    def __init__(self, directory, threads):
+        self.calls = 0
+
+    def prefill(self, tokens):
+        assert tokens.shape == (2, 7) and tokens.min() >= 3 and tokens.max() < 50
+        return self.timed
+
+    def decode(self, context):
+        assert context.shape == (2, 9)
+        return self.timed
+
+    def timed(self, calls):
+        self.calls += calls
+        return float(self.calls)
+
+    def generate(self, prompt, new_tokens):
+        return prompt[-1:] * new_tokens
+
+serve(Model)
+"""
+    )
+    compared = script("onnxruntime_cpu")
+    command = [sys.executable, str(tmp_path / "worker.py"), "nowhere", "0"]
+    with compared.ForeignProcess("counting", command, seed=0) as process:
+        assert process.generate([4, 5], 3) == [5, 5, 5]
+        assert process.prepare(Workload("prefill", 2, 7)).call_ms == 3.0
+        assert process.measure(4).call_ms == 7.0
+        assert process.prepare(Workload("decode", 2, 9)).call_ms == 10.0
+        assert process.measure(1).peak_memory_bytes > 0
+    dying = compared.ForeignProcess("dying", [sys.executable, "-c", ""], seed=0)
+    with dying, pytest.raises(SystemExit, match="the process of dying died"):
+        dying.generate([4], 1)
 
 
 # --- the comparison on a GPU
