@@ -58,7 +58,7 @@ def compare_alignment(
         artifact: exported from the aligned checkpoint; the unaligned one is exported like it.
         evidence: what both were pruned by.
         options: of the aligned checkpoint.
-        sources: texts for perplexity, see `flap_export.text`.
+        sources: texts for perplexity, see `flap_export.sources`.
         samples: windows per source.
         sequence_length: tokens of a window.
         batch_sizes: see `flap_export.bench`, as the following.

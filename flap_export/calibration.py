@@ -56,7 +56,7 @@ def calibrate(
 
     Args:
         model: a dense model directory or hub name.
-        source: a text source, see `flap_export.text`.
+        source: a text source, see `flap_export.sources`.
         samples: sequences to use; None takes up to 1024 of what the source holds.
         sequence_length: tokens of one sequence; None is 128, or the shape of a token array.
         seed: chooses the sequences of a longer text.

@@ -23,6 +23,7 @@ from flap_export.layerwise import Progress, no_progress
 from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved
 from flap_export.pruning import prune_with
+from flap_export.sources import digest_of_source
 from flap_export.storage import (
     SCRATCH_PREFIX,
     Record,
@@ -34,7 +35,6 @@ from flap_export.storage import (
     validated,
     write_text,
 )
-from flap_export.text import digest_of_source
 
 COMPARISON_NAME: Final = "comparison.json"
 TABLE_NAME: Final = "comparison.md"
@@ -132,7 +132,7 @@ def compare(
         variants: methods, each as `METHOD[,KEY=VALUE]...` with the options of `flap_export.methods.PruneOptions`.
         ratios: shares of the decoder's attention and FFN weights that go.
         calibration: what all are calibrated on.
-        sources: texts to evaluate on, see `flap_export.text`.
+        sources: texts to evaluate on, see `flap_export.sources`.
         samples: windows per source; None means all of them.
         sequence_length: tokens of a window.
         plot: whether to draw; needs matplotlib.

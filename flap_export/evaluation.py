@@ -165,7 +165,7 @@ def evaluate(
 
     Args:
         target: directory of a checkpoint or an artifact, or a hub name.
-        sources: text sources, see `flap_export.text`.
+        sources: text sources, see `flap_export.sources`.
         sequence_length: tokens of a window; None means 128, or as shaped for sources of token ids.
         samples: windows per source; None means all of them.
         batch_size: windows run at once.

@@ -27,7 +27,7 @@ class CalibrationText(Value):
     """What a model is calibrated on, and how."""
 
     source: str
-    """A text source, see `flap_export.text`."""
+    """A text source, see `flap_export.sources`."""
     samples: int | None = Field(default=None, gt=0)
     """Sequences; None takes up to 1024 of what the source holds."""
     sequence_length: int | None = Field(default=None, gt=1)

@@ -67,7 +67,7 @@ def prune(
         ratio: share of the decoder's attention and FFN weights that goes, in (0, 1); may be left out beside `rates`.
         rates: file of every layer's own share, see `flap_export.rates.Rates.read`, instead of a budget that the method
             spreads.
-        calibration: a text source, see `flap_export.text`; `magnitude` and `random` do without.
+        calibration: a text source, see `flap_export.sources`; `magnitude` and `random` do without.
         method: a row of `flap_export.methods`; what follows is None for what the method itself does.
         metric: importance of a channel, see `flap_export.scoring`.
         structure: how the budget is spread, see `flap_export.allocation`.

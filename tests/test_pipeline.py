@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
-from flap_export import pipeline, running
+from flap_export import pipeline, running, stages
 from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, RecipeError, TextError
 from flap_export.manifest import Manifest, verify
@@ -242,7 +242,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
     directory = tmp_path / "run"
     pipeline.run(recipe_of(), directory)
     assert (directory / "latency.json").is_file()
-    export = pipeline.export
+    export = stages.export
 
     def broken_export(checkpoint: Any, output: Any, **options: Any) -> Any:
         artifact = export(checkpoint, output, **options)
@@ -252,7 +252,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
         data.write_bytes(content)
         return artifact
 
-    monkeypatch.setattr(pipeline, "export", broken_export)
+    monkeypatch.setattr(stages, "export", broken_export)
     performed.clear()
     result = pipeline.run(recipe_of(export={"max_length": 44}), directory)
     assert performed[-1] == "validate"

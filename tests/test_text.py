@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flap_export.errors import InputError, MissingRequirementError, ModelError, TextError
-from flap_export.text import load_tokenizer, read_windows
+from flap_export.text import read_windows
+from flap_export.tokenization import load_tokenizer
 
 SENTENCES = ["the cat sat on the mat", "a dog ran over the hill", "rain fell on the old town, all night"]
 TEXT = "\n".join(SENTENCES[i % 3] for i in range(120))
