@@ -67,8 +67,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
-    is_pruned = model_type.startswith(PRUNED_PREFIX)
-    family = family_of(model_type.removeprefix(PRUNED_PREFIX))
+    is_pruned, model_type = model_type.startswith(PRUNED_PREFIX), model_type.removeprefix(PRUNED_PREFIX)
+    # As transformers does; Mistral's own class would give every layer the same window.
+    family = family_of("ministral" if model_type == "mistral" and raw.get("layer_types") else model_type)
     _check_version(family)
     config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
@@ -80,10 +81,14 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def _check_version(family: Family) -> None:
     import transformers
 
-    if family.experts and transformers.__version__.startswith("4."):
+    found = transformers.__version__
+    if family.experts and found.startswith("4."):
         raise ModelError(
-            f"{family.model_type} is supported with transformers 5 only, found {transformers.__version__}; "
-            "pip install 'transformers>=5'"
+            f"{family.model_type} is supported with transformers 5 only, found {found}; pip install 'transformers>=5'"
+        )
+    if family.model_type not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers {found} does not know {family.model_type} yet; pip install --upgrade transformers"
         )
 
 
@@ -144,7 +149,7 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
     path = directory / "config.json"
     try:
         check_config(config, family)
-        check_rope(config)
+        check_rope(config, family.rotary_fields)
         return shape_from_config(config, family)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
@@ -252,9 +257,9 @@ def _compute_buffers(model: nn.Module, hidden_size: int) -> None:
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
-    """Names of the tensors a checkpoint must hold, each once: a tied head is not listed."""
+    """Names of the tensors a checkpoint must hold, each once: a tied head is not listed, what is computed neither."""
     tied_head = f"{checkpoint.family.head}.weight"
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in model.state_dict():
         if not (checkpoint.shape.tied_embeddings and name == tied_head):
             yield name
 
@@ -278,8 +283,9 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"weights in '{checkpoint.directory}' hold {_listed(extra)}, which a {checkpoint.family.model_type} of "
             "this configuration has no place for; configuration and weights do not belong together"
         )
+    tensors = model.state_dict()
     for name in expected:
-        found, required = weights.shape(name), tuple(model.get_parameter(name).shape)
+        found, required = weights.shape(name), tuple(tensors[name].shape)
         if found != required:
             raise ModelError(
                 f"tensor '{name}' in '{checkpoint.directory}' has shape {list(found)}, the configuration asks for "
@@ -316,10 +322,12 @@ def _listed(names: list[str]) -> str:
 def read_parameters(module: nn.Module, prefix: str, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `module` (named `prefix` in the checkpoint) as they lie on disk, with their names within it.
 
+    Constants that checkpoints of the family hold, such as those of an activation, are among them.
+
     Raises:
         ModelError: a tensor is missing, or holds NaN or infinity.
     """
-    for name in [name for name, _ in module.named_parameters()]:
+    for name in list(module.state_dict()):
         yield name, weights.finite(f"{prefix}.{name}" if prefix else name)
 
 
@@ -329,12 +337,15 @@ def materialize(
     """Give the parameters of `module` the values that `read_parameters` found."""
     for name, tensor in parameters:
         owner_path, _, leaf = name.rpartition(".")
-        value = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-        module.get_submodule(owner_path).register_parameter(leaf, value)
+        owner, value = module.get_submodule(owner_path), tensor.to(device=device, dtype=dtype)
+        if leaf in owner._buffers:
+            owner.register_buffer(leaf, value)
+        else:
+            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def release(module: nn.Module) -> None:
-    """Send the parameters of `module` back to the meta device; buffers stay, for no checkpoint holds them."""
+    """Send the parameters of `module` back to the meta device; buffers stay: they are small, or in no checkpoint."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             owner.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import (
     ALL_FAMILIES,
@@ -23,7 +24,7 @@ from tiny import (
     tokens_of,
 )
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, Gemma3Config
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config
 
 from flap_export.errors import ModelError
 from flap_export.loading import MetaLayers, check_weights, load_model, meta_model, open_checkpoint
@@ -237,6 +238,30 @@ def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(tmp_path / "text"), tokens), expected)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", sorted({"ministral3", "mistral"} & set(ALL_FAMILIES)))
+def test_a_text_model_whose_head_is_beside_it(family: str, tied: bool, tmp_path: Path) -> None:
+    """Saved as the message for such models says, to the letter."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config=tiny_config(family, tie_word_embeddings=tied),
+        vision_config={**vision, "model_type": "pixtral", "image_size": 8, "patch_size": 4},
+        image_token_index=VOCABULARY - 1,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"'mistral3' models see images too; .* ministral3 and mistral, are") as caught:
+        open_checkpoint(tmp_path / "whole")
+    code = str(caught.value).split("`")[1]
+    code = code.replace("...", "source", 1).replace("...", "target", 1)
+    names = {"AutoModelForImageTextToText": AutoModelForImageTextToText}
+    exec(code, {**names, "source": tmp_path / "whole", "target": tmp_path / "text"})
+    tokens = torch.arange(9).unsqueeze(0)
+    assert torch.equal(logits_of(load(tmp_path / "text"), tokens), logits_of(model, tokens))
+
+
 def test_weights_of_another_class(dense: Path) -> None:
     edit_weights(dense, lambda t: t.update({"score.weight": t.pop("lm_head.weight")[:2]}))
     with pytest.raises(
@@ -339,8 +364,12 @@ def test_no_weights_at_all(dense: Path) -> None:
             r"config\.json': rope_type is 'spiral'.*yarn",
         ),
         (
-            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
-            r"mistral is supported with layer_types equal to None only, got \['full",
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            r"rope_parameters lack llama_4_scaling_beta, original_max_position_embeddings, which ministral3 cannot",
+        ),
+        (
+            {"model_type": "smollm3", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+            r"layer_types holds sliding_attention, but sliding_window is 4 and use_sliding_window is false",
         ),
         ({"model_type": "flap_llama"}, r"is a pruned model's but lacks valid pruned\.layers"),
         ({"model_type": "flap_llama", "pruned": {"layers": [{"heads": 1}]}}, r"lacks valid pruned\.layers"),
@@ -350,6 +379,43 @@ def test_configurations_that_do_not_fit(dense: Path, changes: dict[str, Any], me
     edit_config(dense, **changes)
     with pytest.raises(ModelError, match=message):
         load(dense)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 knows no Ministral")
+def test_a_mistral_of_several_windows_is_a_ministral(tmp_path: Path) -> None:
+    """As transformers takes it; without layer_types, or with none, it stays what it says."""
+    path = tiny_checkpoint("ministral", tmp_path / "dense")
+    tokens = tokens_of(2, 12)
+    expected = logits_of(plain_model(path), tokens)
+    edit_config(path, model_type="mistral")
+    assert open_checkpoint(path).family.model_type == "ministral"
+    assert torch.equal(logits_of(load(path), tokens), expected)
+    assert torch.equal(logits_of(plain_model(path), tokens), expected)
+    for layer_types in (None, ...):
+        edit_config(path, layer_types=layer_types)
+        assert open_checkpoint(path).family.model_type == "mistral"
+        assert (logits_of(load(path), tokens) - expected).abs().max() > 0.1
+
+
+def test_a_family_that_this_transformers_does_not_know_yet(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", {"llama": None})
+    edit_config(dense, model_type="qwen3")
+    with pytest.raises(ModelError, match=r"transformers \d.* does not know qwen3 yet; pip install --upgrade transf"):
+        open_checkpoint(dense)
+
+
+@pytest.mark.parametrize("constant", ["beta", "eps"])
+def test_constants_of_an_activation_are_the_checkpoints(constant: str, tmp_path: Path) -> None:
+    path, tokens = tiny_checkpoint("apertus", tmp_path / "dense"), tokens_of(2, 12)
+    before = logits_of(load(path), tokens)
+    name = f"model.layers.1.mlp.act_fn.{constant}"
+    edit_weights(path, lambda tensors: tensors.update({name: tensors[name] - 0.5}))
+    found = logits_of(load(path), tokens)
+    assert (found - before).abs().max() > 0.1
+    assert torch.equal(found, logits_of(plain_model(path), tokens))
+    edit_weights(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=rf"lack 'model\.layers\.1\.mlp\.act_fn\.{constant}'; they are incomplete"):
+        load(path)
 
 
 def test_a_pruned_checkpoint_of_another_depth(tmp_path: Path) -> None:
