@@ -148,6 +148,8 @@ def test_plain_configurations_are_accepted(family: str) -> None:
     ],
 )
 def test_configurations_that_ask_for_something_else(family: str, fields: dict[str, Any], message: str) -> None:
+    if family not in ALL_FAMILIES:
+        pytest.skip("this version of transformers does not know the family")
     config = tiny_config(family)
     for name, value in fields.items():
         object.__setattr__(config, name, value)

@@ -30,6 +30,8 @@ from flap_export.errors import ModelError
 from flap_export.loading import MetaLayers, check_weights, load_model, meta_model, open_checkpoint
 from flap_export.weights import INDEX_FILE, SINGLE_FILE, Weights
 
+NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 knows no Ministral")
+
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
@@ -363,9 +365,10 @@ def test_no_weights_at_all(dense: Path) -> None:
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
             r"config\.json': rope_type is 'spiral'.*yarn",
         ),
-        (
+        pytest.param(
             {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
             r"rope_parameters lack llama_4_scaling_beta, original_max_position_embeddings, which ministral3 cannot",
+            marks=NEEDS_TRANSFORMERS_5,
         ),
         (
             {"model_type": "smollm3", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
@@ -381,7 +384,7 @@ def test_configurations_that_do_not_fit(dense: Path, changes: dict[str, Any], me
         load(dense)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 knows no Ministral")
+@NEEDS_TRANSFORMERS_5
 def test_a_mistral_of_several_windows_is_a_ministral(tmp_path: Path) -> None:
     """As transformers takes it; without layer_types, or with none, it stays what it says."""
     path = tiny_checkpoint("ministral", tmp_path / "dense")
