@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,25 @@ def test_float64_in_every_family(family: str, tmp_path: Path) -> None:
     assert (together[:, :7] - alone).abs().max() < 1e-12
     single = logits_of(load_model(path, dtype=torch.float32), tokens)
     assert 1e-9 < (single - together).abs().max() < 1e-3
+
+
+def test_heads_turn_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers turns ERNIE's in float32; here by products of complex numbers, two neighbouring channels each."""
+    path, tokens = tiny_checkpoint("ernie4_5", tmp_path / "dense"), tokens_of(2, 12)
+    found = logits_of(load_model(path, dtype=torch.float64), tokens)
+    same: Any = load_model(path, dtype=torch.float64)
+    for layer in same.model.layers:
+        layer.self_attn.__dict__.pop("forward")
+
+    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *_: Any) -> Any:
+        half = cosine.shape[-1] // 2
+        factors = torch.complex(cosine[..., :half].double(), sine[..., :half].double()).unsqueeze(1)
+        pairs = (torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous()) for heads in (query, key))
+        return tuple(torch.view_as_real(pair * factors).flatten(-2) for pair in pairs)
+
+    assert (logits_of(same, tokens) - found).abs().max() > 1e-9
+    monkeypatch.setattr(importlib.import_module(type(same).__module__), "apply_rotary_pos_emb", turned)
+    assert (logits_of(same, tokens) - found).abs().max() < 1e-12
 
 
 # What may be wrong with a directory.

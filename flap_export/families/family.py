@@ -88,6 +88,8 @@ class Family:
     norm: Norm = Norm()
     rotary_interleaved: bool = False
     """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
+    rotary_in_float32: bool = False
+    """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
     rotary_fields: tuple[str, ...] = ()
     """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
     attention_kernel: str = "sdpa"

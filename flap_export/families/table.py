@@ -60,6 +60,7 @@ FAMILIES: dict[str, Family] = {
             "Ernie4_5",
             _SEPARATE_PROJECTIONS,
             rotary_interleaved=True,
+            rotary_in_float32=True,
             bias_flags={"query": "use_bias", "ffn": "use_bias"},
         ),
         Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
