@@ -41,9 +41,9 @@ def heads(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) -> None:
-    biased = FAMILIES[family].bias_flags.keys() >= set(CUT_SPACES)
-    # These keep all heads.
-    ratio = 0.3 if family in ("helium", "opt") else 0.5
+    keeps_heads = family in ("helium", "opt")
+    biased = FAMILIES[family].bias_flags.keys() >= ({"ffn"} if keeps_heads else set(CUT_SPACES))
+    ratio = 0.3 if keeps_heads else 0.5
     compensation = "bias" if biased else "none"
     alignment = EXPERT_ALIGNMENT if family in MIXTURES else 1
     _, stock, uneven = pruned_stock(family, tmp_path, ratio=ratio, compensation=compensation, align_channels=alignment)
