@@ -310,8 +310,27 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
         ("phi3", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
+        ("ernie4_5", {"use_bias": True}),
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+        ("helium", {"attention_bias": True, "num_key_value_heads": 4}),
+        pytest.param("ministral3", {"sliding_window": 6}, marks=NEEDS_TRANSFORMERS_5),
+        ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+        ("smollm3", {"use_sliding_window": False, "attention_bias": True}),
     ],
-    ids=["opt-norms-after", "opt-plain-norms", "gemma2-biases", "gemma2-uncapped", "gemma3-capped", "phi3-mha"],
+    ids=[
+        "opt-norms-after",
+        "opt-plain-norms",
+        "gemma2-biases",
+        "gemma2-uncapped",
+        "gemma3-capped",
+        "phi3-mha",
+        "ernie-biases",
+        "exaone-turning-everywhere",
+        "helium-mha-biases",
+        "ministral3-window",
+        "seed-output-biases",
+        "smollm3-without-windows",
+    ],
 )
 def test_what_a_configuration_switches(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     pruned = tiny_pruned(family, tmp_path, **options)
