@@ -6,11 +6,13 @@ Our own pruned checkpoints are read through their configuration, never by runnin
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any, final
 
 import torch
@@ -67,8 +69,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
-    is_pruned = model_type.startswith(PRUNED_PREFIX)
-    family = family_of(model_type.removeprefix(PRUNED_PREFIX))
+    is_pruned, model_type = model_type.startswith(PRUNED_PREFIX), model_type.removeprefix(PRUNED_PREFIX)
+    # As transformers does; Mistral's own class would give every layer the same window.
+    family = family_of("ministral" if model_type == "mistral" and raw.get("layer_types") else model_type)
     _check_version(family)
     config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
@@ -80,10 +83,14 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def _check_version(family: Family) -> None:
     import transformers
 
-    if family.experts and transformers.__version__.startswith("4."):
+    found = transformers.__version__
+    if family.experts and found.startswith("4."):
         raise ModelError(
-            f"{family.model_type} is supported with transformers 5 only, found {transformers.__version__}; "
-            "pip install 'transformers>=5'"
+            f"{family.model_type} is supported with transformers 5 only, found {found}; pip install 'transformers>=5'"
+        )
+    if family.model_type not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"transformers {found} does not know {family.model_type} yet; pip install --upgrade transformers"
         )
 
 
@@ -144,7 +151,7 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
     path = directory / "config.json"
     try:
         check_config(config, family)
-        check_rope(config)
+        check_rope(config, family.rotary_fields)
         return shape_from_config(config, family)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
@@ -212,7 +219,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         model = build_model(checkpoint, dtype)
     _compute_buffers(model, checkpoint.shape.hidden_size)
     if dtype == torch.float64:
-        _keep_double_precision(model, checkpoint.family.norm)
+        _keep_double_precision(model, checkpoint.family)
     return model
 
 
@@ -237,7 +244,7 @@ class MetaLayers:
         section = pruned_section(family, dense.model_copy(update={"layers": layers}))
         resize_layer(layer, index, section, dense.hidden_size, dense.head_dim)
         if self._dtype == torch.float64:
-            _keep_double_precision(layer, family.norm)
+            _keep_double_precision(layer, family)
         return layer
 
 
@@ -252,9 +259,9 @@ def _compute_buffers(model: nn.Module, hidden_size: int) -> None:
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
-    """Names of the tensors a checkpoint must hold, each once: a tied head is not listed."""
+    """Names of the tensors a checkpoint must hold, each once: a tied head is not listed, what is computed neither."""
     tied_head = f"{checkpoint.family.head}.weight"
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in model.state_dict():
         if not (checkpoint.shape.tied_embeddings and name == tied_head):
             yield name
 
@@ -278,8 +285,9 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"weights in '{checkpoint.directory}' hold {_listed(extra)}, which a {checkpoint.family.model_type} of "
             "this configuration has no place for; configuration and weights do not belong together"
         )
+    tensors = model.state_dict()
     for name in expected:
-        found, required = weights.shape(name), tuple(model.get_parameter(name).shape)
+        found, required = weights.shape(name), tuple(tensors[name].shape)
         if found != required:
             raise ModelError(
                 f"tensor '{name}' in '{checkpoint.directory}' has shape {list(found)}, the configuration asks for "
@@ -316,10 +324,12 @@ def _listed(names: list[str]) -> str:
 def read_parameters(module: nn.Module, prefix: str, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `module` (named `prefix` in the checkpoint) as they lie on disk, with their names within it.
 
+    Constants that checkpoints of the family hold, such as those of an activation, are among them.
+
     Raises:
         ModelError: a tensor is missing, or holds NaN or infinity.
     """
-    for name in [name for name, _ in module.named_parameters()]:
+    for name in list(module.state_dict()):
         yield name, weights.finite(f"{prefix}.{name}" if prefix else name)
 
 
@@ -329,12 +339,15 @@ def materialize(
     """Give the parameters of `module` the values that `read_parameters` found."""
     for name, tensor in parameters:
         owner_path, _, leaf = name.rpartition(".")
-        value = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-        module.get_submodule(owner_path).register_parameter(leaf, value)
+        owner, value = module.get_submodule(owner_path), tensor.to(device=device, dtype=dtype)
+        if leaf in owner._buffers:
+            owner.register_buffer(leaf, value)
+        else:
+            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def release(module: nn.Module) -> None:
-    """Send the parameters of `module` back to the meta device; buffers stay, for no checkpoint holds them."""
+    """Send the parameters of `module` back to the meta device; buffers stay: they are small, or in no checkpoint."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             owner.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
@@ -359,11 +372,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
     return model.to(device)
 
 
-def _keep_double_precision(model: nn.Module, norm: Norm) -> None:
-    """Let norms and routers compute in float64: transformers' own pass through float32, whatever the weights are."""
-    for module in model.modules():
+def _keep_double_precision(model: nn.Module, family: Family) -> None:
+    """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
+    for path, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_double_rms_norm, module, norm)
+            module.forward = partial(_double_rms_norm, module, family.norm)
+        if family.rotary_in_float32 and path.endswith(family.attention) and hasattr(module, "head_dim"):
+            module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary_interleaved), module)
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = partial(_double_router, module)
 
@@ -375,6 +390,26 @@ def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, 
     if getattr(module, "norm_topk_prob", True):
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return logits, weights, experts
+
+
+def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:
+    """An attention's `forward` that turns heads in the precision they have."""
+    own: Any = inspect.unwrap(forward)
+    rotate_half = own.__globals__["rotate_half"]
+
+    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (_by_pairs(values) if interleaved else values for values in (cosine, sine))
+        cosine, sine = (values.unsqueeze(1) for values in angles)
+        return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
+
+    seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
+    return FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+
+
+def _by_pairs(values: Tensor) -> Tensor:
+    """Each pair's value [..., R] twice in a row: some rotary embeddings give it so, others one half after the other."""
+    first, second = values.chunk(2, dim=-1)
+    return first.repeat_interleave(2, dim=-1) if torch.equal(first, second) else values
 
 
 def _double_rms_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:

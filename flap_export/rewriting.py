@@ -85,7 +85,7 @@ def rewrite_layer(
         index: of the layer.
         kept: the channels of every space that stay.
         restore: what the projections that lose inputs become.
-        parts: attention (`query`), the FFN, or both; what is no projection, norms and routers, comes with attention.
+        parts: attention (`query`), the FFN, or both; norms around them and routers come with attention.
     """
     prefix = f"{checkpoint.family.layers}.{index}."
     weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
@@ -93,7 +93,8 @@ def rewrite_layer(
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
         if projection is None:
-            if "query" in parts and not _leaves_with_attention(path, checkpoint.family, kept):
+            block = _block_of(path, checkpoint.family)
+            if (block or "query") in parts and not (block and _is_emptied(kept[block])):
                 yield name, weights.finite(name)
             continue
         check_kind(projection, kind)
@@ -147,10 +148,17 @@ def check_kind(projection: Projection, kind: str) -> None:
         )
 
 
-def _leaves_with_attention(path: str, family: Family, kept: Kept) -> bool:
-    """Whether `path` (a query or key norm) is part of an attention that kept no head."""
-    query = kept["query"]
-    return query is not None and query.numel() == 0 and path.startswith(f"{family.attention}.")
+def _block_of(path: str, family: Family) -> CutSpace | None:
+    """The block that `path`, no projection, is inside of and leaves with: query and key norms, an activation."""
+    for space in CUT_SPACES:
+        module = family.restoring(space).path.rpartition(".")[0]
+        if module and path.startswith(f"{module}."):
+            return space
+    return None
+
+
+def _is_emptied(channels: Tensor | None) -> bool:
+    return channels is not None and channels.numel() == 0
 
 
 def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flap_export.errors import ModelError
@@ -62,11 +62,15 @@ def _scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     return {"type": kind, **{name: value for name, value in scaling.items() if name not in stated}}
 
 
-def check_rope(config: Any) -> None:
+def check_rope(config: Any, fields: Sequence[str] = ()) -> None:
     """Whether transformers knows the kinds of rotary embedding that a configuration states.
 
+    Args:
+        config: a transformers configuration.
+        fields: further parameters that must be there.
+
     Raises:
-        ModelError: it does not know one.
+        ModelError: it does not know one, or a parameter is missing.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -75,6 +79,9 @@ def check_rope(config: Any) -> None:
         stated = kind.get("rope_type", kind.get("type", "default"))
         if stated not in known:
             raise ModelError(f"rope_type is '{stated}'; this version of transformers knows {', '.join(sorted(known))}")
+        missing = [name for name in fields if kind.get(name) is None]
+        if missing:
+            raise ModelError(f"rope_parameters lack {', '.join(missing)}, which {config.model_type} cannot do without")
 
 
 def _kinds(config: Any) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ EXPERT_ALIGNMENT: Final = 8
 def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
     """Numbers of query heads that the family's own class takes."""
     heads = dense.shape.layers[0].query_heads
-    if dense.family.plain_heads:
+    if dense.family.plain_heads or dense.family.square_output:
         return (heads,)
     return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
 

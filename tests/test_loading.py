@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import (
     ALL_FAMILIES,
@@ -23,11 +25,13 @@ from tiny import (
     tokens_of,
 )
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, Gemma3Config
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config
 
 from flap_export.errors import ModelError
 from flap_export.loading import MetaLayers, check_weights, load_model, meta_model, open_checkpoint
 from flap_export.weights import INDEX_FILE, SINGLE_FILE, Weights
+
+NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 knows no Ministral")
 
 
 @torch.no_grad()
@@ -142,6 +146,25 @@ def test_float64_in_every_family(family: str, tmp_path: Path) -> None:
     assert 1e-9 < (single - together).abs().max() < 1e-3
 
 
+def test_heads_turn_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers turns ERNIE's in float32; here by products of complex numbers, two neighbouring channels each."""
+    path, tokens = tiny_checkpoint("ernie4_5", tmp_path / "dense"), tokens_of(2, 12)
+    found = logits_of(load_model(path, dtype=torch.float64), tokens)
+    same: Any = load_model(path, dtype=torch.float64)
+    for layer in same.model.layers:
+        layer.self_attn.__dict__.pop("forward")
+
+    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *_: Any) -> Any:
+        half = cosine.shape[-1] // 2
+        factors = torch.complex(cosine[..., :half].double(), sine[..., :half].double()).unsqueeze(1)
+        pairs = (torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous()) for heads in (query, key))
+        return tuple(torch.view_as_real(pair * factors).flatten(-2) for pair in pairs)
+
+    assert (logits_of(same, tokens) - found).abs().max() > 1e-9
+    monkeypatch.setattr(importlib.import_module(type(same).__module__), "apply_rotary_pos_emb", turned)
+    assert (logits_of(same, tokens) - found).abs().max() < 1e-12
+
+
 # What may be wrong with a directory.
 
 
@@ -235,6 +258,30 @@ def test_the_text_model_of_one_that_sees_images(tmp_path: Path) -> None:
     tokens = torch.arange(9).unsqueeze(0)
     expected = logits_of(model, tokens)
     assert torch.equal(logits_of(load(tmp_path / "text"), tokens), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", sorted({"ministral3", "mistral"} & set(ALL_FAMILIES)))
+def test_a_text_model_whose_head_is_beside_it(family: str, tied: bool, tmp_path: Path) -> None:
+    """Saved as the message for such models says, to the letter."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config=tiny_config(family, tie_word_embeddings=tied),
+        vision_config={**vision, "model_type": "pixtral", "image_size": 8, "patch_size": 4},
+        image_token_index=VOCABULARY - 1,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"'mistral3' models see images too; .* ministral3 and mistral, are") as caught:
+        open_checkpoint(tmp_path / "whole")
+    code = str(caught.value).split("`")[1]
+    code = code.replace("...", "source", 1).replace("...", "target", 1)
+    names = {"AutoModelForImageTextToText": AutoModelForImageTextToText}
+    exec(code, {**names, "source": tmp_path / "whole", "target": tmp_path / "text"})
+    tokens = torch.arange(9).unsqueeze(0)
+    assert torch.equal(logits_of(load(tmp_path / "text"), tokens), logits_of(model, tokens))
 
 
 def test_weights_of_another_class(dense: Path) -> None:
@@ -338,9 +385,14 @@ def test_no_weights_at_all(dense: Path) -> None:
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
             r"config\.json': rope_type is 'spiral'.*yarn",
         ),
+        pytest.param(
+            {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            r"rope_parameters lack llama_4_scaling_beta, original_max_position_embeddings, which ministral3 cannot",
+            marks=NEEDS_TRANSFORMERS_5,
+        ),
         (
-            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]},
-            r"mistral is supported with layer_types equal to None only, got \['full",
+            {"model_type": "smollm3", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+            r"layer_types holds sliding_attention, but sliding_window is 4 and use_sliding_window is false",
         ),
         ({"model_type": "flap_llama"}, r"is a pruned model's but lacks valid pruned\.layers"),
         ({"model_type": "flap_llama", "pruned": {"layers": [{"heads": 1}]}}, r"lacks valid pruned\.layers"),
@@ -350,6 +402,43 @@ def test_configurations_that_do_not_fit(dense: Path, changes: dict[str, Any], me
     edit_config(dense, **changes)
     with pytest.raises(ModelError, match=message):
         load(dense)
+
+
+@NEEDS_TRANSFORMERS_5
+def test_a_mistral_of_several_windows_is_a_ministral(tmp_path: Path) -> None:
+    """As transformers takes it; without layer_types, or with none, it stays what it says."""
+    path = tiny_checkpoint("ministral", tmp_path / "dense")
+    tokens = tokens_of(2, 12)
+    expected = logits_of(plain_model(path), tokens)
+    edit_config(path, model_type="mistral")
+    assert open_checkpoint(path).family.model_type == "ministral"
+    assert torch.equal(logits_of(load(path), tokens), expected)
+    assert torch.equal(logits_of(plain_model(path), tokens), expected)
+    for layer_types in (None, ...):
+        edit_config(path, layer_types=layer_types)
+        assert open_checkpoint(path).family.model_type == "mistral"
+        assert (logits_of(load(path), tokens) - expected).abs().max() > 0.1
+
+
+def test_a_family_that_this_transformers_does_not_know_yet(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", {"llama": None})
+    edit_config(dense, model_type="qwen3")
+    with pytest.raises(ModelError, match=r"transformers \d.* does not know qwen3 yet; pip install --upgrade transf"):
+        open_checkpoint(dense)
+
+
+@pytest.mark.parametrize("constant", ["beta", "eps"])
+def test_constants_of_an_activation_are_the_checkpoints(constant: str, tmp_path: Path) -> None:
+    path, tokens = tiny_checkpoint("apertus", tmp_path / "dense"), tokens_of(2, 12)
+    before = logits_of(load(path), tokens)
+    name = f"model.layers.1.mlp.act_fn.{constant}"
+    edit_weights(path, lambda tensors: tensors.update({name: tensors[name] - 0.5}))
+    found = logits_of(load(path), tokens)
+    assert (found - before).abs().max() > 0.1
+    assert torch.equal(found, logits_of(plain_model(path), tokens))
+    edit_weights(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=rf"lack 'model\.layers\.1\.mlp\.act_fn\.{constant}'; they are incomplete"):
+        load(path)
 
 
 def test_a_pruned_checkpoint_of_another_depth(tmp_path: Path) -> None:

@@ -157,16 +157,18 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            if path.endswith(("mlp.gate.weight", "layernorm.weight", "layer_norm.weight", "layer_norm.bias")):
-                expected[name] = tensor
-            elif path in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            if path.startswith("self_attn.") and path.endswith("norm.weight"):
                 if kept.query_heads:
                     expected[name] = tensor
+            elif path.endswith(("mlp.gate.weight", "layernorm.weight", "layer_norm.weight", "layer_norm.bias")):
+                expected[name] = tensor
             elif path.startswith("self_attn.") and path[10:].partition("_")[0] in rows:
                 if kept.query_heads:
                     expected[name] = tensor[rows[path[10:].partition("_")[0]]]
             elif path.startswith("mlp.gate_up_proj") and channels:
                 expected[name] = tensor[gate_and_up]
+            elif path.startswith("mlp.act_fn.") and channels:
+                expected[name] = tensor
             elif path.startswith(("mlp.gate_proj", "mlp.up_proj", "fc1")) and channels:
                 expected[name] = tensor[channels]
         for path, space, columns in (
@@ -292,12 +294,12 @@ def test_attention_and_ffn_together_are_the_layer(family: str, overrides: dict[s
             assert all(torch.equal(tensor, found[name]) for name, tensor in again.items())
         made = layers.made(index, layer.shape(checkpoint.shape.layers[index], compensated=True))
         prefix = f"{checkpoint.family.layers}.{index}."
-        assert {f"{prefix}{name}" for name, _ in made.named_parameters()} == whole.keys()
+        assert {f"{prefix}{name}" for name in made.state_dict()} == whole.keys()
         assert all(parameter.is_meta for parameter in made.parameters())
         parameters = ((name.removeprefix(prefix), tensor) for name, tensor in whole.items())
         materialize(made, parameters, dtype=torch.float32, device="cpu")
-        for name, parameter in made.named_parameters():
-            assert torch.equal(parameter, whole[f"{prefix}{name}"]), name
+        for name, tensor in made.state_dict().items():
+            assert torch.equal(tensor, whole[f"{prefix}{name}"]), name
 
 
 def test_quantised_projections_are_refused() -> None:

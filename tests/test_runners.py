@@ -515,6 +515,19 @@ def test_query_heads_below_each_other_see_what_each_would(heads: int, tokens: in
     torch.testing.assert_close(grouped_attention(query, key, value, mask, 0.7), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("max_length", "asks"), [(64, False), (65, True)])
+def test_static_torch_asks_no_position_within_the_models_own(max_length: int, asks: bool, tmp_path: Path) -> None:
+    """Dynamic rotary embeddings would, which ends the capture of a CUDA graph; what they compute is the same."""
+    rope = {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 6.0}
+    checkpoint = tiny_checkpoint("llama", tmp_path / "checkpoint", rope_parameters=rope)
+    with open_runner(checkpoint, backend="torch-static", threads=1, max_length=max_length) as runner:
+        model: Any = runner._model  # type: ignore[attr-defined]
+        assert (model.model.rotary_emb.rope_type == "dynamic") == asks
+        found = runner.prefill(RAGGED)
+    with open_runner(checkpoint, backend="torch", threads=1) as runner:
+        np.testing.assert_allclose(found, runner.prefill(RAGGED), rtol=0, atol=1e-5)
+
+
 def test_static_torch_captures_on_its_own_device(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that is made for no device belongs to the current one, and takes in nothing of another."""
     seen: list[Any] = []

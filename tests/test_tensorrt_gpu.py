@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ALL_FAMILIES, tiny_checkpoint, tiny_pruned
+from tiny import ALL_FAMILIES, FAMILY_SIZES, tiny_checkpoint, tiny_pruned
 
 from flap_export.building.flavours import MODULES
 from flap_export.exporting import export
@@ -35,7 +35,7 @@ INSTALLED = [
     if importlib.util.find_spec(module) and os.environ.get("FLAVOUR", flavour) == flavour
 ]
 SIZES: dict[str, Any] = {"hidden_size": 128, "dtype": torch.float16}
-HEAD_DIM = {family: {"head_dim": 32} for family in ("gemma2", "gemma3_text", "qwen3")}
+HEAD_DIM = {family: {"head_dim": 32} for family, sizes in FAMILY_SIZES.items() if "head_dim" in sizes}
 
 
 def built(folder: Path, family: str, flavour: Any, *, pruned: bool = False, dtype: Any = "float16") -> Path:

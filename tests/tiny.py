@@ -41,11 +41,26 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-# What differs; `...` leaves a field out.
+
+
+def alternating(layers: int) -> list[str]:
+    return ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
+
+
+# What differs; `...` leaves a field out, a function is asked for as many values as there are layers.
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
-    # Qwen3's head size is stated and need not divide the hidden size; multi-query attention in Qwen2.
-    "qwen3": {"head_dim": 12},
-    "qwen2": {"num_key_value_heads": 1},
+    # No gate; an activation with parameters; query and key norms.
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    # No gate; the square of what is positive.
+    "arcee": {"rope_theta": 50.0},
+    # Windows in all but every fourth layer.
+    "cwm": {"head_dim": 12, "sliding_window": 6, "rope_theta": 50.0},
+    # Neighbouring channels turn together.
+    "ernie4_5": {"head_dim": 12, "rope_theta": 50.0},
+    # Norms behind the blocks, windows in every other layer; in the others no head turns.
+    "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
+    # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
+    "gemma": {"head_dim": 12},
     # Caps that bite, windows in every other layer, scores scaled by something else than the head size.
     "gemma2": {
         "head_dim": 12,
@@ -63,9 +78,48 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_theta": 700.0,
         "rope_local_base_freq": 15.0,
     },
+    # Multipliers of embeddings, residuals, scores and logits, of which none is what is usual.
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.6,
+        "logits_scaling": 1.7,
+    },
+    # Neighbouring channels turn together; o_proj is [H, H], whatever the heads are.
+    "helium": {"head_dim": 8, "rope_theta": 50.0},
+    # Query and key norms after the rotary embedding, whose base is stretched.
+    "hunyuan_v1_dense": {
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 30.0, "factor": 1.0, "alpha": 5.0},
+    },
+    "internlm3": {
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 6.0},
+    },
+    "ministral": {"head_dim": 12, "sliding_window": 6, "layer_types": alternating},
+    # Queries that grow with their position, by steps of four tokens.
+    "ministral3": {
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.6,
+        },
+    },
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Half of every head turns.
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
+    # Multi-query attention.
+    "qwen2": {"num_key_value_heads": 1},
+    # The head size is stated and need not divide the hidden size.
+    "qwen3": {"head_dim": 12},
     "qwen3_moe": {
         "head_dim": 12,
         "intermediate_size": 56,
@@ -74,11 +128,16 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
-    "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
-    # Half of every head turns.
-    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
+    # Biases of queries, keys and values, and none of the output.
+    "seed_oss": {"head_dim": 12, "attention_bias": True},
+    # In every other layer no head turns; those have windows.
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6, "rope_theta": 50.0},
 }
-ALL_FAMILIES = sorted(family for family in FAMILIES if not FAMILIES[family].experts or transformers.__version__ >= "5")
+ALL_FAMILIES = sorted(
+    family
+    for family in FAMILIES
+    if family in transformers.CONFIG_MAPPING and (transformers.__version__ >= "5" or not FAMILIES[family].experts)
+)
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
@@ -113,7 +172,9 @@ LONGROPE: dict[str, Any] = {
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     sizes = {**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}
-    return AutoConfig.for_model(family, **both_rope_forms({k: v for k, v in sizes.items() if v is not ...}))
+    values = {name: value for name, value in sizes.items() if value is not ...}
+    listed = {name: value(sizes["num_hidden_layers"]) for name, value in values.items() if callable(value)}
+    return AutoConfig.for_model(family, **both_rope_forms({**values, **listed}))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

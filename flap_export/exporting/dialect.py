@@ -195,6 +195,21 @@ def _rms_norm(module: Any, epsilon: float, hidden_states: Tensor) -> Tensor:
     return _symbolic("RMSNormalization", inputs, hidden_states, 23, axis=-1, epsilon=epsilon)
 
 
+def _softplus(values: Tensor) -> Tensor:
+    """Torch's own becomes ten nodes."""
+    return _symbolic("Softplus", (values,), values, 1)
+
+
+def _xielu(module: Any, hidden_states: Tensor) -> Tensor:
+    """Apertus' activation in float32: ONNX has no expm1, and what exp(x) - 1 - x leaves in half precision is noise."""
+    x, beta, epsilon, positive, negative = (
+        tensor.to(torch.float32) for tensor in (hidden_states, module.beta, module.eps, module.alpha_p, module.alpha_n)
+    )
+    convex = _softplus(positive) * x * x
+    concave = (torch.exp(torch.minimum(x, epsilon)) - 1 - x) * (beta + _softplus(negative))
+    return (torch.where(x > 0, convex, concave) + beta * x).to(hidden_states.dtype)
+
+
 def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
     """Cosines and sines float32 [L, R / 2] of every position, by name, from the model's own rotary embeddings.
 
@@ -245,6 +260,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module, float(getattr(module, checkpoint.family.norm.epsilon)))
+        if type(module).__name__ == "XIELUActivation":
+            module.forward = partial(_xielu, module)
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, JoinedExperts(module))
@@ -256,7 +273,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     modeling = importlib.import_module(type(model).__module__)
     # Families with learned positions have no such function.
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    modeling.apply_rotary_pos_emb = _apply_rotary  # type: ignore[attr-defined]
+    apply_rotary = partial(_apply_rotary, interleaved=checkpoint.family.rotary_interleaved)
+    modeling.apply_rotary_pos_emb = apply_rotary  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -280,13 +298,15 @@ def _rotary_tables(
 
 
 def _apply_rotary(
-    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, **__: Any
+    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, interleaved: bool = False, **__: Any
 ) -> tuple[Tensor, Tensor]:
     width = 2 * cosine.values.shape[-1]
 
     def rotated(heads: Tensor) -> Tensor:
-        partial = {"rotary_embedding_dim": width} if width < heads.shape[-1] else {}
+        attributes = {"rotary_embedding_dim": width} if width < heads.shape[-1] else {}
+        if interleaved:
+            attributes["interleaved"] = 1
         inputs = (heads, cosine.values, sine.values, cosine.position_ids)
-        return _symbolic("RotaryEmbedding", inputs, heads, 23, **partial)
+        return _symbolic("RotaryEmbedding", inputs, heads, 23, **attributes)
 
     return rotated(query), rotated(key)

@@ -94,7 +94,8 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: L
     ir_model: ir.Model = program.model
     _name_interface(ir_model, checkpoint)
     _bind(ir_model, {name: table.to(dtype) for name, table in tables.items()})
-    _bind(ir_model, dict(meta_model(checkpoint, dtype).named_buffers()))
+    buffers = meta_model(checkpoint, dtype).named_buffers()
+    _bind(ir_model, {name: buffer for name, buffer in buffers if not buffer.is_meta})
     return ir_model
 
 

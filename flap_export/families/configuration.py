@@ -22,6 +22,7 @@ def check_config(config: Any, family: Family) -> None:
     unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
+    _check_windows(config)
     for name, required in family.requires.items():
         allowed = (getattr(config, required),) if isinstance(required, str) else required
         found = getattr(config, name, allowed[0])
@@ -30,11 +31,24 @@ def check_config(config: Any, family: Family) -> None:
             raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
 
 
+def _check_windows(config: Any) -> None:
+    """Whether there is a window for the layers that want one: transformers' masks and attentions else disagree."""
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return
+    window, used = getattr(config, "sliding_window", None), getattr(config, "use_sliding_window", True)
+    if window is None or not used:
+        raise ModelError(
+            f"layer_types holds sliding_attention, but sliding_window is {window}"
+            f"{'' if used else ' and use_sliding_window is false'}; such a model has no meaning, correct the fields"
+        )
+
+
 def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """The dense decoder's shape, read from a transformers configuration.
 
     Raises:
-        ModelError: there is no layer, or the query heads are not a multiple of the KV heads.
+        ModelError: there is no layer, the query heads are not a multiple of the KV heads, or they do not fill the
+            hidden size where the family's class takes that for granted.
     """
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
@@ -45,6 +59,12 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
+    head_dim = head_dim or config.hidden_size // heads
+    if family.square_output and heads * head_dim != config.hidden_size:
+        raise ModelError(
+            f"{family.model_type}'s output projection is square: num_attention_heads times head_dim must be "
+            f"hidden_size ({config.hidden_size}), got {heads} times {head_dim}"
+        )
     layer = LayerShape(
         query_heads=heads,
         kv_heads=kv_heads,
@@ -55,7 +75,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     )
     return DecoderShape(
         hidden_size=config.hidden_size,
-        head_dim=head_dim or config.hidden_size // heads,
+        head_dim=head_dim,
         vocabulary_size=config.vocab_size,
         ffn_matrices=family.ffn_matrices,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),

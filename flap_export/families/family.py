@@ -62,10 +62,12 @@ class Family:
 
     model_type: str
     class_stem: str
-    """`<stem>ForCausalLM` and `<stem>Config` are the classes, `<stem>RMSNorm` its norm."""
+    """`<stem>ForCausalLM` and `<stem>Config` are the classes."""
     projections: tuple[Projection, ...]
     config_stem: str | None = None
     """Stem of the configuration's class where it is another one."""
+    inside: tuple[str, ...] = ()
+    """Model types that see images too and whose text model this is, beside the one that it is the `_text` of."""
     attention: str = "self_attn"
     decoder: str = "model"
     layers: str = "model.layers"
@@ -80,12 +82,21 @@ class Family:
     """Parts of tensors' names in checkpoints, and what the model calls them."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
+    square_output: bool = False
+    """Whether the class makes its output projection [H, H] whatever the heads are, so that Q D must be H. No class of
+    its own then holds fewer heads."""
     norm: Norm = Norm()
+    rotary_interleaved: bool = False
+    """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
+    rotary_in_float32: bool = False
+    """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
+    rotary_fields: tuple[str, ...] = ()
+    """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
     bias_flags: Mapping[Space, str] = field(default_factory=dict)
-    """Configuration flag that gives all projections around a space a bias. A family with both can hold a
-    compensated uniform plan in its own stock classes."""
+    """Configuration flag that gives the projection back from a space a bias, and perhaps those to it. A family with
+    both can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
     """What configuration fields must hold: one of these values, or the same as another field."""
 

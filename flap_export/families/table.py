@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flap_export.errors import ModelError
-from flap_export.families.family import Family, Norm, Projection
+from flap_export.families.family import Family, Norm, Projection, Space
 
 _SEPARATE_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("query",)),
@@ -14,6 +14,8 @@ _SEPARATE_PROJECTIONS = (
     Projection("mlp.up_proj", "hidden", ("ffn",)),
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
+
+_UNGATED_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_SEPARATE_PROJECTIONS[5:])
 
 _FUSED_PROJECTIONS = (
     Projection("self_attn.qkv_proj", "hidden", ("query", "kv", "kv")),
@@ -43,12 +45,33 @@ def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
 
 
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
+_LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
+_MISTRAL_WITH_IMAGES = ("mistral3",)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
+        Family("apertus", "Apertus", _UNGATED_PROJECTIONS, ffn_matrices=2, bias_flags={"query": "attention_bias"}),
+        Family("arcee", "Arcee", _UNGATED_PROJECTIONS, ffn_matrices=2, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family("cwm", "Cwm", _SEPARATE_PROJECTIONS, bias_flags={"ffn": "mlp_bias"}),
+        Family(
+            "ernie4_5",
+            "Ernie4_5",
+            _SEPARATE_PROJECTIONS,
+            rotary_interleaved=True,
+            rotary_in_float32=True,
+            bias_flags={"query": "use_bias", "ffn": "use_bias"},
+        ),
+        Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
+        Family(
+            "gemma",
+            "Gemma",
+            _SEPARATE_PROJECTIONS,
+            norm=_GEMMA_NORM,
+            bias_flags={"query": "attention_bias"},
+            requires=_ONE_DIRECTION,
+        ),
         Family(
             "gemma2",
             "Gemma2",
@@ -68,8 +91,42 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
-        # With layer_types, transformers takes it for another family, whose layers differ in their windows.
-        Family("mistral", "Mistral", _SEPARATE_PROJECTIONS, requires={"layer_types": (None,)}),
+        Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "helium",
+            "Helium",
+            _SEPARATE_PROJECTIONS,
+            square_output=True,
+            rotary_interleaved=True,
+            bias_flags={"ffn": "mlp_bias"},
+        ),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
+        # Transformers computes it by Llama's classes, with biases everywhere or nowhere; no checkpoint has them.
+        Family(
+            "internlm3",
+            "Llama",
+            _SEPARATE_PROJECTIONS,
+            config_stem="InternLM3",
+            requires={"attention_bias": (False,), "mlp_bias": (False,)},
+        ),
+        Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family("ministral", "Ministral", _SEPARATE_PROJECTIONS),
+        Family(
+            "ministral3",
+            "Ministral3",
+            _SEPARATE_PROJECTIONS,
+            inside=_MISTRAL_WITH_IMAGES,
+            rotary_fields=("llama_4_scaling_beta", "original_max_position_embeddings"),
+            requires={"layer_types": (None,)},
+        ),
+        # With layer_types it is a ministral, whose layers differ in their windows: see `open_checkpoint`.
+        Family(
+            "mistral",
+            "Mistral",
+            _SEPARATE_PROJECTIONS,
+            inside=_MISTRAL_WITH_IMAGES,
+            requires={"layer_types": (None,)},
+        ),
         Family(
             "mixtral",
             "Mixtral",
@@ -102,6 +159,14 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
         ),
+        # Its flag attention_bias is of queries, keys and values only.
+        Family(
+            "seed_oss",
+            "SeedOss",
+            _SEPARATE_PROJECTIONS,
+            bias_flags={"query": "attention_out_bias", "ffn": "mlp_bias"},
+        ),
+        Family("smollm3", "SmolLM3", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
     )
 }
 
@@ -117,6 +182,14 @@ def family_of(model_type: str) -> Family:
             f"'{model_type}' models see images too; only their text models, {model_type}_text, are supported; save "
             "that by `AutoModelForImageTextToText.from_pretrained(...).model.language_model.save_pretrained(...)`, and "
             "copy the tokenizer"
+        )
+    texts = sorted(family.model_type for family in FAMILIES.values() if model_type in family.inside)
+    if texts:
+        raise ModelError(
+            f"'{model_type}' models see images too; only their text models, {' and '.join(texts)}, are supported; save "
+            "that by `model = AutoModelForImageTextToText.from_pretrained(...); text = model.model.language_model; "
+            "text.save_pretrained(..., state_dict={f'model.{k}': v for k, v in text.state_dict().items()} | "
+            "{'lm_head.weight': model.lm_head.weight.clone()})`, and copy the tokenizer"
         )
     if model_type not in FAMILIES:
         raise ModelError(

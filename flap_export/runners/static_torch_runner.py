@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flap_export.devices import check_device
-from flap_export.exporting.dialect import softcapped_attention
+from flap_export.exporting.dialect import rotary_modules, softcapped_attention
 from flap_export.loading import load_model, open_checkpoint
 from flap_export.precision import torch_dtype
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
@@ -115,6 +115,16 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Transformers' mask interface: the cache knows the mask."""
 
 
+def _hold_frequencies(model: nn.Module) -> None:
+    """Let dynamic rotary embeddings not ask whether a position is beyond the model's own.
+
+    A CUDA graph cannot wait for the answer, and up to there the angles are those they begin with.
+    """
+    for _, rotary in rotary_modules(model):
+        if getattr(rotary, "rope_type", None) == "dynamic":
+            rotary.rope_type = "default"  # type: ignore[assignment]
+
+
 @final
 class StaticTorchRunner(Runner):
     """One call of the model for a whole batch, ragged or not, over caches that are allocated once.
@@ -144,6 +154,8 @@ class StaticTorchRunner(Runner):
         AttentionMaskInterface.register(NAME, _no_mask)
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         model.config._attn_implementation = NAME
+        if self.max_length <= checkpoint.config.max_position_embeddings:
+            _hold_frequencies(model)
         self._model: Any = model
         self._caches: Caches = {}
         self._graph: Any = None

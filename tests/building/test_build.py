@@ -22,6 +22,7 @@ from flap_export.building.network import check_network, parsed_network
 from flap_export.building.profiles import input_shapes, profiles_of
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError
 from flap_export.exporting import export
+from flap_export.families import FAMILIES
 from flap_export.manifest import verify
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'flap-export[tensorrt-rtx]'")
@@ -140,6 +141,19 @@ def test_the_exported_graph_itself_is_refused(onnx_folder: Path, artifact: Artif
     assert {attention.causal_kind.name for attention in attentions(network)} == {"UPPER_LEFT"}
     with pytest.raises(ArtifactError, match="must be masked, and not causal"):
         check_network(network, artifact, trt)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5", "helium", "llama"])
+def test_tensorrt_reads_which_channels_turn_together(family: str, tmp_path: Path) -> None:
+    export(tiny_checkpoint(family, tmp_path / "checkpoint"), tmp_path / "onnx", max_length=MAX_LENGTH)
+    polygraphy = flavours.import_polygraphy("tensorrt-rtx")
+    _, network, _ = parsed_network(tmp_path / "onnx" / "model-last.onnx", polygraphy)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    rotaries = [layer for layer in layers if layer.type == trt.LayerType.ROTARY_EMBEDDING]
+    assert rotaries
+    for layer in rotaries:
+        layer.__class__ = trt.IRotaryEmbeddingLayer
+        assert layer.interleaved == FAMILIES[family].rotary_interleaved
 
 
 def test_a_float32_projection_in_a_half_graph_is_refused(copy: Path, tmp_path: Path) -> None:

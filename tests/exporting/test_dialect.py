@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import ALL_FAMILIES, ROPES, plain_model, tiny_checkpoint
+from transformers.activations import ACT2CLS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from flap_export.exporting.dialect import Decoding, rotary_tables, softcapped_attention, speaking_onnx
+from flap_export.exporting.dialect import Decoding, _xielu, rotary_tables, softcapped_attention, speaking_onnx
 from flap_export.loading import build_model, open_checkpoint
 
 LENGTH = 40
@@ -83,6 +84,22 @@ def test_positions_and_valid_keys_follow_from_the_write_indices() -> None:
     decoding = Decoding({}, torch.tensor([0, 4]), 3, 8)
     assert decoding.position_ids.tolist() == [[0, 1, 2], [4, 5, 6]]
     assert decoding.valid_keys.tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_xielu_is_no_worse_than_transformers_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near zero, where it is a difference of nearly equal numbers, too; the reference is the formula in float64."""
+    monkeypatch.setattr("flap_export.exporting.dialect._softplus", torch.nn.functional.softplus)
+    activation = ACT2CLS["xielu"](alpha_p_init=0.3, alpha_n_init=1.1, dtype=dtype)
+    values = torch.cat([sign * torch.logspace(-5, 1, 200) for sign in (-1, 1)]).to(dtype)
+    with torch.no_grad():
+        own, found = activation(values), _xielu(activation, values)
+        expected = activation.double()(values.double())
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= (own - expected).abs().max()
+    near = values.abs() < 0.01
+    allowed = 2 * torch.finfo(dtype).eps * expected.abs() + torch.finfo(torch.float32).eps
+    assert ((found - expected).abs() <= allowed)[near].all()
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -42,9 +42,21 @@ MAX_LENGTH = 20
 PROMPT = 9
 STEPS = 3
 NODES = {
+    "apertus": (34, 11),
+    "arcee": (20, 11),
+    "cwm": (22, 18),
+    "ernie4_5": (22, 11),
+    "exaone4": (24, 16),
+    "gemma": (21, 12),
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
+    "granite": (24, 13),
+    "helium": (22, 11),
+    "hunyuan_v1_dense": (24, 11),
+    "internlm3": (22, 11),
     "llama": (22, 11),
+    "ministral": (22, 18),
+    "ministral3": (23, 20),
     "mistral": (22, 17),
     "mixtral": (37, 27),
     "opt": (21, 20),
@@ -52,6 +64,8 @@ NODES = {
     "qwen2": (23, 11),
     "qwen3": (24, 11),
     "qwen3_moe": (40, 21),
+    "seed_oss": (23, 11),
+    "smollm3": (22, 17),
 }
 """Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
 
@@ -207,10 +221,11 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
     # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
-    # OPT's have biases.
-    norms = 2 if family in MIXTURES else 4
+    # OPT's have biases, and EXAONE's are behind.
+    norms = 2 if family in MIXTURES else 0 if family == "exaone4" else 4
     unread = norms * artifact.shape.hidden_size * 4 * (2 if family == "opt" else 1)
-    assert float_bytes(tmp_path / "onnx") == sum(weights[name].nbytes for name in weights) - unread + tables
+    stored = sum(weights[name].nbytes for name in weights if weights.shape(name))
+    assert float_bytes(tmp_path / "onnx") == stored - unread + tables
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
 
@@ -295,8 +310,27 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
         ("phi3", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
+        ("ernie4_5", {"use_bias": True}),
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+        ("helium", {"attention_bias": True, "num_key_value_heads": 4}),
+        pytest.param("ministral3", {"sliding_window": 6}, marks=NEEDS_TRANSFORMERS_5),
+        ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+        ("smollm3", {"use_sliding_window": False, "attention_bias": True}),
     ],
-    ids=["opt-norms-after", "opt-plain-norms", "gemma2-biases", "gemma2-uncapped", "gemma3-capped", "phi3-mha"],
+    ids=[
+        "opt-norms-after",
+        "opt-plain-norms",
+        "gemma2-biases",
+        "gemma2-uncapped",
+        "gemma3-capped",
+        "phi3-mha",
+        "ernie-biases",
+        "exaone-turning-everywhere",
+        "helium-mha-biases",
+        "ministral3-window",
+        "seed-output-biases",
+        "smollm3-without-windows",
+    ],
 )
 def test_what_a_configuration_switches(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     pruned = tiny_pruned(family, tmp_path, **options)

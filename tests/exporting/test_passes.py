@@ -19,6 +19,7 @@ from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
 from flap_export.exporting.passes.scales import FoldQueryScalesPass
+from flap_export.exporting.passes.sharing import ShareConstantsPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
 from flap_export.exporting.passes.splits import SplitSlicesPass
 from flap_export.exporting.passes.transposes import TransposeWeightsPass
@@ -131,6 +132,53 @@ class TestTransposeWeights:
         graph = Graph(x=["n", 4])
         model = graph.model(graph.node("Transpose", graph.inputs[0], shape=[4, "n"], name="t", perm=[1, 0]))
         assert not TransposeWeightsPass()(model).modified
+
+
+class TestShareConstants:
+    @staticmethod
+    def twice(first: Sequence[int], second: Sequence[int]) -> ir.Model:
+        graph = Graph(x=["n", 1])
+        outputs = [
+            graph.node("Unsqueeze", graph.inputs[0], graph.constant(*axes), shape=["n", 1, 1], name=name)
+            for name, axes in (("a", first), ("b", second))
+        ]
+        return graph.model(*outputs)
+
+    def test_what_is_computed_from_equal_constants_is_the_same(self) -> None:
+        model = check_same_results(lambda: self.twice([1], [1]), ShareConstantsPass(), x=random(2, 1))
+        first, second = model.graph
+        assert first.inputs[1] is second.inputs[1]
+        assert len(model.graph.initializers) == 1
+
+    @pytest.mark.parametrize("other", [[0], [1, 2]])
+    def test_others_stay(self, other: list[int]) -> None:
+        model = self.twice([1], other)
+        assert not ShareConstantsPass()(model).modified
+        assert len(model.graph.initializers) == 2
+
+    def test_a_type_is_part_of_a_constant(self) -> None:
+        graph = Graph(x=["n"])
+        half = ir.tensor(np.array([0], dtype=np.uint64), name="half")
+        value = ir.Value(name="half", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.UINT64), const_value=half)
+        graph.graph.register_initializer(value)
+        zero = graph.constant(0)
+        model = graph.model(graph.inputs[0])
+        assert not ShareConstantsPass()(model).modified
+        assert set(model.graph.initializers) == {"half", zero.name}
+
+    def test_weights_are_neither_read_nor_shared(self) -> None:
+        """Two biases of zeros would leave one of two projections without."""
+        graph = Graph(x=["n", 2])
+        sums = [
+            graph.node(
+                "Add", graph.inputs[0], graph.weight(name, np.zeros(2, np.float32)), shape=["n", 2], name=f"+{name}"
+            )
+            for name in ("q", "k")
+        ]
+        model = graph.model(*sums)
+        assert not ShareConstantsPass()(model).modified
+        assert set(model.graph.initializers) == {"q", "k"}
+        assert graph.reads == {}
 
 
 class TestFuseProjections:

@@ -15,6 +15,7 @@ from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
 from flap_export.exporting.passes.scales import FoldQueryScalesPass
+from flap_export.exporting.passes.sharing import ShareConstantsPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
 from flap_export.exporting.passes.splits import SplitSlicesPass
 from flap_export.exporting.passes.transposes import TransposeWeightsPass
@@ -30,6 +31,7 @@ def optimize(ir_model: ir.Model) -> ir.Model:
     """
     passes = Sequential(
         FoldConstantsPass(),
+        ShareConstantsPass(),
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
         RemoveFullSlicesPass(),
