@@ -211,8 +211,21 @@ def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
         for kind in getattr(rotary, "layer_types", None) or [None]:
             values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
             for name, value in zip(_table_names(kind), values, strict=True):
-                tables[f"{path}.{name}"] = value[0, :, : value.shape[-1] // 2].contiguous()
+                tables[f"{path}.{name}"] = _every_value_once(value[0])
     return tables
+
+
+def _every_value_once(values: Tensor) -> Tensor:
+    """[L, R] -> [L, R / 2]: rotary embeddings give both channels of a pair their angle.
+
+    Most give one half of a head after the other, whatever pairs the attention makes of it, some one pair after the
+    other.
+    """
+    first, second = values.chunk(2, dim=-1)
+    if not torch.equal(first, second):
+        first, second = values[..., ::2], values[..., 1::2]
+        assert torch.equal(first, second), "the channels of a pair turn by different angles"
+    return first.contiguous()
 
 
 def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -256,7 +269,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     modeling = importlib.import_module(type(model).__module__)
     # Families with learned positions have no such function.
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    modeling.apply_rotary_pos_emb = _apply_rotary  # type: ignore[attr-defined]
+    speaking = partial(_apply_rotary, interleaved=checkpoint.family.rotary_interleaved)
+    modeling.apply_rotary_pos_emb = speaking  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -280,13 +294,15 @@ def _rotary_tables(
 
 
 def _apply_rotary(
-    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, **__: Any
+    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, interleaved: bool, **__: Any
 ) -> tuple[Tensor, Tensor]:
     width = 2 * cosine.values.shape[-1]
 
     def rotated(heads: Tensor) -> Tensor:
-        partial = {"rotary_embedding_dim": width} if width < heads.shape[-1] else {}
+        attributes = {"rotary_embedding_dim": width} if width < heads.shape[-1] else {}
+        if interleaved:
+            attributes["interleaved"] = 1
         inputs = (heads, cosine.values, sine.values, cosine.position_ids)
-        return _symbolic("RotaryEmbedding", inputs, heads, 23, **partial)
+        return _symbolic("RotaryEmbedding", inputs, heads, 23, **attributes)
 
     return rotated(query), rotated(key)

@@ -80,6 +80,8 @@ class Family:
     """Parts of tensors' names in checkpoints, and what the model calls them."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
+    rotary_interleaved: bool = False
+    """Whether neighbouring channels of a head turn together (2i and 2i + 1), not channels half a head apart."""
     norm: Norm = Norm()
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
