@@ -80,10 +80,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def _check_version(family: Family) -> None:
     import transformers
 
-    if family.experts and transformers.__version__.startswith("4."):
+    if int(transformers.__version__.partition(".")[0]) < family.transformers:
         raise ModelError(
-            f"{family.model_type} is supported with transformers 5 only, found {transformers.__version__}; "
-            "pip install 'transformers>=5'"
+            f"{family.model_type} is supported with transformers {family.transformers} only, found "
+            f"{transformers.__version__}; pip install 'transformers>={family.transformers}'"
         )
 
 
@@ -169,11 +169,13 @@ def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape,
 def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     """The `pruned` section of a configuration, which `modeling_pruned.py` reads."""
     kernel = {} if family.attention_kernel == "sdpa" else {"attention_kernel": family.attention_kernel}
+    generation = {} if family.transformers == 4 else {"transformers": family.transformers}
     return {
         "layers_path": family.layers,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
         **kernel,
+        **generation,
     }
 
 
@@ -362,8 +364,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
 def _keep_double_precision(model: nn.Module, norm: Norm) -> None:
     """Let norms and routers compute in float64: transformers' own pass through float32, whatever the weights are."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_double_rms_norm, module, norm)
+        if norm.covers(module):
+            module.forward = partial(_double_norm, module, norm)
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = partial(_double_router, module)
 
@@ -377,6 +379,13 @@ def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, 
     return logits, weights, experts
 
 
-def _double_rms_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
-    scale = module.weight + norm.offset
-    return nn.functional.rms_norm(hidden_states, scale.shape, scale, getattr(module, norm.epsilon))
+def _double_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    size, epsilon = hidden_states.shape[-1:], norm.epsilon_of(module)
+    normed = (
+        nn.functional.layer_norm(hidden_states, size, eps=epsilon)
+        if norm.is_centred
+        else nn.functional.rms_norm(hidden_states, size, eps=epsilon)
+    )
+    scaled = normed if weight is None else normed * (weight + norm.offset)
+    return scaled if bias is None else scaled + bias

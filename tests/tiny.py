@@ -77,8 +77,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
+    "starcoder2": {"sliding_window": 6},
 }
-ALL_FAMILIES = sorted(family for family in FAMILIES if not FAMILIES[family].experts or transformers.__version__ >= "5")
+GENERATION = int(transformers.__version__.partition(".")[0])
+ALL_FAMILIES = sorted(family for family, row in FAMILIES.items() if row.transformers <= GENERATION)
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""

@@ -1,10 +1,10 @@
 """The ONNX dialect: while it is spoken, a transformers model calls standard operators instead of torch code.
 
-Attention, cache updates, norms and rotary embeddings each become one node:
+Attention, cache updates, a family's own norms and rotary embeddings each become one node:
 
     TensorScatter (opset 24)        new K/V rows into the cache [B, K, L, D] at `write_indices`
     Attention (24)                  queries against the whole cache, GQA by shape
-    RMSNormalization (23)
+    RMSNormalization (23)           or LayerNormalization (17)
     RotaryEmbedding (23)
 
 The experts of a mixture become one FFN with the channels of all, weighed by the router: three products for all tokens,
@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
-from flap_export.families import EVERY_EXPERT
+from flap_export.families import EVERY_EXPERT, Norm
 from flap_export.loading import Checkpoint
 from flap_export.modeling_pruned import Experts
 
@@ -189,10 +189,16 @@ def _joined_weights(first: Any, count: int) -> nn.Module:
     return joined
 
 
-def _rms_norm(module: Any, epsilon: float, hidden_states: Tensor) -> Tensor:
+def _norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
     """The weight stands for the whole scale; a family's offset is added when weights are bound."""
-    inputs = (hidden_states, module.weight)
-    return _symbolic("RMSNormalization", inputs, hidden_states, 23, axis=-1, epsilon=epsilon)
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    attributes = {"axis": -1, "epsilon": norm.epsilon_of(module)}
+    if not norm.is_centred:
+        return _symbolic("RMSNormalization", (hidden_states, weight), hidden_states, 23, **attributes)
+    if weight is None:
+        return layer_norm(hidden_states, hidden_states.shape[-1:], eps=attributes["epsilon"])
+    inputs = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
+    return _symbolic("LayerNormalization", inputs, hidden_states, 17, **attributes)
 
 
 def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
@@ -256,8 +262,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     AttentionMaskInterface.register(NAME, _no_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_rms_norm, module, float(getattr(module, checkpoint.family.norm.epsilon)))
+        if checkpoint.family.norm.covers(module):
+            module.forward = partial(_norm, module, checkpoint.family.norm)
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, JoinedExperts(module))

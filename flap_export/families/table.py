@@ -75,6 +75,7 @@ FAMILIES: dict[str, Family] = {
             "Mixtral",
             _with_experts("w1", "w3", "w2"),
             experts="num_local_experts",
+            transformers=5,
             stored_names={".block_sparse_moe.": ".mlp."},
         ),
         Family(
@@ -99,8 +100,20 @@ FAMILIES: dict[str, Family] = {
             _with_experts("gate_proj", "up_proj", "down_proj"),
             ffn_width="moe_intermediate_size",
             experts="num_experts",
+            transformers=5,
             bias_flags={"query": "attention_bias"},
             requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+        ),
+        Family(
+            "starcoder2",
+            "Starcoder2",
+            (
+                *_SEPARATE_PROJECTIONS[:4],
+                Projection("mlp.c_fc", "hidden", ("ffn",)),
+                Projection("mlp.c_proj", "ffn", ("hidden",)),
+            ),
+            ffn_matrices=2,
+            bias_flags={"query": "use_bias", "ffn": "use_bias"},
         ),
     )
 }

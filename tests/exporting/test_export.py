@@ -52,11 +52,14 @@ NODES = {
     "qwen2": (23, 11),
     "qwen3": (24, 11),
     "qwen3_moe": (40, 21),
+    "starcoder2": (23, 17),
 }
 """Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
+NORM_VECTORS = {"opt": 2, "starcoder2": 2}
+"""Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
@@ -206,10 +209,9 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     weights = Weights(pruned)
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
-    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
-    # OPT's have biases.
+    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router.
     norms = 2 if family in MIXTURES else 4
-    unread = norms * artifact.shape.hidden_size * 4 * (2 if family == "opt" else 1)
+    unread = norms * NORM_VECTORS.get(family, 1) * artifact.shape.hidden_size * 4
     assert float_bytes(tmp_path / "onnx") == sum(weights[name].nbytes for name in weights) - unread + tables
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
