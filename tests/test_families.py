@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from flap_export.errors import ModelError
 from flap_export.families import EVERY_EXPERT, FAMILIES, check_config, family_of, shape_from_config
+from flap_export.loading import open_checkpoint, pruned_section
+from flap_export.modeling_pruned import resize_decoder
 from flap_export.shapes import LayerShape
 
 
@@ -110,6 +114,23 @@ def test_plain_configurations_are_accepted(family: str) -> None:
     check_config(tiny_config(family), FAMILIES[family])
 
 
+@pytest.mark.parametrize("family", sorted(family for family, row in FAMILIES.items() if row.transformers == 5))
+def test_a_family_that_needs_transformers_5_says_so(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, and in the file that pruned checkpoints carry."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    shape = shape_from_config(tiny_config("llama"), FAMILIES["llama"])
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    monkeypatch.setattr("flap_export.modeling_pruned.transformers.__version__", "4.57.6")
+    with pytest.raises(
+        ModelError, match=rf"{family} is supported with transformers 5 only, found 4\.57\.6; pip install"
+    ):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ImportError, match=r"this model needs transformers 5, this is 4\.57\.6; install it"):
+        resize_decoder(nn.Module(), "layers", pruned_section(FAMILIES[family], shape), 8)
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
@@ -123,6 +144,7 @@ def test_plain_configurations_are_accepted(family: str) -> None:
         ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
         ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
+        ("stablelm", {"qk_layernorm": True}, r"stablelm is supported with qk_layernorm equal to False only, got True"),
     ],
 )
 def test_configurations_that_ask_for_something_else(family: str, fields: dict[str, Any], message: str) -> None:

@@ -63,6 +63,9 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_theta": 700.0,
         "rope_local_base_freq": 15.0,
     },
+    # Two pairs of neighbours in every head turn.
+    "glm": {"head_dim": 12, "partial_rotary_factor": 0.34, "rope_theta": 50.0},
+    "glm4": {"head_dim": 12, "partial_rotary_factor": 0.34, "rope_theta": 50.0},
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
@@ -77,6 +80,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
+    # A quarter of every head turns; the same hidden states for attention and FFN, see also the tests of both kinds.
+    "stablelm": {"partial_rotary_factor": 0.25, "use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": 6},
 }
 GENERATION = int(transformers.__version__.partition(".")[0])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
-from flap_export.families import EVERY_EXPERT, Norm
+from flap_export.families import EVERY_EXPERT, Family, Norm
 from flap_export.loading import Checkpoint
 from flap_export.modeling_pruned import Experts
 
@@ -93,12 +93,13 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    decoding: Decoding,
+    step_cache: Any,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
+    decoding: Decoding = step_cache.decoding
     window = sliding_window if sliding_window is not None and sliding_window < decoding.max_length else None
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, decoding.mask(window, query.dtype), softcap)
@@ -264,6 +265,7 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     for module in model.modules():
         if checkpoint.family.norm.covers(module):
             module.forward = partial(_norm, module, checkpoint.family.norm)
+    hand_cache_on(model, checkpoint.family)
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, JoinedExperts(module))
@@ -284,6 +286,19 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
             del modeling.apply_rotary_pos_emb
         else:
             modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+
+
+def hand_cache_on(model: nn.Module, family: Family) -> None:
+    """Let every attention give its attention function the cache it is called with, as `step_cache`.
+
+    Not every family hands on to attention whatever else its model is called with.
+    """
+
+    def with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return given, {**named, "step_cache": named["past_key_values"]}
+
+    for layer in model.get_submodule(family.layers).children():
+        layer.get_submodule(family.attention).register_forward_pre_hook(with_cache, with_kwargs=True)
 
 
 @dataclass(frozen=True)

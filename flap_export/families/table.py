@@ -22,6 +22,8 @@ _FUSED_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_GLM_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_FUSED_PROJECTIONS[2:])
+
 _OPT_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("query",)),
     Projection("self_attn.k_proj", "hidden", ("kv",)),
@@ -48,7 +50,6 @@ _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
         Family(
             "gemma2",
             "Gemma2",
@@ -68,6 +69,9 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
+        Family("glm", "Glm", _GLM_PROJECTIONS, rotary_interleaved=True),
+        Family("glm4", "Glm4", _GLM_PROJECTIONS, rotary_interleaved=True),
+        Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
         # With layer_types, transformers takes it for another family, whose layers differ in their windows.
         Family("mistral", "Mistral", _SEPARATE_PROJECTIONS, requires={"layer_types": (None,)}),
         Family(
@@ -103,6 +107,16 @@ FAMILIES: dict[str, Family] = {
             transformers=5,
             bias_flags={"query": "attention_bias"},
             requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+        ),
+        Family(
+            "stablelm",
+            "StableLm",
+            _SEPARATE_PROJECTIONS,
+            head_dim_follows=True,
+            has_parallel_blocks="use_parallel_residual",
+            # A norm of its own for every head.
+            requires={"qk_layernorm": (False,)},
+            transformers=5,
         ),
         Family(
             "starcoder2",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flap_export.devices import check_device
-from flap_export.exporting.dialect import softcapped_attention
+from flap_export.exporting.dialect import hand_cache_on, softcapped_attention
 from flap_export.loading import load_model, open_checkpoint
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.sampling import Sampling, sampled
@@ -73,13 +73,13 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    static_cache: StaticCache,
+    step_cache: StaticCache,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
-    mask = static_cache.mask(sliding_window, query.dtype)
+    mask = step_cache.mask(sliding_window, query.dtype)
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, mask, softcap)
     else:
@@ -122,6 +122,7 @@ class StaticTorchRunner(Runner):
         AttentionMaskInterface.register(NAME, _no_mask)
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         model.config._attn_implementation = NAME
+        hand_cache_on(model, checkpoint.family)
         self._model: Any = model
         self._caches: Caches = {}
         self._graph: Any = None
@@ -185,7 +186,6 @@ class StaticTorchRunner(Runner):
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if self.logits == "last" else 0,
-            static_cache=cache,
         ).logits
         return logits[:, -1:] if self.logits == "last" else logits
 

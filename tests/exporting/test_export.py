@@ -44,6 +44,8 @@ STEPS = 3
 NODES = {
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
+    "glm": (23, 11),
+    "glm4": (25, 11),
     "llama": (22, 11),
     "mistral": (22, 17),
     "mixtral": (37, 27),
@@ -52,16 +54,24 @@ NODES = {
     "qwen2": (23, 11),
     "qwen3": (24, 11),
     "qwen3_moe": (40, 21),
+    "stablelm": (22, 11),
     "starcoder2": (23, 17),
 }
 """Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
-NORM_VECTORS = {"opt": 2, "starcoder2": 2}
+NORM_VECTORS = {"opt": 2, "stablelm": 2, "starcoder2": 2}
 """Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+def for_family(family: str, options: dict[str, Any]) -> Any:
+    """A variant that this version of transformers may be too old for."""
+    return pytest.param(family, options, marks=pytest.mark.skipif(family not in ALL_FAMILIES, reason="too old"))
+
+
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
 
 
@@ -209,8 +219,9 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     weights = Weights(pruned)
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
-    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router.
-    norms = 2 if family in MIXTURES else 4
+    # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
+    # that of parallel blocks is read unless both are empty, as in the last layer.
+    norms = 1 if artifact.shape.parallel_blocks else 2 if family in MIXTURES else 4
     unread = norms * NORM_VECTORS.get(family, 1) * artifact.shape.hidden_size * 4
     assert float_bytes(tmp_path / "onnx") == sum(weights[name].nbytes for name in weights) - unread + tables
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
@@ -297,8 +308,21 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
         ("phi3", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
+        for_family("stablelm", {"use_parallel_residual": False, "use_qkv_bias": False}),
+        for_family("stablelm", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
+        ("starcoder2", {"use_bias": False, "sliding_window": None}),
     ],
-    ids=["opt-norms-after", "opt-plain-norms", "gemma2-biases", "gemma2-uncapped", "gemma3-capped", "phi3-mha"],
+    ids=[
+        "opt-norms-after",
+        "opt-plain-norms",
+        "gemma2-biases",
+        "gemma2-uncapped",
+        "gemma3-capped",
+        "phi3-mha",
+        "stablelm-in-turn",
+        "stablelm-whole-heads-turn",
+        "starcoder2-plain",
+    ],
 )
 def test_what_a_configuration_switches(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     pruned = tiny_pruned(family, tmp_path, **options)
