@@ -6,11 +6,13 @@ Our own pruned checkpoints are read through their configuration, never by runnin
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any, final
 
 import torch
@@ -174,6 +176,7 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
         "layers_path": family.layers,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
+        **({"head_norms": dict(family.head_norms)} if family.head_norms else {}),
         **kernel,
         **generation,
     }
@@ -214,7 +217,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         model = build_model(checkpoint, dtype)
     _compute_buffers(model, checkpoint.shape.hidden_size)
     if dtype == torch.float64:
-        _keep_double_precision(model, checkpoint.family.norm)
+        _keep_double_precision(model, checkpoint.family)
     return model
 
 
@@ -239,7 +242,7 @@ class MetaLayers:
         section = pruned_section(family, dense.model_copy(update={"layers": layers}))
         resize_layer(layer, index, section, dense.hidden_size, dense.head_dim)
         if self._dtype == torch.float64:
-            _keep_double_precision(layer, family.norm)
+            _keep_double_precision(layer, family)
         return layer
 
 
@@ -361,11 +364,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
     return model.to(device)
 
 
-def _keep_double_precision(model: nn.Module, norm: Norm) -> None:
-    """Let norms and routers compute in float64: transformers' own pass through float32, whatever the weights are."""
-    for module in model.modules():
-        if norm.covers(module):
-            module.forward = partial(_double_norm, module, norm)
+def _keep_double_precision(model: nn.Module, family: Family) -> None:
+    """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
+    for path, module in model.named_modules():
+        if family.norm.covers(module):
+            module.forward = partial(_double_norm, module, family.norm)
+        if family.rotary_in_float32 and path.endswith(family.attention) and hasattr(module, "head_dim"):
+            module.forward = MethodType(_with_double_rotary(type(module).forward), module)
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = partial(_double_router, module)
 
@@ -377,6 +382,19 @@ def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, 
     if getattr(module, "norm_topk_prob", True):
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return logits, weights, experts
+
+
+def _with_double_rotary(forward: Any) -> FunctionType:
+    """An attention's `forward` that turns heads in the precision they have."""
+    own: Any = inspect.unwrap(forward)
+    rotate_half = own.__globals__["rotate_half"]
+
+    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+        return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
+
+    seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
+    return FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
 
 
 def _double_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The two import lines name the family the checkpoint came from. The configuration
 
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
+    head_norms    path of each norm with a row for every head, where a layer has it, and the space of these heads
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
     transformers  the oldest generation whose classes of this family can be resized, where that is not 4
 
@@ -187,6 +188,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         "ffn": counts["ffn_channels"],
     }
     output_bias = {"query": counts["attention_bias"], "ffn": counts["ffn_bias"]}
+    if counts["query_heads"]:
+        _resize_head_norms(layer, pruned.get("head_norms", {}), widths, head_dim)
     _separate_experts(layer, counts, pruned["projections"])
     for path, inputs, outputs in pruned["projections"]:
         if EVERY_EXPERT in path:
@@ -218,6 +221,15 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
             _count_heads(parent, counts["query_heads"], counts["kv_heads"])
         if block == "ffn" and hasattr(parent, "intermediate_size"):
             parent.intermediate_size = counts["ffn_channels"]
+
+
+def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:
+    """Give norms with weights [heads, D] as many rows as there are heads left."""
+    for path, space in norms.items():
+        parent_path, _, name = path.rpartition(".")
+        norm: Any = dict(layer.get_submodule(parent_path).named_children()).get(name)
+        if norm is not None:
+            norm.weight = nn.Parameter(norm.weight.new_ones(widths[space] // head_dim, head_dim))
 
 
 def _check_generation(pruned: dict[str, Any]) -> None:

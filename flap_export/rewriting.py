@@ -94,7 +94,9 @@ def rewrite_layer(
         projection = checkpoint.family.projection(path)
         if projection is None:
             if "query" in parts and not _leaves_with_attention(path, checkpoint.family, kept):
-                yield name, weights.finite(name)
+                heads = _kept_heads(path, checkpoint, kept)
+                tensor = weights.finite(name)
+                yield name, tensor if heads is None else tensor[heads]
             continue
         check_kind(projection, kind)
         if projection.restores or projection.part not in parts:
@@ -151,6 +153,14 @@ def _leaves_with_attention(path: str, family: Family, kept: Kept) -> bool:
     """Whether `path` (a query or key norm) is part of an attention that kept no head."""
     query = kept["query"]
     return query is not None and query.numel() == 0 and path.startswith(f"{family.attention}.")
+
+
+def _kept_heads(path: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
+    """The heads that stay of a norm with a row for every head, int64; None where all of it stays."""
+    space = checkpoint.family.head_norms.get(path)
+    channels = kept[space] if space is not None else None
+    size = checkpoint.shape.head_dim
+    return None if channels is None else channels[::size] // size
 
 
 def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:

@@ -50,6 +50,9 @@ VARIANTS = [
     pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biases"),
     pytest.param("opt", {"enable_bias": False, "do_layer_norm_before": False}, id="opt-no-biases-norms-after"),
     pytest.param("starcoder2", {"use_bias": False}, id="starcoder2-no-biases"),
+    pytest.param("cohere", {"use_qk_norm": False, "attention_bias": True}, id="cohere-plain-heads"),
+    pytest.param("cohere", {"num_key_value_heads": 4}, id="cohere-mha"),
+    pytest.param("phi", {"qk_layernorm": True}, id="phi-norms"),
 ]
 
 
@@ -164,11 +167,13 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            if path.rpartition(".")[0].endswith(("mlp.gate", "layernorm", "layer_norm")):
+            is_of_heads = path.startswith(("self_attn.q_", "self_attn.k_")) and "norm." in path
+            if path.rpartition(".")[0].endswith(("mlp.gate", "layernorm", "layer_norm")) and not is_of_heads:
                 expected[name] = tensor
-            elif path in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            elif is_of_heads:
+                heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
                 if kept.query_heads:
-                    expected[name] = tensor
+                    expected[name] = tensor[list(heads_of)] if tensor.ndim == 2 else tensor
             elif path.startswith("self_attn.") and path[10:].partition("_")[0] in rows:
                 if kept.query_heads:
                     expected[name] = tensor[rows[path[10:].partition("_")[0]]]

@@ -18,7 +18,7 @@ from flap_export.loading import load_model, open_checkpoint
 from flap_export.pruning import prune
 from flap_export.stock import EXPERT_ALIGNMENT
 
-HOLDING_BIASES = ("llama", "opt", "starcoder2")
+HOLDING_BIASES = ("llama", "nemotron", "opt", "phi", "starcoder2")
 """Families whose own classes have a place for every compensating bias."""
 WIDE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 

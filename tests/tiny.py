@@ -46,6 +46,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Qwen3's head size is stated and need not divide the hidden size; multi-query attention in Qwen2.
     "qwen3": {"head_dim": 12},
     "qwen2": {"num_key_value_heads": 1},
+    # A norm of its own for every head; logits that are scaled.
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.7},
+    # Windows in every other layer; the others do not turn.
+    "cohere2": {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.7},
     # Caps that bite, windows in every other layer, scores scaled by something else than the head size.
     "gemma2": {
         "head_dim": 12,
@@ -77,7 +81,12 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
+    "nemotron": {"head_dim": 12, "partial_rotary_factor": 0.5},
+    # Queries, keys and values beyond the bound are cut off.
+    "olmo": {"clip_qkv": 1.0},
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Four channels of eight turn.
+    "phi": {"partial_rotary_factor": 0.5},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
     # A quarter of every head turns; the same hidden states for attention and FFN, see also the tests of both kinds.

@@ -6,6 +6,7 @@ Attention, cache updates, a family's own norms and rotary embeddings each become
     Attention (24)                  queries against the whole cache, GQA by shape
     RMSNormalization (23)           or LayerNormalization (17)
     RotaryEmbedding (23)
+    Gelu (20)                       for the activation that transformers writes out as `gelu_new`
 
 The experts of a mixture become one FFN with the channels of all, weighed by the router: three products for all tokens,
 however many experts there are.
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import gelu, layer_norm, linear
 
 from flap_export.families import EVERY_EXPERT, Family, Norm
 from flap_export.loading import Checkpoint
@@ -196,8 +197,10 @@ def _norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
     attributes = {"axis": -1, "epsilon": norm.epsilon_of(module)}
     if not norm.is_centred:
         return _symbolic("RMSNormalization", (hidden_states, weight), hidden_states, 23, **attributes)
-    if weight is None:
-        return layer_norm(hidden_states, hidden_states.shape[-1:], eps=attributes["epsilon"])
+    if weight is None or weight.ndim > 1:
+        # The operator takes one row of weights, for all heads.
+        normed = layer_norm(hidden_states, hidden_states.shape[-1:], eps=norm.epsilon_of(module))
+        return normed if weight is None else normed * weight
     inputs = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
     return _symbolic("LayerNormalization", inputs, hidden_states, 17, **attributes)
 
@@ -265,6 +268,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     for module in model.modules():
         if checkpoint.family.norm.covers(module):
             module.forward = partial(_norm, module, checkpoint.family.norm)
+        if type(module).__name__ == "NewGELUActivation":
+            module.forward = partial(gelu, approximate="tanh")
     hand_cache_on(model, checkpoint.family)
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):

@@ -40,7 +40,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
     heads = config.num_attention_heads
     kv_heads = None if family.plain_heads else getattr(config, "num_key_value_heads", None)
-    head_dim = None if family.fixed_heads else getattr(config, "head_dim", None)
+    head_dim = None if family.plain_heads or family.head_dim_follows else getattr(config, "head_dim", None)
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")

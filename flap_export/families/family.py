@@ -97,8 +97,14 @@ class Family:
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
     head_dim_follows: bool = False
     """Whether D is H / Q, whatever else a configuration states; so it is with plain heads."""
+    head_dim_follows_in_4: bool = False
+    """Whether that holds in transformers 4 only; 5 takes what a configuration states."""
     rotary_interleaved: bool = False
     """Whether neighbouring channels of a head turn together (2i and 2i + 1), not channels half a head apart."""
+    rotary_in_float32: bool = False
+    """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
+    head_norms: Mapping[str, Space] = field(default_factory=dict)
+    """Norms below a layer, where a configuration has them, with weights [heads, D]: a row for every head of a space."""
     has_parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""
@@ -118,7 +124,7 @@ class Family:
     @property
     def fixed_heads(self) -> bool:
         """Whether its own class takes the dense number of heads only, at the dense head size."""
-        return self.plain_heads or self.head_dim_follows
+        return self.plain_heads or self.head_dim_follows or self.head_dim_follows_in_4
 
     def has_bias(self, space: Space, config: Any) -> bool:
         """Whether the projection that maps `space` back to the residual stream has a bias, by a configuration."""

@@ -44,12 +44,35 @@ def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
     )
 
 
+_COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        Family(
+            "cohere",
+            "Cohere",
+            _SEPARATE_PROJECTIONS,
+            rotary_interleaved=True,
+            rotary_in_float32=True,
+            head_norms={"self_attn.q_norm": "query", "self_attn.k_norm": "kv"},
+            has_parallel_blocks=True,
+            norm=_COHERE_NORM,
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "cohere2",
+            "Cohere2",
+            _SEPARATE_PROJECTIONS,
+            head_dim_follows_in_4=True,
+            rotary_interleaved=True,
+            rotary_in_float32=True,
+            has_parallel_blocks=True,
+            norm=_COHERE_NORM,
+            bias_flags={"query": "attention_bias"},
+        ),
         Family(
             "gemma2",
             "Gemma2",
@@ -83,6 +106,22 @@ FAMILIES: dict[str, Family] = {
             stored_names={".block_sparse_moe.": ".mlp."},
         ),
         Family(
+            "nemotron",
+            "Nemotron",
+            (*_SEPARATE_PROJECTIONS[:4], *_SEPARATE_PROJECTIONS[5:]),
+            ffn_matrices=2,
+            norm=Norm(epsilon="eps", offset=1.0, is_centred=True, suffix="LayerNorm1P"),
+            bias_flags={"query": "attention_bias", "ffn": "mlp_bias"},
+            transformers=5,
+        ),
+        Family(
+            "olmo",
+            "Olmo",
+            _SEPARATE_PROJECTIONS,
+            norm=Norm(epsilon=1e-5, is_centred=True, suffix="LayerNorm"),
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
             "opt",
             "OPT",
             _OPT_PROJECTIONS,
@@ -94,6 +133,19 @@ FAMILIES: dict[str, Family] = {
             plain_heads=True,
             bias_flags={"query": "enable_bias", "ffn": "enable_bias"},
             requires={"word_embed_proj_dim": "hidden_size"},
+        ),
+        Family(
+            "phi",
+            "Phi",
+            (
+                *_SEPARATE_PROJECTIONS[:3],
+                Projection("self_attn.dense", "query", ("hidden",)),
+                Projection("mlp.fc1", "hidden", ("ffn",)),
+                Projection("mlp.fc2", "ffn", ("hidden",)),
+            ),
+            ffn_matrices=2,
+            has_parallel_blocks=True,
+            always_biased=("query", "ffn"),
         ),
         Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),

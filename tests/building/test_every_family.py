@@ -25,7 +25,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = {"float16": "HALF", "bfloat16": "BF16"}
 # Heads of 32 channels and four query heads, for which there are fused kernels.
 SIZES: dict[str, Any] = {"hidden_size": 128}
-HEAD_DIM = {family: {"head_dim": 32} for family in ("gemma2", "gemma3_text", "glm", "glm4", "qwen3", "qwen3_moe")}
+HEAD_DIM = {
+    family: {"head_dim": 32} for family in ("gemma2", "gemma3_text", "glm", "glm4", "nemotron", "qwen3", "qwen3_moe")
+}
 ROUTING = {"TOPK", "SLICE", "SCATTER"}
 """What routers add to that."""
 CAPPED = ("gemma2",)
