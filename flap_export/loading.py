@@ -394,7 +394,9 @@ def _with_double_rotary(forward: Any) -> FunctionType:
         return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
 
     seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
-    return FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+    other = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+    other.__kwdefaults__ = own.__kwdefaults__
+    return other
 
 
 def _double_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
