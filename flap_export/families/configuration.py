@@ -22,7 +22,8 @@ def check_config(config: Any, family: Family) -> None:
     unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not config.sliding_window:
+    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if has_windows and not getattr(config, "sliding_window", None):
         raise ModelError("layer_types holds sliding_attention, but sliding_window states no window")
     for name, required in family.requires.items():
         allowed = (getattr(config, required),) if isinstance(required, str) else required
