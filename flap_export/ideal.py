@@ -32,13 +32,14 @@ class Roofline:
 def read_parameters(shape: DecoderShape) -> int:
     """Parameters every call reads, once for the whole batch.
 
-    Attention and FFN weights, output biases, two norms of H per layer (none before an emptied block), the last norm
-    and the head, V H. Of a mixture the router, E H, and all experts: the exported graph computes every one of them and
-    weighs those that were not chosen with zero, because standard operators can read no expert by its number without
-    copying it for every token. The embedding is not among them: a call reads n rows of it. A tied head is the
+    Attention and FFN weights, output biases, two norms of H per layer (none before an emptied block; one where blocks
+    are parallel and not both of them empty), the last norm and the head, V H. Of a mixture the router, E H, and all
+    experts: the exported graph computes every one of them and weighs those that were not chosen with zero, because
+    standard operators can read no expert by its number without copying it for every token. The embedding is not among
+    them: a call reads n rows of it. A tied head is the
     embedding's own matrix and is read whole, once.
     """
-    vectors = sum(_vectors(layer) for layer in shape.layers) + 1
+    vectors = sum(_vectors(layer, shape.parallel_blocks) for layer in shape.layers) + 1
     return shape.decoder_parameters + shape.head_parameters + vectors * shape.hidden_size
 
 
@@ -47,9 +48,11 @@ def stored_parameters(shape: DecoderShape) -> int:
     return read_parameters(shape) + (0 if shape.tied_embeddings else shape.head_parameters)
 
 
-def _vectors(layer: LayerShape) -> int:
+def _vectors(layer: LayerShape, parallel_blocks: bool) -> int:
     """Vectors of H that one layer reads: norms, output biases and the router's rows."""
     norms = bool(layer.query_heads) + bool(layer.ffn_channels or (layer.experts and layer.ffn_bias))
+    if parallel_blocks:
+        norms = min(norms, 1)
     router = layer.experts if layer.ffn_channels or layer.ffn_bias else 0
     return norms + layer.attention_bias + layer.ffns * layer.ffn_bias + router
 

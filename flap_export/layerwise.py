@@ -248,11 +248,14 @@ class LayerStream:
         replays = (_Replay(layer, self._replayed, self._gives_tuple) for layer in self._layers)
         self._model.set_submodule(family.layers, nn.ModuleList(replays))
         self._around_layers()
-        if self._checkpoint.shape.tied_embeddings:
-            embedding, head = (self._model.get_submodule(path) for path in (family.embedding, family.head))
-            head.register_parameter("weight", embedding.get_parameter("weight"))
-        else:
-            self._materialize({family.head: self._model.get_submodule(family.head)})
+        embedding, head = (self._model.get_submodule(path) for path in (family.embedding, family.head))
+        if not self._checkpoint.shape.tied_embeddings:
+            self._materialize({family.head: head})
+            return
+        # What is left of a tied head to read is its bias, where it has one.
+        head.register_parameter("weight", None)
+        self._materialize({family.head: head})
+        head.register_parameter("weight", embedding.get_parameter("weight"))
 
     def _reader(self, executor: Executor | None, index: int) -> Callable[[], Iterable[tuple[str, Tensor]]]:
         """How to get the parameters of one layer: read by another thread meanwhile, or when asked."""

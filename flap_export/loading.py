@@ -84,9 +84,10 @@ def _check_version(family: Family) -> None:
     import transformers
 
     found = transformers.__version__
-    if family.experts and found.startswith("4."):
+    if int(found.partition(".")[0]) < family.transformers:
         raise ModelError(
-            f"{family.model_type} is supported with transformers 5 only, found {found}; pip install 'transformers>=5'"
+            f"{family.model_type} is supported with transformers {family.transformers} only, found {found}; "
+            f"pip install 'transformers>={family.transformers}'"
         )
     if family.model_type not in transformers.CONFIG_MAPPING:
         raise ModelError(
@@ -176,11 +177,14 @@ def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape,
 def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     """The `pruned` section of a configuration, which `modeling_pruned.py` reads."""
     kernel = {} if family.attention_kernel == "sdpa" else {"attention_kernel": family.attention_kernel}
+    generation = {} if family.transformers == 4 else {"transformers": family.transformers}
     return {
         "layers_path": family.layers,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
+        **({"head_norms": dict(family.head_norms)} if family.head_norms else {}),
         **kernel,
+        **generation,
     }
 
 
@@ -375,8 +379,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
 def _keep_double_precision(model: nn.Module, family: Family) -> None:
     """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
     for path, module in model.named_modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_double_rms_norm, module, family.norm)
+        if family.norm.covers(module):
+            module.forward = partial(_double_norm, module, family.norm)
         if family.rotary_in_float32 and path.endswith(family.attention) and hasattr(module, "head_dim"):
             module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary_interleaved), module)
         if type(module).__name__.endswith("TopKRouter"):
@@ -403,7 +407,9 @@ def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:
         return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
 
     seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
-    return FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+    other = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+    other.__kwdefaults__ = own.__kwdefaults__
+    return other
 
 
 def _by_pairs(values: Tensor) -> Tensor:
@@ -412,6 +418,13 @@ def _by_pairs(values: Tensor) -> Tensor:
     return first.repeat_interleave(2, dim=-1) if torch.equal(first, second) else values
 
 
-def _double_rms_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
-    scale = module.weight + norm.offset
-    return nn.functional.rms_norm(hidden_states, scale.shape, scale, getattr(module, norm.epsilon))
+def _double_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    size, epsilon = hidden_states.shape[-1:], norm.epsilon_of(module)
+    normed = (
+        nn.functional.layer_norm(hidden_states, size, eps=epsilon)
+        if norm.is_centred
+        else nn.functional.rms_norm(hidden_states, size, eps=epsilon)
+    )
+    scaled = normed if weight is None else normed * (weight + norm.offset)
+    return scaled if bias is None else scaled + bias

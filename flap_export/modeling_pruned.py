@@ -6,7 +6,9 @@ The two import lines name the family the checkpoint came from. The configuration
 
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
+    head_norms    path of each norm with a row for every head, where a layer has it, and the space of these heads
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
+    transformers  the oldest generation whose classes of this family can be resized, where that is not 4
 
 A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost. In a mixture the
 router stays and weighs the biases of its experts.
@@ -124,8 +126,6 @@ def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: lis
     paths = [path for path, _, _ in projections if EVERY_EXPERT in path]
     if not paths:
         return
-    if transformers.__version__.startswith("4."):
-        raise ImportError(f"mixtures of experts need transformers 5, this is {transformers.__version__}; install it")
     parent = paths[0].partition(EVERY_EXPERT)[0]
     stacked: Any = layer.get_submodule(parent)
     names = [path.partition(EVERY_EXPERT)[2] for path in paths]
@@ -188,6 +188,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         "ffn": counts["ffn_channels"],
     }
     output_bias = {"query": counts["attention_bias"], "ffn": counts["ffn_bias"]}
+    if counts["query_heads"]:
+        _resize_head_norms(layer, pruned.get("head_norms", {}), widths, head_dim)
     _separate_experts(layer, counts, pruned["projections"])
     for path, inputs, outputs in pruned["projections"]:
         if EVERY_EXPERT in path:
@@ -221,8 +223,24 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
             parent.intermediate_size = counts["ffn_channels"]
 
 
+def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:
+    """Give norms with weights [heads, D] as many rows as there are heads left."""
+    for path, space in norms.items():
+        parent_path, _, name = path.rpartition(".")
+        norm: Any = dict(layer.get_submodule(parent_path).named_children()).get(name)
+        if norm is not None:
+            norm.weight = nn.Parameter(norm.weight.new_ones(widths[space] // head_dim, head_dim))
+
+
+def _check_generation(pruned: dict[str, Any]) -> None:
+    found, needed = transformers.__version__, pruned.get("transformers", 4)
+    if int(found.partition(".")[0]) < needed:
+        raise ImportError(f"this model needs transformers {needed}, this is {found}; install it")
+
+
 def resize_decoder(model: Any, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:
     """Resize every decoder layer of a freshly built causal LM, before its weights are loaded."""
+    _check_generation(pruned)
     for layer_idx, layer in enumerate(model.get_submodule(layers_path)):
         resize_layer(layer, layer_idx, pruned, model.config.hidden_size, head_dim)
 

@@ -95,7 +95,9 @@ def rewrite_layer(
         if projection is None:
             block = _block_of(path, checkpoint.family)
             if (block or "query") in parts and not (block and _is_emptied(kept[block])):
-                yield name, weights.finite(name)
+                heads = _kept_heads(path, checkpoint, kept)
+                tensor = weights.finite(name)
+                yield name, tensor if heads is None else tensor[heads]
             continue
         check_kind(projection, kind)
         if projection.restores or projection.part not in parts:
@@ -159,6 +161,14 @@ def _block_of(path: str, family: Family) -> CutSpace | None:
 
 def _is_emptied(channels: Tensor | None) -> bool:
     return channels is not None and channels.numel() == 0
+
+
+def _kept_heads(path: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
+    """The heads that stay of a norm with a row for every head, int64; None where all of it stays."""
+    space = checkpoint.family.head_norms.get(path)
+    channels = kept[space] if space is not None else None
+    size = checkpoint.shape.head_dim
+    return None if channels is None else channels[::size] // size
 
 
 def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:

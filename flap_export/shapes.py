@@ -44,6 +44,8 @@ class DecoderShape(Value):
     ffn_matrices: int
     """Matrices of one FFN: 3 when gated (gate, up, down), 2 when not."""
     tied_embeddings: bool
+    parallel_blocks: bool = False
+    """Whether attention and FFN of a layer read the same hidden states, behind one norm."""
     layers: tuple[LayerShape, ...]
 
     @property

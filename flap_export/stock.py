@@ -33,7 +33,7 @@ EXPERT_ALIGNMENT: Final = 8
 def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
     """Numbers of query heads that the family's own class takes."""
     heads = dense.shape.layers[0].query_heads
-    if dense.family.plain_heads or dense.family.square_output:
+    if dense.family.fixed_heads:
         return (heads,)
     return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
 
@@ -45,7 +45,7 @@ def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) ->
         PlanError: it has no place for the FFN's bias, or experts of any width would not run in it.
     """
     family = dense.family
-    without_place = [space for space in CUT_SPACES if space not in family.bias_flags]
+    without_place = [space for space in CUT_SPACES if not family.can_hold_bias(space)]
     # A plan may leave attention whole; one that leaves every FFN whole is not to be expected.
     if compensated and "ffn" in without_place:
         raise _no_place_for_bias(family, without_place[0])
@@ -97,7 +97,7 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
 
 def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
     counts = {"num_attention_heads": layer.query_heads, dense.family.ffn_width: layer.ffn_channels}
-    if dense.family.plain_heads:
+    if dense.family.fixed_heads:
         return counts
     return {**counts, "num_key_value_heads": layer.kv_heads, "head_dim": dense.shape.head_dim}
 

@@ -19,17 +19,24 @@ from flap_export.loading import open_checkpoint
 from flap_export.scoring import LayerScores
 
 Importance = dict[str, NDArray[np.float64]]
+LLAMA_NAMES = {
+    "out_proj": "o_proj",
+    "dense": "o_proj",
+    "fc1": "up_proj",
+    "fc2": "down_proj",
+    "c_fc": "up_proj",
+    "c_proj": "down_proj",
+}
 
 
 def separate(importance: Importance, query: int, kv: int, channels: int) -> Importance:
-    """Phi-3's fused projections apart."""
+    """Fused projections apart, all of them by Llama's names."""
     found = {name.rpartition(".")[2]: value for name, value in importance.items()}
     if "qkv_proj" in found:
         found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("qkv_proj"), [query, query + kv])
+    if "gate_up_proj" in found:
         found["gate_proj"], found["up_proj"] = np.split(found.pop("gate_up_proj"), [channels])
-    return {
-        {"out_proj": "o_proj", "fc1": "up_proj", "fc2": "down_proj"}.get(name, name): v for name, v in found.items()
-    }
+    return {LLAMA_NAMES.get(name, name): values for name, values in found.items()}
 
 
 def standard(values: list[float]) -> NDArray[np.float64]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import ALL_FAMILIES, MIXTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flap_export.errors import ModelError
+from flap_export.exporting.dialect import rotary_modules
 from flap_export.families import EVERY_EXPERT, FAMILIES, check_config, family_of, shape_from_config
+from flap_export.ideal import stored_parameters
+from flap_export.loading import meta_model, open_checkpoint, pruned_section
+from flap_export.modeling_pruned import resize_decoder
 from flap_export.shapes import LayerShape
 
 
@@ -63,7 +70,8 @@ def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> No
             assert not stated
             continue
         bias = model.get_submodule(f"{row.layers}.0.{row.restoring(space).path}").bias
-        assert (bias is not None) == stated == (biased and space in row.bias_flags)
+        expected = space in row.always_biased or (biased and space in row.bias_flags)
+        assert (bias is not None) == stated == expected
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -123,6 +131,234 @@ def test_plain_configurations_are_accepted(family: str) -> None:
     check_config(tiny_config(family), FAMILIES[family])
 
 
+# What config.json of models on the hub states, but for what only generation reads, and their billions of parameters.
+PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
+    "bigcode/starcoder2-7b": (
+        {
+            "model_type": "starcoder2",
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 4608,
+            "intermediate_size": 18432,
+            "max_position_embeddings": 16384,
+            "mlp_type": "default",
+            "norm_epsilon": 1e-05,
+            "norm_type": "layer_norm",
+            "num_attention_heads": 36,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 4,
+            "rope_theta": 1000000,
+            "sliding_window": 4096,
+            "use_bias": True,
+            "vocab_size": 49152,
+        },
+        7.17,
+    ),
+    "stabilityai/stablelm-2-1_6b": (
+        {
+            "model_type": "stablelm",
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000,
+            "tie_word_embeddings": False,
+            "use_qkv_bias": True,
+            "vocab_size": 100352,
+        },
+        1.644,
+    ),
+    "CohereForAI/c4ai-command-r-plus": (
+        {
+            "model_type": "cohere",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 12288,
+            "intermediate_size": 33792,
+            "layer_norm_eps": 1e-05,
+            "logit_scale": 0.8333333333333334,
+            "max_position_embeddings": 8192,
+            "model_max_length": 131072,
+            "num_attention_heads": 96,
+            "num_hidden_layers": 64,
+            "num_key_value_heads": 8,
+            "rope_theta": 75000000.0,
+            "use_qk_norm": True,
+            "vocab_size": 256000,
+        },
+        103.8,
+    ),
+    "CohereForAI/c4ai-command-r7b-12-2024": (
+        {
+            "model_type": "cohere2",
+            "attention_bias": False,
+            "cache_implementation": "hybrid",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "layer_norm_eps": 1e-05,
+            "layer_switch": 4,
+            "logit_scale": 0.25,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "rope_scaling": None,
+            "rope_theta": 50000,
+            "rotary_pct": 1.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "use_embedding_sharing": True,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+            "vocab_size": 256000,
+        },
+        8.03,
+    ),
+    "THUDM/glm-4-9b-hf": (
+        {
+            "model_type": "glm",
+            "attention_bias": True,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 13696,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1.5625e-07,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 151552,
+        },
+        9.40,
+    ),
+    "THUDM/GLM-4-32B-0414": (
+        {
+            "model_type": "glm4",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 6144,
+            "intermediate_size": 23040,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 48,
+            "num_hidden_layers": 61,
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 151552,
+        },
+        32.6,
+    ),
+    "microsoft/phi-2": (
+        {
+            "model_type": "phi",
+            "embd_pdrop": 0.0,
+            "hidden_act": "gelu_new",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.4,
+            "qk_layernorm": False,
+            "resid_pdrop": 0.1,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 51200,
+        },
+        2.78,
+    ),
+    "nvidia/Minitron-4B-Base": (
+        {
+            "model_type": "nemotron",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "relu2",
+            "hidden_size": 3072,
+            "intermediate_size": 9216,
+            "max_position_embeddings": 4096,
+            "mlp_bias": False,
+            "norm_eps": 1e-05,
+            "num_attention_heads": 24,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 10000,
+            "tie_word_embeddings": False,
+            "vocab_size": 256000,
+        },
+        4.19,
+    ),
+    "allenai/OLMo-7B-0424-hf": (
+        {
+            "model_type": "olmo",
+            "attention_bias": False,
+            "clip_qkv": 8.0,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 50304,
+        },
+        6.89,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_accepted_and_have_their_size(name: str, tmp_path: Path) -> None:
+    """Their turning channels too, which no parameter tells."""
+    raw, billions = PUBLISHED[name]
+    if raw["model_type"] not in ALL_FAMILIES:
+        pytest.skip("needs transformers 5")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    checkpoint = open_checkpoint(tmp_path)
+    assert stored_parameters(checkpoint.shape) / 1e9 == pytest.approx(billions, rel=2e-3)
+    model = meta_model(checkpoint, torch.bfloat16)
+    assert stored_parameters(checkpoint.shape) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=5e-4)
+    turned = {2 * module.inv_freq.numel() for _, module in rotary_modules(model)}
+    assert turned == {int(checkpoint.shape.head_dim * raw.get("partial_rotary_factor", 1))}
+
+
+@pytest.mark.parametrize("family", sorted(family for family, row in FAMILIES.items() if row.transformers == 5))
+def test_a_family_that_needs_transformers_5_says_so(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, and in the file that pruned checkpoints carry."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    shape = shape_from_config(tiny_config("llama"), FAMILIES["llama"])
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    monkeypatch.setattr("flap_export.modeling_pruned.transformers.__version__", "4.57.6")
+    with pytest.raises(
+        ModelError, match=rf"{family} is supported with transformers 5 only, found 4\.57\.6; pip install"
+    ):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ImportError, match=r"this model needs transformers 5, this is 4\.57\.6; install it"):
+        resize_decoder(nn.Module(), "layers", pruned_section(FAMILIES[family], shape), 8)
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
@@ -145,6 +381,12 @@ def test_plain_configurations_are_accepted(family: str) -> None:
             {"use_sliding_window": False},
             r"sliding_attention, but sliding_window is 6 and use_sliding_window is false; .* correct the fields",
         ),
+        (
+            "cohere2",
+            {"sliding_window": None},
+            r"layer_types holds sliding_attention, but sliding_window is None; .*",
+        ),
+        ("stablelm", {"qk_layernorm": True}, r"stablelm is supported with qk_layernorm equal to False only, got True"),
     ],
 )
 def test_configurations_that_ask_for_something_else(family: str, fields: dict[str, Any], message: str) -> None:

@@ -65,6 +65,13 @@ def test_the_shapes_here_are_those_of_the_models() -> None:
     assert shape_from_config(llama(DENSE).config, family_of("llama")) == DENSE
 
 
+def test_parallel_blocks_stand_behind_one_norm() -> None:
+    layers = [LayerShape(query_heads=q, kv_heads=q, ffn_channels=f) for q, f in ((4, 48), (4, 0), (0, 48), (0, 0))]
+    in_turn = decoder(*layers)
+    parallel = in_turn.model_copy(update={"parallel_blocks": True})
+    assert read_parameters(in_turn) - read_parameters(parallel) == in_turn.hidden_size
+
+
 @pytest.mark.parametrize("shape", [DENSE, UNEVEN, TIED], ids=["dense", "uneven", "tied"])
 def test_read_parameters_are_all_but_an_untied_embedding(shape: DecoderShape) -> None:
     model = llama(shape)

@@ -146,7 +146,7 @@ def test_float64_in_every_family(family: str, tmp_path: Path) -> None:
     assert 1e-9 < (single - together).abs().max() < 1e-3
 
 
-def test_heads_turn_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_of_ernie_turn_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers turns ERNIE's in float32; here by products of complex numbers, two neighbouring channels each."""
     path, tokens = tiny_checkpoint("ernie4_5", tmp_path / "dense"), tokens_of(2, 12)
     found = logits_of(load_model(path, dtype=torch.float64), tokens)
@@ -163,6 +163,26 @@ def test_heads_turn_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (logits_of(same, tokens) - found).abs().max() > 1e-9
     monkeypatch.setattr(importlib.import_module(type(same).__module__), "apply_rotary_pos_emb", turned)
     assert (logits_of(same, tokens) - found).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("family", ["cohere", "cohere2"])
+def test_heads_turn_in_float64(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As complex numbers, by hand; transformers brings them to float32 before."""
+    path, tokens = tiny_pruned(family, tmp_path), tokens_of(2, 12)
+    model = load_model(path, dtype=torch.float64)
+    found = logits_of(model, tokens)
+    # Transformers' own attention, in which another rotation can be put.
+    for module in [module for module in model.modules() if "forward" in vars(module) and hasattr(module, "q_proj")]:
+        del module.forward
+    assert (logits_of(model, tokens) - found).abs().max() > 1e-9
+
+    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, ...]:
+        angles = torch.complex(cosine, sine)[:, None, :, ::2]
+        pairs = [torch.view_as_complex(heads.unflatten(-1, (-1, 2))) for heads in (query, key)]
+        return tuple(torch.view_as_real(pair * angles).flatten(-2) for pair in pairs)
+
+    monkeypatch.setattr(f"transformers.models.{family}.modeling_{family}.apply_rotary_pos_emb", turned)
+    assert (logits_of(model, tokens) - found).abs().max() < 1e-12
 
 
 # What may be wrong with a directory.

@@ -112,9 +112,11 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         layer = model.get_submodule(f"{row.layers}.{index}")
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
         widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
+        rows = {"query": shape.query_heads, "kv": shape.kv_heads} if row.head_norms and shape.query_heads else {}
+        head_norms = {f"{path}.weight": (rows[space], size) for path, space in row.head_norms.items() if rows}
         router = {"mlp.gate.weight": (shape.experts, 32)} if shape.experts else {}
         found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
-        assert found == router | {
+        assert found == router | head_norms | {
             f"{p.at(expert)}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
             for p in row.projections
             if widths["query" if p.path.startswith(row.attention) else "ffn"]

@@ -33,6 +33,12 @@ from flap_export.rewriting import check_kind, cut, kept_channels, rewrite, rewri
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+OUTPUTS = {
+    "opt": ("self_attn.out_proj", "fc2"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+}
+"""What families call the projections back to the residual stream, where it is not as in Llama."""
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
@@ -43,6 +49,10 @@ VARIANTS = [
     pytest.param("qwen3", {"attention_bias": True}, id="qwen3-biases"),
     pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biases"),
     pytest.param("opt", {"enable_bias": False, "do_layer_norm_before": False}, id="opt-no-biases-norms-after"),
+    pytest.param("starcoder2", {"use_bias": False}, id="starcoder2-no-biases"),
+    pytest.param("cohere", {"use_qk_norm": False, "attention_bias": True}, id="cohere-plain-heads"),
+    pytest.param("cohere", {"num_key_value_heads": 4}, id="cohere-mha"),
+    pytest.param("phi", {"qk_layernorm": True}, id="phi-norms"),
 ]
 
 
@@ -143,7 +153,7 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
     expected = {name: tensor for name, tensor in dense.items() if ".layers." not in name}
     size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
     queries, keys = layer.query_heads * size, layer.kv_heads * size
-    is_opt = checkpoint.family.model_type == "opt"
+    attention_output, ffn_output = OUTPUTS.get(checkpoint.family.model_type, ("self_attn.o_proj", "mlp.down_proj"))
 
     def heads(indices: tuple[int, ...]) -> list[int]:
         return [head * size + i for head in indices for i in range(size)]
@@ -157,11 +167,13 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            if path.startswith("self_attn.") and path.endswith("norm.weight"):
-                if kept.query_heads:
-                    expected[name] = tensor
-            elif path.endswith(("mlp.gate.weight", "layernorm.weight", "layer_norm.weight", "layer_norm.bias")):
+            is_of_heads = path.startswith("self_attn.") and "norm." in path
+            if path.rpartition(".")[0].endswith(("mlp.gate", "layernorm", "layer_norm")) and not is_of_heads:
                 expected[name] = tensor
+            elif is_of_heads:
+                heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
+                if kept.query_heads:
+                    expected[name] = tensor[list(heads_of)] if tensor.ndim == 2 else tensor
             elif path.startswith("self_attn.") and path[10:].partition("_")[0] in rows:
                 if kept.query_heads:
                     expected[name] = tensor[rows[path[10:].partition("_")[0]]]
@@ -169,11 +181,11 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
                 expected[name] = tensor[gate_and_up]
             elif path.startswith("mlp.act_fn.") and channels:
                 expected[name] = tensor
-            elif path.startswith(("mlp.gate_proj", "mlp.up_proj", "fc1")) and channels:
+            elif path.startswith(("mlp.gate_proj", "mlp.up_proj", "mlp.c_fc", "mlp.fc1", "fc1")) and channels:
                 expected[name] = tensor[channels]
         for path, space, columns in (
-            ("self_attn.out_proj" if is_opt else "self_attn.o_proj", "query", rows["q"]),
-            ("fc2" if is_opt else "mlp.down_proj", "ffn", channels),
+            (attention_output, "query", rows["q"]),
+            (ffn_output, "ffn", channels),
         ):
             if space == "ffn" and kept.experts:
                 continue

@@ -61,6 +61,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
     # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
     "gemma": {"head_dim": 12},
+    # A norm of its own for every head; logits that are scaled.
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.7},
+    # Windows in every other layer; the others do not turn.
+    "cohere2": {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.7},
     # Caps that bite, windows in every other layer, scores scaled by something else than the head size.
     "gemma2": {
         "head_dim": 12,
@@ -110,10 +114,18 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.6,
         },
     },
+    # Two pairs of neighbours in every head turn.
+    "glm": {"head_dim": 12, "partial_rotary_factor": 0.34, "rope_theta": 50.0},
+    "glm4": {"head_dim": 12, "partial_rotary_factor": 0.34, "rope_theta": 50.0},
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "nemotron": {"head_dim": 12, "partial_rotary_factor": 0.5},
+    # Queries, keys and values beyond the bound are cut off.
+    "olmo": {"clip_qkv": 1.0},
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Four channels of eight turn.
+    "phi": {"partial_rotary_factor": 0.5},
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
     # Multi-query attention.
@@ -132,11 +144,15 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "seed_oss": {"head_dim": 12, "attention_bias": True},
     # In every other layer no head turns; those have windows.
     "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6, "rope_theta": 50.0},
+    # A quarter of every head turns; the same hidden states for attention and FFN, see also the tests of both kinds.
+    "stablelm": {"partial_rotary_factor": 0.25, "use_parallel_residual": True, "use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 6},
 }
+GENERATION = int(transformers.__version__.partition(".")[0])
 ALL_FAMILIES = sorted(
     family
-    for family in FAMILIES
-    if family in transformers.CONFIG_MAPPING and (transformers.__version__ >= "5" or not FAMILIES[family].experts)
+    for family, row in FAMILIES.items()
+    if row.transformers <= GENERATION and family in transformers.CONFIG_MAPPING
 )
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]

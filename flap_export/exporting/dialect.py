@@ -1,11 +1,12 @@
 """The ONNX dialect: while it is spoken, a transformers model calls standard operators instead of torch code.
 
-Attention, cache updates, norms and rotary embeddings each become one node:
+Attention, cache updates, a family's own norms and rotary embeddings each become one node:
 
     TensorScatter (opset 24)        new K/V rows into the cache [B, K, L, D] at `write_indices`
     Attention (24)                  queries against the whole cache, GQA by shape
-    RMSNormalization (23)
+    RMSNormalization (23)           or LayerNormalization (17)
     RotaryEmbedding (23)
+    Gelu (20)                       for the activation that transformers writes out as `gelu_new`
 
 The experts of a mixture become one FFN with the channels of all, weighed by the router: three products for all tokens,
 however many experts there are.
@@ -22,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, layer_norm, linear
 
-from flap_export.families import EVERY_EXPERT
+from flap_export.families import EVERY_EXPERT, Family, Norm
 from flap_export.loading import Checkpoint
 from flap_export.modeling_pruned import Experts
 
@@ -93,12 +94,13 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    decoding: Decoding,
+    step_cache: Any,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
+    decoding: Decoding = step_cache.decoding
     window = sliding_window if sliding_window is not None and sliding_window < decoding.max_length else None
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, decoding.mask(window, query.dtype), softcap)
@@ -189,10 +191,18 @@ def _joined_weights(first: Any, count: int) -> nn.Module:
     return joined
 
 
-def _rms_norm(module: Any, epsilon: float, hidden_states: Tensor) -> Tensor:
+def _norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
     """The weight stands for the whole scale; a family's offset is added when weights are bound."""
-    inputs = (hidden_states, module.weight)
-    return _symbolic("RMSNormalization", inputs, hidden_states, 23, axis=-1, epsilon=epsilon)
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    attributes = {"axis": -1, "epsilon": norm.epsilon_of(module)}
+    if not norm.is_centred:
+        return _symbolic("RMSNormalization", (hidden_states, weight), hidden_states, 23, **attributes)
+    if weight is None or weight.ndim > 1:
+        # The operator takes one row of weights, for all heads.
+        normed = layer_norm(hidden_states, hidden_states.shape[-1:], eps=norm.epsilon_of(module))
+        return normed if weight is None else normed * weight
+    inputs = (hidden_states, weight) if bias is None else (hidden_states, weight, bias)
+    return _symbolic("LayerNormalization", inputs, hidden_states, 17, **attributes)
 
 
 def _softplus(values: Tensor) -> Tensor:
@@ -226,8 +236,21 @@ def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
         for kind in getattr(rotary, "layer_types", None) or [None]:
             values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
             for name, value in zip(_table_names(kind), values, strict=True):
-                tables[f"{path}.{name}"] = value[0, :, : value.shape[-1] // 2].contiguous()
+                tables[f"{path}.{name}"] = _every_value_once(value[0])
     return tables
+
+
+def _every_value_once(values: Tensor) -> Tensor:
+    """[L, R] -> [L, R / 2]: rotary embeddings give both channels of a pair their angle.
+
+    Most give one half of a head after the other, whatever pairs the attention makes of it, some one pair after the
+    other.
+    """
+    first, second = values.chunk(2, dim=-1)
+    if not torch.equal(first, second):
+        first, second = values[..., ::2], values[..., 1::2]
+        assert torch.equal(first, second), "the channels of a pair turn by different angles"
+    return first.contiguous()
 
 
 def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -258,10 +281,13 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     AttentionMaskInterface.register(NAME, _no_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_rms_norm, module, float(getattr(module, checkpoint.family.norm.epsilon)))
+        if checkpoint.family.norm.covers(module):
+            module.forward = partial(_norm, module, checkpoint.family.norm)
+        if type(module).__name__ == "NewGELUActivation":
+            module.forward = partial(gelu, approximate="tanh")
         if type(module).__name__ == "XIELUActivation":
             module.forward = partial(_xielu, module)
+    hand_cache_on(model, checkpoint.family)
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, JoinedExperts(module))
@@ -273,8 +299,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     modeling = importlib.import_module(type(model).__module__)
     # Families with learned positions have no such function.
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    apply_rotary = partial(_apply_rotary, interleaved=checkpoint.family.rotary_interleaved)
-    modeling.apply_rotary_pos_emb = apply_rotary  # type: ignore[attr-defined]
+    speaking = partial(_apply_rotary, interleaved=checkpoint.family.rotary_interleaved)
+    modeling.apply_rotary_pos_emb = speaking  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -282,6 +308,19 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
             del modeling.apply_rotary_pos_emb
         else:
             modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+
+
+def hand_cache_on(model: nn.Module, family: Family) -> None:
+    """Let every attention give its attention function the cache it is called with, as `step_cache`.
+
+    Not every family hands on to attention whatever else its model is called with.
+    """
+
+    def with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return given, {**named, "step_cache": named["past_key_values"]}
+
+    for layer in model.get_submodule(family.layers).children():
+        layer.get_submodule(family.attention).register_forward_pre_hook(with_cache, with_kwargs=True)
 
 
 @dataclass(frozen=True)
@@ -298,7 +337,7 @@ def _rotary_tables(
 
 
 def _apply_rotary(
-    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, interleaved: bool = False, **__: Any
+    query: Tensor, key: Tensor, cosine: _Table, sine: _Table, *_: Any, interleaved: bool, **__: Any
 ) -> tuple[Tensor, Tensor]:
     width = 2 * cosine.values.shape[-1]
 

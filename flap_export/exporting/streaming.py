@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,8 @@ from flap_export.storage import writing_errors
 
 EXTERNAL_FROM_BYTES = 1024
 """Tensors below this size stay inside the graph's own file."""
+_NORMS: Final = ("RMSNormalization", "LayerNormalization")
+_SCALE_INPUT: Final = 1
 
 
 def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -37,7 +40,7 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
         traced = graph.initializers.pop(name)
         assert traced.shape is not None
         assert traced.dtype is not None
-        is_scale = any(use.node.op_type == "RMSNormalization" for use in traced.uses())
+        is_scale = any(use.node.op_type in _NORMS and use.idx == _SCALE_INPUT for use in traced.uses())
         offset = family.norm.offset if is_scale else 0.0
         stored = f"{name.removesuffix('.weight')}.scale" if offset else name
         read = partial(_read, checkpoint, name, dtype, offset)

@@ -62,7 +62,6 @@ class DecoderStep(nn.Module):
             position_ids=decoding.position_ids,
             past_key_values=ScatterCache(decoding),
             use_cache=True,
-            decoding=decoding,
         )
         return output.logits, [decoding.present[layer] for layer in self.cache_layers]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from flap_export.errors import ModelError
-from flap_export.families.family import Family, Space
+from flap_export.families.family import Family
 from flap_export.shapes import DecoderShape, LayerShape
 
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
@@ -53,9 +53,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
     heads = config.num_attention_heads
-    kv_heads, head_dim = (
-        None if family.plain_heads else getattr(config, name, None) for name in ("num_key_value_heads", "head_dim")
-    )
+    kv_heads = None if family.plain_heads else getattr(config, "num_key_value_heads", None)
+    head_dim = None if family.plain_heads or family.head_dim_follows else getattr(config, "head_dim", None)
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
@@ -69,8 +68,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         query_heads=heads,
         kv_heads=kv_heads,
         ffn_channels=getattr(config, family.ffn_width),
-        attention_bias=_has_bias(config, family, "query"),
-        ffn_bias=_has_bias(config, family, "ffn"),
+        attention_bias=family.has_bias("query", config),
+        ffn_bias=family.has_bias("ffn", config),
         experts=getattr(config, family.experts) if family.experts else 0,
     )
     return DecoderShape(
@@ -79,9 +78,11 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         vocabulary_size=config.vocab_size,
         ffn_matrices=family.ffn_matrices,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        parallel_blocks=_is_set(config, family.has_parallel_blocks),
         layers=(layer,) * config.num_hidden_layers,
     )
 
 
-def _has_bias(config: Any, family: Family, space: Space) -> bool:
-    return space in family.bias_flags and bool(getattr(config, family.bias_flags[space], False))
+def _is_set(config: Any, flag: bool | str) -> bool:
+    """What a row says outright or a configuration's flag says for it."""
+    return bool(getattr(config, flag)) if isinstance(flag, str) else flag

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from flap_export.shapes import LayerShape
 
@@ -49,11 +49,26 @@ class Projection:
 
 @dataclass(frozen=True)
 class Norm:
-    """What sets a family's RMS norm apart: x / sqrt(mean(x^2) + epsilon) * (weight + offset)."""
+    """What sets a family's own norm apart: x / sqrt(mean(x^2) + epsilon) * (weight + offset).
 
-    epsilon: str = "variance_epsilon"
-    """The module's attribute that holds it."""
+    Layer norms of torch need no such description; only classes that a family brings along have one.
+    """
+
+    epsilon: str | float = "variance_epsilon"
+    """The module's attribute that holds it, or the number where no module does."""
     offset: float = 0.0
+    is_centred: bool = False
+    """Whether it is a layer norm, which takes the mean from x first; it may have a bias, and no weight at all."""
+    suffix: str = "RMSNorm"
+    """How its class's name ends."""
+
+    def epsilon_of(self, module: Any) -> float:
+        """The number that `module`, one of these norms, adds."""
+        return float(getattr(module, self.epsilon) if isinstance(self.epsilon, str) else self.epsilon)
+
+    def covers(self, module: object) -> bool:
+        """Whether `module` is one of these norms."""
+        return type(module).__name__.endswith(self.suffix)
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,15 @@ class Family:
     square_output: bool = False
     """Whether the class makes its output projection [H, H] whatever the heads are, so that Q D must be H. No class of
     its own then holds fewer heads."""
+    head_dim_follows: bool = False
+    """Whether D is H / Q, whatever else a configuration states; so it is with plain heads."""
+    head_dim_follows_in_4: bool = False
+    """Whether that holds in transformers 4 only; 5 takes what a configuration states."""
+    head_norms: Mapping[str, Space] = field(default_factory=dict)
+    """Norms below a layer, where a configuration has them, with weights [heads, D]: a row for every head of a space."""
+    has_parallel_blocks: bool | str = False
+    """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
+    says so."""
     norm: Norm = Norm()
     rotary_interleaved: bool = False
     """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
@@ -97,8 +121,26 @@ class Family:
     bias_flags: Mapping[Space, str] = field(default_factory=dict)
     """Configuration flag that gives the projection back from a space a bias, and perhaps those to it. A family with
     both can hold a compensated uniform plan in its own stock classes."""
+    always_biased: tuple[Space, ...] = ()
+    """Spaces around which all projections have a bias, without any flag."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
     """What configuration fields must hold: one of these values, or the same as another field."""
+    transformers: int = 4
+    """The oldest generation of transformers whose classes of this family can be cut and exported."""
+
+    @property
+    def fixed_heads(self) -> bool:
+        """Whether its own class takes the dense number of heads only, at the dense head size."""
+        return self.plain_heads or self.square_output or self.head_dim_follows or self.head_dim_follows_in_4
+
+    def has_bias(self, space: Space, config: Any) -> bool:
+        """Whether the projection that maps `space` back to the residual stream has a bias, by a configuration."""
+        flag = self.bias_flags.get(space)
+        return space in self.always_biased or (flag is not None and bool(getattr(config, flag, False)))
+
+    def can_hold_bias(self, space: Space) -> bool:
+        """Whether its own class has, or can be told to have, a bias there."""
+        return space in self.always_biased or space in self.bias_flags
 
     def projection(self, path: str) -> Projection | None:
         """The projection at `path` below a layer, in whichever expert, or None."""

@@ -24,6 +24,8 @@ _FUSED_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_GLM_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_FUSED_PROJECTIONS[2:])
+
 _OPT_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("query",)),
     Projection("self_attn.k_proj", "hidden", ("kv",)),
@@ -44,6 +46,7 @@ def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
     )
 
 
+_COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
 _MISTRAL_WITH_IMAGES = ("mistral3",)
@@ -54,6 +57,28 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("apertus", "Apertus", _UNGATED_PROJECTIONS, ffn_matrices=2, bias_flags={"query": "attention_bias"}),
         Family("arcee", "Arcee", _UNGATED_PROJECTIONS, ffn_matrices=2, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "cohere",
+            "Cohere",
+            _SEPARATE_PROJECTIONS,
+            rotary_interleaved=True,
+            rotary_in_float32=True,
+            head_norms={"self_attn.q_norm": "query", "self_attn.k_norm": "kv"},
+            has_parallel_blocks=True,
+            norm=_COHERE_NORM,
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "cohere2",
+            "Cohere2",
+            _SEPARATE_PROJECTIONS,
+            head_dim_follows_in_4=True,
+            rotary_interleaved=True,
+            rotary_in_float32=True,
+            has_parallel_blocks=True,
+            norm=_COHERE_NORM,
+            bias_flags={"query": "attention_bias"},
+        ),
         Family("cwm", "Cwm", _SEPARATE_PROJECTIONS, bias_flags={"ffn": "mlp_bias"}),
         Family(
             "ernie4_5",
@@ -91,6 +116,8 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
+        Family("glm", "Glm", _GLM_PROJECTIONS, rotary_interleaved=True),
+        Family("glm4", "Glm4", _GLM_PROJECTIONS, rotary_interleaved=True),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
             "helium",
@@ -132,7 +159,24 @@ FAMILIES: dict[str, Family] = {
             "Mixtral",
             _with_experts("w1", "w3", "w2"),
             experts="num_local_experts",
+            transformers=5,
             stored_names={".block_sparse_moe.": ".mlp."},
+        ),
+        Family(
+            "nemotron",
+            "Nemotron",
+            (*_SEPARATE_PROJECTIONS[:4], *_SEPARATE_PROJECTIONS[5:]),
+            ffn_matrices=2,
+            norm=Norm(epsilon="eps", offset=1.0, is_centred=True, suffix="LayerNorm1P"),
+            bias_flags={"query": "attention_bias", "ffn": "mlp_bias"},
+            transformers=5,
+        ),
+        Family(
+            "olmo",
+            "Olmo",
+            _SEPARATE_PROJECTIONS,
+            norm=Norm(epsilon=1e-5, is_centred=True, suffix="LayerNorm"),
+            bias_flags={"query": "attention_bias"},
         ),
         Family(
             "opt",
@@ -147,6 +191,19 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "enable_bias", "ffn": "enable_bias"},
             requires={"word_embed_proj_dim": "hidden_size"},
         ),
+        Family(
+            "phi",
+            "Phi",
+            (
+                *_SEPARATE_PROJECTIONS[:3],
+                Projection("self_attn.dense", "query", ("hidden",)),
+                Projection("mlp.fc1", "hidden", ("ffn",)),
+                Projection("mlp.fc2", "ffn", ("hidden",)),
+            ),
+            ffn_matrices=2,
+            has_parallel_blocks=True,
+            always_biased=("query", "ffn"),
+        ),
         Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
         Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
@@ -156,6 +213,7 @@ FAMILIES: dict[str, Family] = {
             _with_experts("gate_proj", "up_proj", "down_proj"),
             ffn_width="moe_intermediate_size",
             experts="num_experts",
+            transformers=5,
             bias_flags={"query": "attention_bias"},
             requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
         ),
@@ -167,6 +225,27 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_out_bias", "ffn": "mlp_bias"},
         ),
         Family("smollm3", "SmolLM3", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "stablelm",
+            "StableLm",
+            _SEPARATE_PROJECTIONS,
+            head_dim_follows=True,
+            has_parallel_blocks="use_parallel_residual",
+            # A norm of its own for every head.
+            requires={"qk_layernorm": (False,)},
+            transformers=5,
+        ),
+        Family(
+            "starcoder2",
+            "Starcoder2",
+            (
+                *_SEPARATE_PROJECTIONS[:4],
+                Projection("mlp.c_fc", "hidden", ("ffn",)),
+                Projection("mlp.c_proj", "ffn", ("hidden",)),
+            ),
+            ffn_matrices=2,
+            bias_flags={"query": "use_bias", "ffn": "use_bias"},
+        ),
     )
 }
 

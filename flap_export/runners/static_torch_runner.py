@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flap_export.devices import check_device
-from flap_export.exporting.dialect import rotary_modules, softcapped_attention
+from flap_export.exporting.dialect import hand_cache_on, rotary_modules, softcapped_attention
 from flap_export.loading import load_model, open_checkpoint
 from flap_export.precision import torch_dtype
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
@@ -75,13 +75,13 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    static_cache: StaticCache,
+    step_cache: StaticCache,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
-    mask = static_cache.mask(sliding_window, query.dtype)
+    mask = step_cache.mask(sliding_window, query.dtype)
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, mask, softcap)
     else:
@@ -156,6 +156,7 @@ class StaticTorchRunner(Runner):
         model.config._attn_implementation = NAME
         if self.max_length <= checkpoint.config.max_position_embeddings:
             _hold_frequencies(model)
+        hand_cache_on(model, checkpoint.family)
         self._model: Any = model
         self._caches: Caches = {}
         self._graph: Any = None
@@ -221,7 +222,6 @@ class StaticTorchRunner(Runner):
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if self.logits == "last" else 0,
-            static_cache=cache,
         ).logits
         return logits[:, -1:] if self.logits == "last" else logits
 

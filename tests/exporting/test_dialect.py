@@ -6,11 +6,17 @@ import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from tiny import ALL_FAMILIES, ROPES, plain_model, tiny_checkpoint
 from transformers.activations import ACT2CLS
+from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere_rotary
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from flap_export.exporting.dialect import Decoding, _xielu, rotary_tables, softcapped_attention, speaking_onnx
 from flap_export.loading import build_model, open_checkpoint
@@ -49,6 +55,61 @@ def test_kinds_of_layers_have_tables_of_their_own(tmp_path: Path) -> None:
         angles = positions / 15.0**exponents if is_sliding else positions / 8 / 700.0**exponents
         expected = angles.cos() if name.endswith("cosine") else angles.sin()
         torch.testing.assert_close(table, expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def rotary_graph(width: int, turned: int, *, interleaved: bool) -> onnx.ModelProto:
+    """One operator: heads [B, 3, n, width] at positions [B, n], of each of which the first channels turn."""
+    attributes = {"interleaved": int(interleaved)} | ({"rotary_embedding_dim": turned} if turned < width else {})
+    node = onnx.helper.make_node("RotaryEmbedding", ["heads", "cosine", "sine", "positions"], ["out"], **attributes)
+    values = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(table.numpy()), name)
+        for name, table in zip(("cosine", "sine"), angles_of(turned), strict=True)
+    ]
+    info = onnx.helper.make_tensor_value_info
+    heads, floats = ["b", 3, "n", width], onnx.TensorProto.FLOAT
+    inputs = [info("heads", floats, heads), info("positions", onnx.TensorProto.INT64, ["b", "n"])]
+    graph = onnx.helper.make_graph([node], "rotary", inputs, [info("out", floats, heads)], values)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10)
+
+
+def angles_of(turned: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [L, R / 2]."""
+    angles = torch.arange(LENGTH).float()[:, None] * 0.3 ** torch.arange(turned // 2)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize(("width", "turned"), [(8, 8), (12, 6), (10, 4)])
+@pytest.mark.parametrize("name", ["llama", "cohere", "glm"])
+def test_the_rotary_operator_turns_pairs_as_transformers_does(name: str, width: int, turned: int) -> None:
+    """Halves of what turns in Llama, neighbours in Cohere and GLM, whose embeddings lay the angles out differently."""
+    graph = rotary_graph(width, turned, interleaved=name != "llama")
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    heads, positions = torch.randn(2, 3, 5, width), torch.tensor([range(5), range(30, 35)])
+    found = torch.from_numpy(session.run(None, {"heads": heads.numpy(), "positions": positions.numpy()})[0])
+    apply = {"llama": llama_rotary, "cohere": cohere_rotary, "glm": glm_rotary}[name]
+    tables = (table[positions] for table in angles_of(turned))
+    laid_out = [table.repeat_interleave(2, -1) if name == "cohere" else torch.cat([table] * 2, -1) for table in tables]
+    expected, _ = apply(heads[..., :turned], heads[..., :turned], *laid_out)
+    torch.testing.assert_close(found[..., :turned], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[..., turned:], heads[..., turned:])
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("width", "turned"), [(8, 8), (12, 6)])
+def test_tensorrt_reads_the_rotary_operator(interleaved: bool, width: int, turned: int) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'flap-export[tensorrt-rtx]'")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(rotary_graph(width, turned, interleaved=interleaved).SerializeToString())
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    (rotary,) = [layer for layer in layers if layer.type == trt.LayerType.ROTARY_EMBEDDING]
+    rotary.__class__ = trt.IRotaryEmbeddingLayer
+    assert rotary.interleaved is interleaved
+    # Zero is the whole head.
+    assert rotary.rotary_embedding_dim == (turned if turned < width else 0)
 
 
 @pytest.mark.parametrize("heads", [2, 4, 6])

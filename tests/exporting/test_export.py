@@ -44,12 +44,16 @@ STEPS = 3
 NODES = {
     "apertus": (34, 11),
     "arcee": (20, 11),
+    "cohere": (29, 12),
+    "cohere2": (20, 19),
     "cwm": (22, 18),
     "ernie4_5": (22, 11),
     "exaone4": (24, 16),
     "gemma": (21, 12),
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
+    "glm": (23, 11),
+    "glm4": (25, 11),
     "granite": (24, 13),
     "helium": (22, 11),
     "hunyuan_v1_dense": (24, 11),
@@ -59,20 +63,34 @@ NODES = {
     "ministral3": (23, 20),
     "mistral": (22, 17),
     "mixtral": (37, 27),
+    "nemotron": (20, 11),
+    "olmo": (30, 11),
     "opt": (21, 20),
+    "phi": (22, 12),
     "phi3": (22, 17),
     "qwen2": (23, 11),
     "qwen3": (24, 11),
     "qwen3_moe": (40, 21),
     "seed_oss": (23, 11),
     "smollm3": (22, 17),
+    "stablelm": (22, 11),
+    "starcoder2": (23, 17),
 }
 """Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
+NORM_VECTORS = {"nemotron": 2, "olmo": 0, "opt": 2, "phi": 2, "stablelm": 2, "starcoder2": 2}
+"""Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+def for_family(family: str, options: dict[str, Any]) -> Any:
+    """A variant that this version of transformers may be too old for."""
+    return pytest.param(family, options, marks=pytest.mark.skipif(family not in ALL_FAMILIES, reason="too old"))
+
+
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
 
 
@@ -221,11 +239,13 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
     # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
-    # OPT's have biases, and EXAONE's are behind.
-    norms = 2 if family in MIXTURES else 0 if family == "exaone4" else 4
-    unread = norms * artifact.shape.hidden_size * 4 * (2 if family == "opt" else 1)
+    # that of parallel blocks is read unless both are empty, as in the last layer; EXAONE's are behind.
+    norms = 1 if artifact.shape.parallel_blocks else 2 if family in MIXTURES else 0 if family == "exaone4" else 4
+    unread = norms * NORM_VECTORS.get(family, 1) * artifact.shape.hidden_size * 4
+    # A norm without weights, or with a row of them for every head, has ones in their place.
+    ones = {"cohere": artifact.shape.head_dim, "olmo": artifact.shape.hidden_size}.get(family, 0) * 4
     stored = sum(weights[name].nbytes for name in weights if weights.shape(name))
-    assert float_bytes(tmp_path / "onnx") == stored - unread + tables
+    assert float_bytes(tmp_path / "onnx") == stored - unread + tables + ones
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
 
@@ -250,7 +270,7 @@ def test_every_initializer_is_the_checkpoints_weight(tmp_path: Path) -> None:
     assert seen == set(weights)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "nemotron"])
 def test_what_norms_add_to_their_weights_is_stored_with_them(family: str, tmp_path: Path) -> None:
     """1 + weight, added in float32 and rounded once."""
     dense = tiny_checkpoint(family, tmp_path / "dense", dtype=torch.bfloat16)
@@ -316,6 +336,15 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         pytest.param("ministral3", {"sliding_window": 6}, marks=NEEDS_TRANSFORMERS_5),
         ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
         ("smollm3", {"use_sliding_window": False, "attention_bias": True}),
+        ("cohere", {"use_qk_norm": False, "attention_bias": True}),
+        ("cohere2", {"attention_bias": True, "num_key_value_heads": 4}),
+        ("glm", {"partial_rotary_factor": 1.0, "attention_bias": False}),
+        for_family("nemotron", {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0}),
+        ("olmo", {"clip_qkv": None, "attention_bias": True}),
+        ("phi", {"qk_layernorm": True, "num_key_value_heads": 4}),
+        for_family("stablelm", {"use_parallel_residual": False, "use_qkv_bias": False}),
+        for_family("stablelm", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
+        ("starcoder2", {"use_bias": False, "sliding_window": None}),
     ],
     ids=[
         "opt-norms-after",
@@ -330,6 +359,15 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         "ministral3-window",
         "seed-output-biases",
         "smollm3-without-windows",
+        "cohere-plain-heads",
+        "cohere2-biases",
+        "glm-whole-heads-turn",
+        "nemotron-biases",
+        "olmo-unclipped",
+        "phi-norms",
+        "stablelm-in-turn",
+        "stablelm-whole-heads-turn",
+        "starcoder2-plain",
     ],
 )
 def test_what_a_configuration_switches(family: str, options: dict[str, Any], tmp_path: Path) -> None:

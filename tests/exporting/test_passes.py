@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
+from flap_export.exporting.passes.rotaries import JoinPartialRotariesPass
 from flap_export.exporting.passes.scales import FoldQueryScalesPass
 from flap_export.exporting.passes.sharing import ShareConstantsPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
@@ -308,6 +310,52 @@ class TestLayOutHeads:
         split = next(node for node in model.graph if node.op_type == "Split")
         model.graph.append(ir.node("Neg", [split.outputs[2]]))
         assert not LayOutHeadsPass()(model).modified
+
+
+class TestJoinPartialRotaries:
+    """Heads of eight channels, of which the first four turn."""
+
+    @staticmethod
+    def heads(*, order: tuple[int, int] = (0, 1), axis: int = -1, interleaved: int = 0) -> ir.Model:
+        graph = Graph(x=["b", 2, "n", 8])
+        tables = [graph.weight(name, random(9, 2)) for name in ("cosine", "sine")]
+        positions = graph.constant(3, 5, 8)
+        positions.shape, positions.const_value = ir.Shape([2, 3]), ir.tensor(np.array([[3, 5, 8], [0, 1, 2]]))
+        split = ir.node("Split", [graph.inputs[0], graph.constant(4, 4)], {"axis": axis}, num_outputs=2)
+        graph.graph.append(split)
+        for index, part in enumerate(split.outputs):
+            part.name, part.type, part.shape = f"part{index}", ir.TensorType(FLOAT), ir.Shape(["b", 2, "n", 4])
+        turned = graph.node(
+            "RotaryEmbedding",
+            split.outputs[0],
+            *tables,
+            positions,
+            shape=["b", 2, "n", 4],
+            name="turned",
+            interleaved=interleaved,
+        )
+        parts = (turned, split.outputs[1])
+        joined = graph.node("Concat", *(parts[i] for i in order), shape=["b", 2, "n", 8], name="joined", axis=axis)
+        return graph.model(graph.node("Neg", joined, shape=["b", 2, "n", 8], name="y"))
+
+    @pytest.mark.parametrize("interleaved", [0, 1])
+    @pytest.mark.parametrize("axis", [-1, 3])
+    def test_the_operator_takes_whole_heads(self, axis: int, interleaved: int) -> None:
+        x = random(2, 2, 3, 8)
+        model = check_same_results(
+            partial(self.heads, axis=axis, interleaved=interleaved), JoinPartialRotariesPass(), x=x
+        )
+        assert ops(model) == ["RotaryEmbedding", "Neg"]
+
+    def test_parts_in_another_order_stay(self) -> None:
+        assert not JoinPartialRotariesPass()(self.heads(order=(1, 0))).modified
+
+    def test_parts_that_are_read_elsewhere_stay(self) -> None:
+        for read in (0, 1):
+            model = self.heads()
+            split = next(node for node in model.graph if node.op_type == "Split")
+            model.graph.append(ir.node("Neg", [split.outputs[read]]))
+            assert not JoinPartialRotariesPass()(model).modified
 
 
 class TestStaticReshapes:

@@ -81,9 +81,9 @@ def test_variants(family: str, given: dict[str, Any], tmp_path: Path) -> None:
     check_losses(tiny_problem(family, tmp_path, num_hidden_layers=3, **given), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "olmo", "qwen3"])
 def test_double_precision_is_double_throughout(family: str, tmp_path: Path) -> None:
-    """Norms too, which transformers passes through single precision."""
+    """Norms and rotations too, which transformers passes through single precision."""
     problem = tiny_problem(family, tmp_path, dtype=torch.float64, num_hidden_layers=3)
     dense = load_model(problem.model, dtype=torch.float64)
     candidates = candidates_of(problem)

@@ -14,6 +14,7 @@ from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
+from flap_export.exporting.passes.rotaries import JoinPartialRotariesPass
 from flap_export.exporting.passes.scales import FoldQueryScalesPass
 from flap_export.exporting.passes.sharing import ShareConstantsPass
 from flap_export.exporting.passes.slices import RemoveFullSlicesPass
@@ -36,6 +37,7 @@ def optimize(ir_model: ir.Model) -> ir.Model:
         common.CommonSubexpressionEliminationPass(),
         RemoveFullSlicesPass(),
         SplitSlicesPass(),
+        JoinPartialRotariesPass(),
         FoldQueryScalesPass(),
         StaticReshapesPass(),
         common.RemoveUnusedNodesPass(),
