@@ -78,7 +78,9 @@ def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"'mamba' is not in the family table; supported are .*llama, .*families/table\.py"):
+    with pytest.raises(
+        ModelError, match=r"'mamba' is not in the family table; supported are .*llama, .*families/table\.py"
+    ):
         family_of("mamba")
 
 

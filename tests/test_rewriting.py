@@ -25,11 +25,11 @@ from tiny import (
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError, PlanError
-from flap_export.families import FAMILIES, Family
+from flap_export.families import FAMILIES, Family, Projection
 from flap_export.loading import Checkpoint, MetaLayers, load_model, materialize, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.restoring import cut_only, mean_restorer
-from flap_export.rewriting import check_kind, cut, kept_channels, rewrite, rewrite_layer
+from flap_export.rewriting import check_kind, cut, grouped_order, kept_channels, rewrite, rewrite_layer
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -266,6 +266,44 @@ def test_fused_outputs_are_cut_space_by_space() -> None:
     assert torch.equal(cut(weight, fused, "weight", kept, widths), weight[[2, 3, 5, 7]])
     only_query = {**kept, "kv": None}
     assert torch.equal(cut(weight[:, 0], fused, "bias", only_query, widths), weight[[2, 3, 4, 5, 6, 7], 0])
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["weight", "bias"])
+def test_fused_outputs_are_cut_group_by_group(biased: bool) -> None:
+    """Two KV groups of three query heads of two channels: q0 q1 q2 k0 v0, q3 q4 q5 k1 v1."""
+    fused = Projection("fused", "hidden", ("query", "kv", "kv"), by_group=True)
+    heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
+    names = [f"{head}.{i}" for head in heads for i in range(2)]
+    weight = torch.arange(20 * 3).view(20, 3)
+    tensor = weight[:, 0] if biased else weight
+    widths = {"hidden": 3, "query": 12, "kv": 4, "ffn": 1}
+
+    def rows(query: list[int] | None, kv: list[int] | None) -> list[str]:
+        units = {"query": query, "kv": kv}
+        kept: Any = {
+            "hidden": None,
+            "ffn": None,
+            **{
+                space: None if found is None else torch.tensor([2 * head + i for head in found for i in range(2)])
+                for space, found in units.items()
+            },
+        }
+        found = cut(tensor, fused, "bias" if biased else "weight", kept, widths, 2)
+        assert found.is_contiguous()
+        return [names[int(row) // 3] for row in (found if biased else found[:, 0])]
+
+    assert rows(None, None) == names
+    assert rows([4, 5], [1]) == ["q4.0", "q4.1", "q5.0", "q5.1", "k1.0", "k1.1", "v1.0", "v1.1"]
+    one_of_each = rows([1, 3], None)
+    assert one_of_each[::2] == ["q1.0", "k0.0", "v0.0", "q3.0", "k1.0", "v1.0"]
+    assert rows([], []) == []
+
+
+def test_grouped_outputs_in_the_order_of_spaces() -> None:
+    """One query head a group is what multi-head attention has; with one group, spaces stand one after another."""
+    assert grouped_order([4, 2, 2], 2).tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+    assert grouped_order([2, 2, 2], 2).tolist() == [0, 2, 4, 1, 3, 5]
+    assert grouped_order([4, 2, 2], 1).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)

@@ -31,6 +31,9 @@ class Projection:
     path: str
     inputs: Space
     outputs: tuple[Space, ...]
+    by_group: bool = False
+    """Whether fused outputs stand KV group after KV group, each with its part of every space in that order: its query
+    heads, its key head and its value head. Otherwise they stand space after space."""
 
     @property
     def restores(self) -> bool:
