@@ -45,7 +45,14 @@ class Checkpoint:
     def weights(self) -> Weights:
         """The tensors on disk."""
         family = self.family
-        return Weights(self.directory, family.stored_names, base=family.decoder.partition(".")[0], head=family.head)
+        return Weights(
+            self.directory,
+            family.stored_names,
+            base=family.decoder.partition(".")[0],
+            head=family.head,
+            buffers=family.buffers,
+            transposed=family.stores_transposed,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,17 +80,17 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
     if is_pruned:
-        shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
+        shape = shape.model_copy(update={"layers": _pruned_layers(raw, config.num_hidden_layers, directory)})
     return Checkpoint(str(model), directory, family, config, shape, is_pruned)
 
 
 def _check_version(family: Family) -> None:
     import transformers
 
-    if family.experts and transformers.__version__.startswith("4."):
+    if int(transformers.__version__.partition(".")[0]) < family.since:
         raise ModelError(
-            f"{family.model_type} is supported with transformers 5 only, found {transformers.__version__}; "
-            "pip install 'transformers>=5'"
+            f"{family.model_type} is supported with transformers {family.since} only, found "
+            f"{transformers.__version__}; pip install 'transformers>={family.since}'"
         )
 
 
@@ -131,7 +138,7 @@ def config_from(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
 
     own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}
     try:
-        values = both_rope_forms({key: raw[key] for key in raw if key not in own})
+        values = both_rope_forms({key: raw[key] for key in raw if key not in own}, family.rope_names)
         return AutoConfig.for_model(family.model_type, **values)
     # transformers validates configurations with exceptions of several libraries.
     except Exception as error:
@@ -153,15 +160,15 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
         raise ModelError(f"'{path}' is not a valid {family.model_type} configuration: {error}") from error
 
 
-def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:
+def _pruned_layers(raw: Mapping[str, Any], count: int, directory: Path) -> tuple[LayerShape, ...]:
     try:
         layers = tuple(LayerShape(**layer) for layer in raw["pruned"]["layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"'{directory / 'config.json'}' is a pruned model's but lacks valid pruned.layers") from error
-    if len(layers) != raw.get("num_hidden_layers"):
+    if len(layers) != count:
         raise ModelError(
-            f"'{directory / 'config.json'}' lists {len(layers)} pruned.layers but {raw.get('num_hidden_layers')} "
-            "num_hidden_layers; the checkpoint is damaged, prune again"
+            f"'{directory / 'config.json'}' lists {len(layers)} pruned.layers but {count} num_hidden_layers; the "
+            "checkpoint is damaged, prune again"
         )
     return layers
 
@@ -171,6 +178,7 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     kernel = {} if family.attention_kernel == "sdpa" else {"attention_kernel": family.attention_kernel}
     return {
         "layers_path": family.layers,
+        "since": family.since,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
         **kernel,
@@ -192,7 +200,22 @@ def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"transformers cannot make a {checkpoint.family.model_type} of '{checkpoint.directory / 'config.json'}' "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fetch the configuration again"
         ) from error
+    _put_plain_linears(model)
     return model.eval()
+
+
+def _put_plain_linears(model: nn.Module) -> None:
+    """Linear modules in the place of transposed ones (GPT-2's Conv1D), for weights as `Weights` gives them.
+
+    The products stay the same to the last bit: a transpose is but another view of what is on disk.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+            like = {"device": module.weight.device, "dtype": module.weight.dtype}
+            model.set_submodule(path, nn.Linear(in_features, out_features, **like))
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
@@ -271,7 +294,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     extra = sorted(set(weights) - expected - known_extra)
     if missing:
         instead = f" and hold {_listed(extra)} instead" if extra else ""
-        fault = f"are not those of a {checkpoint.family.class_stem}ForCausalLM" if extra else "are incomplete"
+        fault = f"are not those of a {checkpoint.family.class_name}" if extra else "are incomplete"
         raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}{instead}; they {fault}")
     if extra:
         raise ModelError(

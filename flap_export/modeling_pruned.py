@@ -6,6 +6,7 @@ The two import lines name the family the checkpoint came from. The configuration
 
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
+    since         the major version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
 A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost. In a mixture the
@@ -21,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 EVERY_EXPERT = ".*."
 
@@ -51,9 +53,10 @@ class EmptyAttention(nn.Module):
         self.add_module(output, constant)
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """The output bias, and no attention weights; arguments as transformers passes them to attention."""
+        past_key_values = layer_past if past_key_values is None else past_key_values
         if past_key_values is not None and getattr(past_key_values, "counts_empty_layers", True):
             placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(placeholder, placeholder, self.layer_idx)
@@ -124,8 +127,6 @@ def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: lis
     paths = [path for path, _, _ in projections if EVERY_EXPERT in path]
     if not paths:
         return
-    if transformers.__version__.startswith("4."):
-        raise ImportError(f"mixtures of experts need transformers 5, this is {transformers.__version__}; install it")
     parent = paths[0].partition(EVERY_EXPERT)[0]
     stacked: Any = layer.get_submodule(parent)
     names = [path.partition(EVERY_EXPERT)[2] for path in paths]
@@ -146,12 +147,14 @@ class OwnCounts:
         return getattr(self._config, name)
 
 
-def _count_heads(attention: Any, query_heads: int, kv_heads: int) -> None:
+def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int) -> None:
     """Tell `attention` how many heads it has, wherever its family keeps that."""
     counts = {
         "num_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "num_key_value_groups": query_heads // kv_heads,
+        # Where GPT-2's family cuts fused outputs.
+        "split_size": query_heads * head_dim,
     }
     for name, count in counts.items():
         if hasattr(attention, name):
@@ -161,21 +164,30 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int) -> None:
         attention.config = OwnCounts(config, query_heads, kv_heads)
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
+def _linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:
     module = layer.get_submodule(path)
-    assert isinstance(module, nn.Linear), path
+    assert isinstance(module, nn.Linear | Conv1D), path
     return module
 
 
-def _resized(linear: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    if (linear.in_features, linear.out_features, linear.bias is not None) == (in_features, out_features, bias):
+def _features(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Inputs and outputs; the weight of Conv1D, GPT-2's linear module, is [in, out]."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def _resized(linear: nn.Linear | Conv1D, in_features: int, out_features: int, bias: bool) -> nn.Linear | Conv1D:
+    if (*_features(linear), linear.bias is not None) == (in_features, out_features, bias):
         return linear
-    return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    if isinstance(linear, Conv1D):
+        return Conv1D(out_features, in_features).to(**like)
+    return nn.Linear(in_features, out_features, bias=bias, **like)
 
 
-def _empty_projection(linear: nn.Linear, restores: bool, bias: bool) -> nn.Module:
+def _empty_projection(linear: nn.Linear | Conv1D, restores: bool, bias: bool) -> nn.Module:
     """What stands for a projection of an FFN without channels whose projections lie in the layer itself."""
-    return Constant(linear.out_features, linear.weight, bias) if restores else nn.Identity()
+    return Constant(_features(linear)[1], linear.weight, bias) if restores else nn.Identity()
 
 
 def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
@@ -201,7 +213,7 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                 )
             elif inputs != "hidden":
                 linear = _linear(layer, path)
-                constant = Constant(linear.out_features, linear.weight, output_bias[block])
+                constant = Constant(_features(linear)[1], linear.weight, output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
                 is_sliding = getattr(parent, "is_sliding", False)
                 emptied = (
@@ -216,13 +228,21 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
         parent = layer.get_submodule(parent_path)
         if block == "query":
-            _count_heads(parent, counts["query_heads"], counts["kv_heads"])
+            _count_heads(parent, counts["query_heads"], counts["kv_heads"], head_dim)
         if block == "ffn" and hasattr(parent, "intermediate_size"):
             parent.intermediate_size = counts["ffn_channels"]
 
 
 def resize_decoder(model: Any, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:
-    """Resize every decoder layer of a freshly built causal LM, before its weights are loaded."""
+    """Resize every decoder layer of a freshly built causal LM, before its weights are loaded.
+
+    Raises:
+        ImportError: this transformers is too old for the family.
+    """
+    since = pruned.get("since", 4)
+    if int(transformers.__version__.partition(".")[0]) < since:
+        name = model.config.model_type.removeprefix("flap_")
+        raise ImportError(f"{name} needs transformers {since}, this is {transformers.__version__}; install it")
     for layer_idx, layer in enumerate(model.get_submodule(layers_path)):
         resize_layer(layer, layer_idx, pruned, model.config.hidden_size, head_dim)
 

@@ -126,11 +126,11 @@ def _restoring(
     if channels is not None:
         dtype = weight.dtype
         restored, added = restore(site, weight, channels)
-        weight = restored.to(dtype).contiguous()
+        weight = restored.to(dtype)
         if added is not None:
             bias = (added if bias is None else bias.to(torch.float64) + added).to(dtype)
     if weight.numel():
-        yield f"{path}.weight", weight
+        yield f"{path}.weight", weight.contiguous()
     if bias is not None:
         yield f"{path}.bias", bias
 

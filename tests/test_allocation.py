@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ALL_FAMILIES, tiny_config
+from tiny import ALL_FAMILIES, ALWAYS_MULTI_HEAD, tiny_config
 from transformers import AutoModelForCausalLM
 
 from flap_export.allocation import STRUCTURES, StructureName, _least_loss, allocate, allocate_by_loss
@@ -266,10 +266,11 @@ def test_costs_equal_the_sizes_of_transformers_modules(
     matrices = {
         name: weight.numel() for name, weight in layer.named_parameters() if weight.ndim > 1 and ".gate." not in name
     }
-    attention = sum(size for name, size in matrices.items() if name.startswith("self_attn."))
+    prefix = f"{FAMILIES[family].attention}."
+    attention = sum(size for name, size in matrices.items() if name.startswith(prefix))
     ffn = sum(matrices.values()) - attention
     sizes = shape.layers[0]
-    assert sizes.kv_heads == (query_heads if family == "opt" else kv_heads)
+    assert sizes.kv_heads == (query_heads if family in ALWAYS_MULTI_HEAD else kv_heads)
     assert sizes.kv_heads * group_parameters(shape, sizes) == attention == shape.attention_parameters(sizes)
     assert sizes.ffn_channels * shape.ffn_unit_parameters(sizes) == ffn == shape.ffn_parameters(sizes)
     assert shape.head_parameters == model.lm_head.weight.numel()

@@ -12,6 +12,7 @@ from tiny import (
     ALL_FAMILIES,
     MIXTURES,
     assert_same_logits,
+    grouped_rows,
     keep_all_plan,
     layer_plan,
     plain_model,
@@ -32,11 +33,18 @@ from flap_export.restoring import cut_only, mean_restorer
 from flap_export.rewriting import check_kind, cut, grouped_order, kept_channels, rewrite, rewrite_layer
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
+RESTORING = {
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "opt": ("self_attn.out_proj", "fc2"),
+}
+NORMS = ("layernorm.weight", "layernorm.bias", "layer_norm.weight", "layer_norm.bias")
+WIDENING = ("mlp.gate_proj", "mlp.up_proj", "fc1", "mlp.dense_h_to_4h")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
     *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, id="gpt_neox-one-by-one"),
     pytest.param("llama", LLAMA_BIASES, id="llama-biases"),
     pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
     pytest.param("llama", {"num_key_value_heads": 1, "mlp_bias": True}, id="llama-mqa"),
@@ -143,7 +151,8 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
     expected = {name: tensor for name, tensor in dense.items() if ".layers." not in name}
     size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
     queries, keys = layer.query_heads * size, layer.kv_heads * size
-    is_opt = checkpoint.family.model_type == "opt"
+    attention = f"{checkpoint.family.attention}."
+    output, down = RESTORING.get(checkpoint.family.model_type, ("self_attn.o_proj", "mlp.down_proj"))
 
     def heads(indices: tuple[int, ...]) -> list[int]:
         return [head * size + i for head in indices for i in range(size)]
@@ -152,27 +161,26 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         prefix = f"{checkpoint.family.layers}.{index}."
         rows = {"q": heads(kept.query_heads), "k": heads(kept.kv_heads), "v": heads(kept.kv_heads)}
         rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
+        grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
+        rows["query"] = sorted(row for part in grouped.values() for row in part)
         channels = list(kept.ffn_channels)
         expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            if path.endswith(("mlp.gate.weight", "layernorm.weight", "layer_norm.weight", "layer_norm.bias")):
+            if path.endswith(("mlp.gate.weight", *NORMS)):
                 expected[name] = tensor
             elif path in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
                 if kept.query_heads:
                     expected[name] = tensor
-            elif path.startswith("self_attn.") and path[10:].partition("_")[0] in rows:
+            elif path.startswith(attention) and path.removeprefix(attention).partition("_")[0] in rows:
                 if kept.query_heads:
-                    expected[name] = tensor[rows[path[10:].partition("_")[0]]]
+                    expected[name] = tensor[rows[path.removeprefix(attention).partition("_")[0]]]
             elif path.startswith("mlp.gate_up_proj") and channels:
                 expected[name] = tensor[gate_and_up]
-            elif path.startswith(("mlp.gate_proj", "mlp.up_proj", "fc1")) and channels:
+            elif path.startswith(WIDENING) and channels:
                 expected[name] = tensor[channels]
-        for path, space, columns in (
-            ("self_attn.out_proj" if is_opt else "self_attn.o_proj", "query", rows["q"]),
-            ("fc2" if is_opt else "mlp.down_proj", "ffn", channels),
-        ):
+        for path, space, columns in ((output, "query", rows["q"]), (down, "ffn", channels)):
             if space == "ffn" and kept.experts:
                 continue
             weight = dense[f"{prefix}{path}.weight"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, MIXTURES, save_tokens, tiny_checkpoint, tokens_of
+from tiny import ALL_FAMILIES, ALWAYS_MULTI_HEAD, MIXTURES, save_tokens, tiny_checkpoint, tokens_of
 from transformers import AutoModelForCausalLM
 
 from flap_export.errors import InputError, PlanError
@@ -39,8 +39,8 @@ def heads(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) -> None:
-    biased = family in ("llama", "opt")
-    ratio = 0.3 if family == "opt" else 0.5
+    biased = family in ("gpt2", "gpt_neox", "llama", "opt")
+    ratio = 0.3 if family in ALWAYS_MULTI_HEAD else 0.5
     compensation = "bias" if biased else "none"
     alignment = EXPERT_ALIGNMENT if family in MIXTURES else 1
     _, stock, uneven = pruned_stock(family, tmp_path, ratio=ratio, compensation=compensation, align_channels=alignment)

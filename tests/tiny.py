@@ -63,6 +63,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_theta": 700.0,
         "rope_local_base_freq": 15.0,
     },
+    # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
@@ -78,7 +80,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
 }
-ALL_FAMILIES = sorted(family for family in FAMILIES if not FAMILIES[family].experts or transformers.__version__ >= "5")
+MAJOR_VERSION = int(transformers.__version__.partition(".")[0])
+ALL_FAMILIES = sorted(family for family in FAMILIES if FAMILIES[family].since <= MAJOR_VERSION)
+ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
+"""Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
@@ -113,14 +118,16 @@ LONGROPE: dict[str, Any] = {
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     sizes = {**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}
-    return AutoConfig.for_model(family, **both_rope_forms({k: v for k, v in sizes.items() if v is not ...}))
+    stated = {k: v for k, v in sizes.items() if v is not ...}
+    return AutoConfig.for_model(family, **both_rope_forms(stated, FAMILIES[family].rope_names))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
+    norms = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__.endswith("Norm")}
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.3
-        parameter.data.copy_(1 + noise if name.endswith("norm.weight") else noise)
+        parameter.data.copy_(1 + noise if name in norms else noise)
 
 
 def tiny_checkpoint(
@@ -156,6 +163,19 @@ def assert_same_logits(found: Tensor, expected: Tensor, family: str) -> None:
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
     else:
         assert torch.equal(found, expected)
+
+
+def grouped_rows(query_heads: Sequence[int], kv_heads: Sequence[int], group: int, size: int) -> dict[str, list[int]]:
+    """Rows of heads in a fused projection that holds, KV group after KV group, `group` queries, a key and a value."""
+
+    def rows(positions: Sequence[int]) -> list[int]:
+        return [position * size + i for position in positions for i in range(size)]
+
+    return {
+        "q": rows([head // group * (group + 2) + head % group for head in query_heads]),
+        "k": rows([head * (group + 2) + group for head in kv_heads]),
+        "v": rows([head * (group + 2) + group + 1 for head in kv_heads]),
+    }
 
 
 def tokens_of(sequences: int, length: int, *, seed: int = 0) -> Tensor:

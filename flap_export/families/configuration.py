@@ -48,7 +48,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     layer = LayerShape(
         query_heads=heads,
         kv_heads=kv_heads,
-        ffn_channels=getattr(config, family.ffn_width),
+        ffn_channels=_ffn_channels(config, family),
         attention_bias=_has_bias(config, family, "query"),
         ffn_bias=_has_bias(config, family, "ffn"),
         experts=getattr(config, family.experts) if family.experts else 0,
@@ -63,5 +63,14 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     )
 
 
+def _ffn_channels(config: Any, family: Family) -> int:
+    stated = getattr(config, family.ffn_width)
+    width: int = config.hidden_size * family.ffn_multiple if stated is None and family.ffn_multiple else stated
+    return width
+
+
 def _has_bias(config: Any, family: Family, space: Space) -> bool:
-    return space in family.bias_flags and bool(getattr(config, family.bias_flags[space], False))
+    if space not in family.bias_flags:
+        return False
+    flag = family.bias_flags[space]
+    return flag is None or bool(getattr(config, flag, False))

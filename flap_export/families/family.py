@@ -65,10 +65,14 @@ class Family:
 
     model_type: str
     class_stem: str
-    """`<stem>ForCausalLM` and `<stem>Config` are the classes, `<stem>RMSNorm` its norm."""
+    """`<stem>ForCausalLM` and `<stem>Config` are the classes."""
     projections: tuple[Projection, ...]
     config_stem: str | None = None
     """Stem of the configuration's class where it is another one."""
+    language_model: str = "ForCausalLM"
+    """What follows the stem in the name of the causal LM's class."""
+    since: int = 4
+    """Major version of transformers from which on the family is supported."""
     attention: str = "self_attn"
     decoder: str = "model"
     layers: str = "model.layers"
@@ -77,20 +81,33 @@ class Family:
     ffn_matrices: int = 3
     ffn_width: str = "intermediate_size"
     """Configuration field that holds F."""
+    ffn_multiple: int | None = None
+    """F in units of H where that field holds nothing."""
     experts: str | None = None
     """Configuration field that holds E, in mixtures of experts."""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """Parts of tensors' names in checkpoints, and what the model calls them."""
+    buffers: tuple[str, ...] = ()
+    """Ends of the names of what old checkpoints hold beside parameters, and the model computes."""
+    transposed: bool = False
+    """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
+    rope_names: Mapping[str, str] = field(default_factory=dict)
+    """What transformers 4.x called rotary parameters of this family, where that is something else."""
     norm: Norm = Norm()
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
-    bias_flags: Mapping[Space, str] = field(default_factory=dict)
-    """Configuration flag that gives all projections around a space a bias. A family with both can hold a
-    compensated uniform plan in its own stock classes."""
+    bias_flags: Mapping[Space, str | None] = field(default_factory=dict)
+    """Configuration flag that gives all projections around a space a bias, or None where they always have one. A family
+    with both spaces can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
     """What configuration fields must hold: one of these values, or the same as another field."""
+
+    @property
+    def class_name(self) -> str:
+        """The causal LM's class."""
+        return self.class_stem + self.language_model
 
     def projection(self, path: str) -> Projection | None:
         """The projection at `path` below a layer, in whichever expert, or None."""
@@ -102,6 +119,11 @@ class Family:
         for stored, called in self.stored_names.items():
             name = name.replace(called, stored)
         return name
+
+    def stores_transposed(self, name: str) -> bool:
+        """Whether checkpoints hold the tensor of this name as [in, out]: in some families, the projections' weights."""
+        path, _, kind = name.removeprefix(f"{self.layers}.").partition(".")[2].rpartition(".")
+        return self.transposed and kind == "weight" and self.projection(path) is not None
 
     def restoring(self, space: Space) -> Projection:
         """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""

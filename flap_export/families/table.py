@@ -31,6 +31,13 @@ _OPT_PROJECTIONS = (
     Projection("fc2", "ffn", ("hidden",)),
 )
 
+_GPT_NEOX_PROJECTIONS = (
+    Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("attention.dense", "query", ("hidden",)),
+    Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
+    Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
+)
+
 
 def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
     """Separate attention projections, and a mixture of gated experts."""
@@ -68,12 +75,30 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            _GPT_NEOX_PROJECTIONS,
+            # Before, the head had another name and layers gave tuples.
+            since=5,
+            attention="attention",
+            decoder="gpt_neox",
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            ffn_matrices=2,
+            stored_names={"embed_out.": "lm_head."},
+            buffers=(".attention.bias", ".attention.masked_bias"),
+            plain_heads=True,
+            rope_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+            bias_flags={"query": "attention_bias", "ffn": None},
+        ),
         # With layer_types, transformers takes it for another family, whose layers differ in their windows.
         Family("mistral", "Mistral", _SEPARATE_PROJECTIONS, requires={"layer_types": (None,)}),
         Family(
             "mixtral",
             "Mixtral",
             _with_experts("w1", "w3", "w2"),
+            since=5,
             experts="num_local_experts",
             stored_names={".block_sparse_moe.": ".mlp."},
         ),
@@ -97,6 +122,7 @@ FAMILIES: dict[str, Family] = {
             "qwen3_moe",
             "Qwen3Moe",
             _with_experts("gate_proj", "up_proj", "down_proj"),
+            since=5,
             ffn_width="moe_intermediate_size",
             experts="num_experts",
             bias_flags={"query": "attention_bias"},

@@ -44,6 +44,7 @@ STEPS = 3
 NODES = {
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
+    "gpt_neox": (22, 13),
     "llama": (22, 11),
     "mistral": (22, 17),
     "mixtral": (37, 27),
@@ -57,6 +58,7 @@ NODES = {
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
+WITH_LAYER_NORMS = ("gpt_neox", "opt")
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
@@ -207,9 +209,9 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
     # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
-    # OPT's have biases.
+    # layer norms have biases.
     norms = 2 if family in MIXTURES else 4
-    unread = norms * artifact.shape.hidden_size * 4 * (2 if family == "opt" else 1)
+    unread = norms * artifact.shape.hidden_size * 4 * (2 if family in WITH_LAYER_NORMS else 1)
     assert float_bytes(tmp_path / "onnx") == sum(weights[name].nbytes for name in weights) - unread + tables
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
@@ -291,12 +293,23 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     [
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
+        ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
+        ("gpt_neox", {"attention_bias": False, "rope_parameters": ROPES["linear"]}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
         ("phi3", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
     ],
-    ids=["opt-norms-after", "opt-plain-norms", "gemma2-biases", "gemma2-uncapped", "gemma3-capped", "phi3-mha"],
+    ids=[
+        "opt-norms-after",
+        "opt-plain-norms",
+        "gpt_neox-one-by-one",
+        "gpt_neox-scaled",
+        "gemma2-biases",
+        "gemma2-uncapped",
+        "gemma3-capped",
+        "phi3-mha",
+    ],
 )
 def test_what_a_configuration_switches(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     pruned = tiny_pruned(family, tmp_path, **options)

@@ -1,0 +1,128 @@
+"""Configurations and tensors' names as the hub has them, of families whose checkpoints are older than their classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tokens_of
+from torch import Tensor
+
+from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
+from flap_export.weights import SINGLE_FILE
+
+PYTHIA = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.24.0",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+NEOX_20B = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "attention_probs_dropout_prob": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu_fast",
+    "hidden_dropout_prob": 0,
+    "hidden_size": 6144,
+    "initializer_range": 0.02,
+    "intermediate_size": 24576,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 64,
+    "num_hidden_layers": 44,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "vocab_size": 50432,
+}
+MODELS = {
+    # Name: configuration, heads, KV heads, head size, FFN width, and all parameters as the hub counts them.
+    "pythia-160m": (PYTHIA, (12, 12, 64, 3072), 162_322_944),
+    "gpt-neox-20b": (NEOX_20B, (64, 64, 96, 24576), 20_554_567_680),
+}
+OLD_BUFFERS: dict[str, dict[str, Tensor]] = {
+    "gpt_neox": {
+        "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9).half(),
+        "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(2),
+    },
+}
+
+
+def supported(families: Any) -> list[str]:
+    return [family for family in families if family in ALL_FAMILIES]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0]["model_type"] in ALL_FAMILIES])
+def test_a_configuration_of_the_hub(name: str, tmp_path: Path) -> None:
+    config, sizes, parameters = MODELS[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    layer, shape = checkpoint.shape.layers[0], checkpoint.shape
+    assert (layer.query_heads, layer.kv_heads, shape.head_dim, layer.ffn_channels) == sizes
+    model = meta_model(checkpoint, torch.float32)
+    head = model.get_submodule(checkpoint.family.head).get_parameter("weight").numel()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count - (head if shape.tied_embeddings else 0) == parameters
+    matrices = sum(
+        parameter.numel()
+        for layer in model.get_submodule(checkpoint.family.layers).children()
+        for parameter in layer.parameters()
+        if parameter.ndim == 2
+    )
+    assert matrices == shape.decoder_parameters
+
+
+def edit_weights(path: Path, changes: dict[str, Tensor]) -> None:
+    save_file({**load_file(path / SINGLE_FILE), **changes}, path / SINGLE_FILE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", supported(OLD_BUFFERS))
+def test_what_old_checkpoints_hold_beside_parameters_is_left_out(family: str, tmp_path: Path) -> None:
+    """Masks, and numbers that are infinite in half precision."""
+    path = tiny_checkpoint(family, tmp_path / "dense")
+    with torch.no_grad():
+        expected = plain_model(path)(tokens_of(2, 9)).logits
+    names = set(open_checkpoint(path).weights)
+    edit_weights(path, OLD_BUFFERS[family])
+    checkpoint = open_checkpoint(path)
+    check_weights(meta_model(checkpoint, torch.float32), checkpoint)
+    assert set(checkpoint.weights) == names
+    with torch.no_grad():
+        assert torch.equal(load_model(path, dtype=torch.float32)(tokens_of(2, 9)).logits, expected)
+
+
+@pytest.mark.skipif("gpt_neox" not in ALL_FAMILIES, reason="needs transformers 5")
+def test_the_head_of_gpt_neox_has_its_old_name_on_disk(tmp_path: Path) -> None:
+    path = tiny_checkpoint("gpt_neox", tmp_path / "dense")
+    assert "embed_out.weight" in load_file(path / SINGLE_FILE)
+    assert "lm_head.weight" in open_checkpoint(path).weights
+    tensors = load_file(path / SINGLE_FILE)
+    bare = {name.removeprefix("gpt_neox."): tensor for name, tensor in tensors.items()}
+    save_file(bare, path / SINGLE_FILE, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(path)
+    check_weights(meta_model(checkpoint, torch.float32), checkpoint)
