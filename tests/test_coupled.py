@@ -26,6 +26,9 @@ CALLED = {
     "out_proj": "o_proj",
     "fc1": "up_proj",
     "fc2": "down_proj",
+    "attn.c_proj": "o_proj",
+    "c_fc": "up_proj",
+    "mlp.c_proj": "down_proj",
     "dense": "o_proj",
     "dense_h_to_4h": "up_proj",
     "dense_4h_to_h": "down_proj",
@@ -36,7 +39,11 @@ def separate(importance: Importance, shape: DecoderShape) -> Importance:
     """Fused projections apart."""
     layer, size = shape.layers[0], shape.head_dim
     query, kv, channels = layer.query_heads * size, layer.kv_heads * size, layer.ffn_channels
-    found = {name.rpartition(".")[2]: value for name, value in importance.items()}
+    # GPT-2 has two modules of one name, all of them transposed.
+    found = {name if name.endswith("c_proj") else name.rpartition(".")[2]: value for name, value in importance.items()}
+    if "c_fc" in found:
+        found = {name: value.T for name, value in found.items()}
+        found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("c_attn"), [query, query + kv])
     if "query_key_value" in found:
         fused, group = found.pop("query_key_value"), layer.query_heads // layer.kv_heads
         rows = grouped_rows(range(layer.query_heads), range(layer.kv_heads), group, size)

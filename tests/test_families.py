@@ -8,6 +8,7 @@ import pytest
 from tiny import ALL_FAMILIES, MIXTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from flap_export.errors import ModelError
 from flap_export.families import EVERY_EXPERT, FAMILIES, check_config, family_of, shape_from_config
@@ -24,7 +25,7 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     layers = model.get_submodule(row.layers)
     assert isinstance(layers, nn.ModuleList)
-    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
+    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
     plain = {projection.path for projection in row.projections if EVERY_EXPERT not in projection.path}
     assert plain == linears
     assert bool(row.experts) == (len(plain) < len(row.projections))
@@ -48,7 +49,9 @@ def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
         if EVERY_EXPERT in projection.path:
             continue
         linear = model.get_submodule(f"{row.layers}.0.{projection.path}")
-        assert linear.weight.shape == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+        found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+        assert found == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+        assert isinstance(linear, Conv1D) == row.transposed
     assert shape.vocabulary_size == model.get_submodule(row.embedding).weight.shape[0]
 
 
@@ -125,6 +128,7 @@ def test_plain_configurations_are_accepted(family: str) -> None:
         ),
         ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
+        ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
         ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
     ],
 )

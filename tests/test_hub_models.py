@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tokens_of
+from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tiny_pruned, tokens_of
 from torch import Tensor
 
 from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
@@ -59,12 +59,43 @@ NEOX_20B = {
     "use_cache": True,
     "vocab_size": 50432,
 }
+GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+STANFORD = {**GPT2, "n_inner": None, "reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}
 MODELS = {
     # Name: configuration, heads, KV heads, head size, FFN width, and all parameters as the hub counts them.
     "pythia-160m": (PYTHIA, (12, 12, 64, 3072), 162_322_944),
+    "gpt2": (GPT2, (12, 12, 64, 3072), 124_439_808),
+    "alias-gpt2-small-x21": (STANFORD, (12, 12, 64, 3072), 124_439_808),
     "gpt-neox-20b": (NEOX_20B, (64, 64, 96, 24576), 20_554_567_680),
 }
 OLD_BUFFERS: dict[str, dict[str, Tensor]] = {
+    "gpt2": {
+        "transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-torch.inf),
+    },
     "gpt_neox": {
         "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9).half(),
@@ -85,9 +116,7 @@ def test_a_configuration_of_the_hub(name: str, tmp_path: Path) -> None:
     layer, shape = checkpoint.shape.layers[0], checkpoint.shape
     assert (layer.query_heads, layer.kv_heads, shape.head_dim, layer.ffn_channels) == sizes
     model = meta_model(checkpoint, torch.float32)
-    head = model.get_submodule(checkpoint.family.head).get_parameter("weight").numel()
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert count - (head if shape.tied_embeddings else 0) == parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     matrices = sum(
         parameter.numel()
         for layer in model.get_submodule(checkpoint.family.layers).children()
@@ -126,3 +155,33 @@ def test_the_head_of_gpt_neox_has_its_old_name_on_disk(tmp_path: Path) -> None:
     save_file(bare, path / SINGLE_FILE, metadata={"format": "pt"})
     checkpoint = open_checkpoint(path)
     check_weights(meta_model(checkpoint, torch.float32), checkpoint)
+
+
+@pytest.mark.skipif("gpt2" not in ALL_FAMILIES, reason="needs transformers 5")
+def test_gpt2_without_a_prefix(tmp_path: Path) -> None:
+    """As the hub has it: no `transformer.` before the names, masks in every layer, the head tied."""
+    path = tiny_checkpoint("gpt2", tmp_path / "dense", tie_word_embeddings=True)
+    with torch.no_grad():
+        expected = plain_model(path)(tokens_of(2, 9)).logits
+    tensors = {**load_file(path / SINGLE_FILE), **OLD_BUFFERS["gpt2"]}
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert "wte.weight" in bare
+    save_file(bare, path / SINGLE_FILE, metadata={"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(load_model(path, dtype=torch.float32)(tokens_of(2, 9)).logits, expected)
+
+
+@pytest.mark.skipif("gpt2" not in ALL_FAMILIES, reason="needs transformers 5")
+def test_transposed_weights_stay_transposed_on_disk(tmp_path: Path) -> None:
+    """So that GPT-2's own modules read them; everything in between sees [out, in]."""
+    pruned = tiny_pruned("gpt2", tmp_path)
+    opened, name = open_checkpoint(pruned), "transformer.h.1.attn.c_attn.weight"
+    stored = load_file(pruned / SINGLE_FILE)
+    layer, size = opened.shape.layers[1], opened.shape.head_dim
+    rows = (layer.query_heads + 2 * layer.kv_heads) * size
+    assert stored[name].shape == (32, rows)
+    assert opened.weights.shape(name) == opened.weights[name].shape == (rows, 32)
+    assert torch.equal(opened.weights[name], stored[name].T)
+    for other in ("transformer.wpe.weight", "transformer.h.1.ln_1.weight", "transformer.h.1.attn.c_attn.bias"):
+        assert torch.equal(opened.weights[other], stored[other])
+        assert opened.weights.shape(other) == stored[other].shape

@@ -174,3 +174,11 @@ def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
     assert f"from transformers import {config_name} as BaseConfig" in source
     assert f"from transformers import {name} as BaseForCausalLM" in source
     assert "flap_export" not in source
+
+
+def test_a_transformers_that_is_too_old_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny_pruned("llama", tmp_path))
+    section = {**pruned_section(checkpoint.family, checkpoint.shape), "since": 5}
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(ImportError, match=r"llama needs transformers 5, this is 4\.57\.6; install it"):
+        PrunedForCausalLM(PrunedConfig(pruned=section, **checkpoint.config.to_dict()))

@@ -24,6 +24,7 @@ from tiny import (
     uneven_plan,
 )
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flap_export.errors import ModelError, PlanError
 from flap_export.families import FAMILIES, Family, Projection
@@ -34,11 +35,12 @@ from flap_export.rewriting import check_kind, cut, grouped_order, kept_channels,
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 RESTORING = {
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", "fc2"),
 }
-NORMS = ("layernorm.weight", "layernorm.bias", "layer_norm.weight", "layer_norm.bias")
-WIDENING = ("mlp.gate_proj", "mlp.up_proj", "fc1", "mlp.dense_h_to_4h")
+NORMS = tuple(f"{norm}.{kind}" for norm in ("layernorm", "layer_norm", "ln_1", "ln_2") for kind in ("weight", "bias"))
+WIDENING = ("mlp.gate_proj", "mlp.up_proj", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS = [
@@ -76,7 +78,8 @@ def masked_dense_logits(
             mean = statistics.sites[index, space].mean.float() if statistics else None
             module = layer.get_submodule(checkpoint.family.restoring(space).path)
             kept = kept_positions(checkpoint, kept_units, space)
-            removed = [i for i in range(module.in_features) if i not in kept]
+            inputs = module.nx if isinstance(module, Conv1D) else module.in_features
+            removed = [i for i in range(inputs) if i not in kept]
 
             def hold(_: nn.Module, inputs: Any, removed: list[int] = removed, mean: Tensor | None = mean) -> Any:
                 held = inputs[0].clone()
@@ -148,7 +151,7 @@ def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: di
 def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: CalibrationStatistics) -> dict[str, Tensor]:
     """Written out by hand, projection by projection."""
     dense = {name: checkpoint.weights[name] for name in checkpoint.weights}
-    expected = {name: tensor for name, tensor in dense.items() if ".layers." not in name}
+    expected = {name: tensor for name, tensor in dense.items() if not name.startswith(checkpoint.family.layers)}
     size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
     queries, keys = layer.query_heads * size, layer.kv_heads * size
     attention = f"{checkpoint.family.attention}."
@@ -163,6 +166,7 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
         grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
         rows["query"] = sorted(row for part in grouped.values() for row in part)
+        rows["c"] = rows["qkv"]
         channels = list(kept.ffn_channels)
         expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
@@ -173,6 +177,8 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
             elif path in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
                 if kept.query_heads:
                     expected[name] = tensor
+            elif path.startswith(f"{output}."):
+                continue
             elif path.startswith(attention) and path.removeprefix(attention).partition("_")[0] in rows:
                 if kept.query_heads:
                     expected[name] = tensor[rows[path.removeprefix(attention).partition("_")[0]]]

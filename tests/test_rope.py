@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, LONGROPE, SIZES, tiny_checkpoint, tokens_of
+from tiny import ALL_FAMILIES, LONGROPE, SIZES, tiny_checkpoint, tiny_pruned, tokens_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flap_export.loading import load_model, open_checkpoint
@@ -77,6 +78,20 @@ def test_rotary_settings_under_names_of_their_own(older: dict[str, Any], paramet
         config = AutoConfig.for_model("gpt_neox", **stated)
         if "gpt_neox" in ALL_FAMILIES:
             assert {name: config.rope_parameters[name] for name in parameters} == parameters
+
+
+@pytest.mark.skipif("gpt_neox" not in ALL_FAMILIES, reason="needs transformers 5")
+def test_a_pruned_gpt_neox_turns_as_the_dense_one_does(tmp_path: Path) -> None:
+    stated = {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0, "partial_rotary_factor": 0.5}
+    sizes = {"rope_parameters": stated, "rotary_pct": ..., "rotary_emb_base": ...}
+    pruned = tiny_pruned("gpt_neox", tmp_path, **sizes)
+    for path in (tmp_path / "dense", pruned):
+        assert open_checkpoint(path).config.rope_parameters == stated
+    raw = json.loads((pruned / "config.json").read_text())
+    assert (
+        AutoConfig.for_model("gpt_neox", **{k: v for k, v in raw.items() if k != "model_type"}).rope_parameters
+        == stated
+    )
 
 
 @pytest.mark.parametrize("length", [16, 17], ids=["short", "long"])

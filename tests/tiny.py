@@ -63,6 +63,13 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_theta": 700.0,
         "rope_local_base_freq": 15.0,
     },
+    # Scores scaled by something else in every layer.
+    "gpt2": {
+        "n_inner": 40,
+        "scale_attn_by_inverse_layer_idx": True,
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+    },
     # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
     "mistral": {"sliding_window": 6},

@@ -31,6 +31,13 @@ _OPT_PROJECTIONS = (
     Projection("fc2", "ffn", ("hidden",)),
 )
 
+_GPT2_PROJECTIONS = (
+    Projection("attn.c_attn", "hidden", ("query", "kv", "kv")),
+    Projection("attn.c_proj", "query", ("hidden",)),
+    Projection("mlp.c_fc", "hidden", ("ffn",)),
+    Projection("mlp.c_proj", "ffn", ("hidden",)),
+)
+
 _GPT_NEOX_PROJECTIONS = (
     Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
     Projection("attention.dense", "query", ("hidden",)),
@@ -74,6 +81,26 @@ FAMILIES: dict[str, Family] = {
             norm=_GEMMA_NORM,
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
+        ),
+        Family(
+            "gpt2",
+            "GPT2",
+            _GPT2_PROJECTIONS,
+            language_model="LMHeadModel",
+            # Before, attention was called without its scale, and sdpa knew of none of its settings.
+            since=5,
+            attention="attn",
+            decoder="transformer",
+            layers="transformer.h",
+            embedding="transformer.wte",
+            ffn_matrices=2,
+            ffn_width="n_inner",
+            ffn_multiple=4,
+            buffers=(".attn.bias", ".attn.masked_bias"),
+            transposed=True,
+            plain_heads=True,
+            bias_flags={"query": None, "ffn": None},
+            requires={"add_cross_attention": (False,)},
         ),
         Family(
             "gpt_neox",
