@@ -178,6 +178,7 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     kernel = {} if family.attention_kernel == "sdpa" else {"attention_kernel": family.attention_kernel}
     return {
         "layers_path": family.layers,
+        "head_dim": shape.head_dim,
         "since": family.since,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
@@ -233,7 +234,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The causal LM with its parameters on the meta device; its buffers are real."""
     with torch.device("meta"):
         model = build_model(checkpoint, dtype)
-    _compute_buffers(model, checkpoint.shape.hidden_size)
+    _compute_buffers(model, checkpoint)
     if dtype == torch.float64:
         _keep_double_precision(model, checkpoint.family.norm)
     return model
@@ -247,7 +248,7 @@ class MetaLayers:
         self._checkpoint, self._dtype = checkpoint, dtype
         with torch.device("meta"):
             model = _stock_model(checkpoint, dtype)
-        _compute_buffers(model, checkpoint.shape.hidden_size)
+        _compute_buffers(model, checkpoint)
         self._layers: Any = model.get_submodule(checkpoint.family.layers)
 
     def made(self, index: int, shape: LayerShape) -> nn.Module:
@@ -264,14 +265,20 @@ class MetaLayers:
         return layer
 
 
-def _compute_buffers(model: nn.Module, hidden_size: int) -> None:
-    """Give values to what no checkpoint stores: rotary frequencies, and the factor of scaled embeddings."""
+def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give values to what no checkpoint stores: rotary frequencies, and the factor of scaled embeddings.
+
+    The masks of old families go: GPTBigCode still has one of all its positions, which nothing reads.
+    """
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
             model.set_submodule(path, type(module)(config=module.config))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
-                module.register_buffer(name, torch.tensor(hidden_size**0.5, dtype=buffer.dtype), persistent=False)
+                factor = torch.tensor(checkpoint.shape.hidden_size**0.5, dtype=buffer.dtype)
+                module.register_buffer(name, factor, persistent=False)
+            elif f"{path}.{name}".endswith(checkpoint.family.buffers):
+                delattr(module, name)
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:

@@ -6,6 +6,7 @@ The two import lines name the family the checkpoint came from. The configuration
 
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
+    head_dim      of every head
     since         the major version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
@@ -153,8 +154,11 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
         "num_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "num_key_value_groups": query_heads // kv_heads,
-        # Where GPT-2's family cuts fused outputs.
+        # Where GPT-2 and GPTBigCode cut fused outputs.
         "split_size": query_heads * head_dim,
+        "embed_dim": query_heads * head_dim,
+        "kv_heads": kv_heads,
+        "kv_dim": kv_heads * head_dim,
     }
     for name, count in counts.items():
         if hasattr(attention, name):
@@ -266,5 +270,4 @@ class PrunedForCausalLM(BaseForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        resize_decoder(self, config.pruned["layers_path"], config.pruned, head_dim)
+        resize_decoder(self, config.pruned["layers_path"], config.pruned, config.pruned["head_dim"])

@@ -33,7 +33,7 @@ EXPERT_ALIGNMENT: Final = 8
 def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
     """Numbers of query heads that the family's own class takes."""
     heads = dense.shape.layers[0].query_heads
-    if dense.family.plain_heads:
+    if dense.family.derived_head_dim:
         return (heads,)
     return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
 
@@ -98,7 +98,7 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
 
 def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
     counts = {dense.family.ffn_width: layer.ffn_channels}
-    if dense.family.plain_heads:
+    if dense.family.derived_head_dim:
         return counts
     heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
     return {**counts, **heads, "head_dim": dense.shape.head_dim}

@@ -270,7 +270,8 @@ def test_costs_equal_the_sizes_of_transformers_modules(
     attention = sum(size for name, size in matrices.items() if name.startswith(prefix))
     ffn = sum(matrices.values()) - attention
     sizes = shape.layers[0]
-    assert sizes.kv_heads == (query_heads if family in ALWAYS_MULTI_HEAD else kv_heads)
+    expected = {**dict.fromkeys(ALWAYS_MULTI_HEAD, query_heads), "gpt_bigcode": 1}.get(family, kv_heads)
+    assert sizes.kv_heads == expected
     assert sizes.kv_heads * group_parameters(shape, sizes) == attention == shape.attention_parameters(sizes)
     assert sizes.ffn_channels * shape.ffn_unit_parameters(sizes) == ffn == shape.ffn_parameters(sizes)
     assert shape.head_parameters == model.lm_head.weight.numel()

@@ -35,14 +35,16 @@ CALLED = {
 }
 
 
-def separate(importance: Importance, shape: DecoderShape) -> Importance:
+def separate(importance: Importance, family: str, shape: DecoderShape) -> Importance:
     """Fused projections apart."""
     layer, size = shape.layers[0], shape.head_dim
     query, kv, channels = layer.query_heads * size, layer.kv_heads * size, layer.ffn_channels
     # GPT-2 has two modules of one name, all of them transposed.
     found = {name if name.endswith("c_proj") else name.rpartition(".")[2]: value for name, value in importance.items()}
-    if "c_fc" in found:
+    if family == "gpt2":
         found = {name: value.T for name, value in found.items()}
+    if "c_attn" in found:
+        # One KV head or as many as query heads, space after space.
         found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("c_attn"), [query, query + kv])
     if "query_key_value" in found:
         fused, group = found.pop("query_key_value"), layer.query_heads // layer.kv_heads
@@ -61,9 +63,10 @@ def standard(values: list[float]) -> NDArray[np.float64]:
 
 def expected_scores(importance: Importance, path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Of one layer: a head's rows of q, columns of o and its part of the KV head; a channel's rows and column."""
-    shape = open_checkpoint(path).shape
+    checkpoint = open_checkpoint(path)
+    shape = checkpoint.shape
     layer, size = shape.layers[0], shape.head_dim
-    found = separate(importance, shape)
+    found = separate(importance, checkpoint.family.model_type, shape)
     group = layer.query_heads // layer.kv_heads
     heads, channels = [], []
     for head in range(layer.query_heads):

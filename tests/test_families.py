@@ -129,6 +129,11 @@ def test_plain_configurations_are_accepted(family: str) -> None:
         ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
         ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
+        (
+            "gpt_bigcode",
+            {"add_cross_attention": True},
+            r"gpt_bigcode is .*add_cross_attention equal to False only, got",
+        ),
         ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
     ],
 )

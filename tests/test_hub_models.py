@@ -84,11 +84,43 @@ GPT2 = {
     "vocab_size": 50257,
 }
 STANFORD = {**GPT2, "n_inner": None, "reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}
+STARCODER = {
+    "activation_function": "gelu",
+    "architectures": ["GPTBigCodeForCausalLM"],
+    "attention_softmax_in_fp32": True,
+    "attn_pdrop": 0.1,
+    "bos_token_id": 0,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 0,
+    "inference_runner": 0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "max_batch_size": None,
+    "max_sequence_length": None,
+    "model_type": "gpt_bigcode",
+    "multi_query": True,
+    "n_embd": 6144,
+    "n_head": 48,
+    "n_inner": 24576,
+    "n_layer": 40,
+    "n_positions": 8192,
+    "pad_key_length": True,
+    "pre_allocate_kv_cache": False,
+    "resid_pdrop": 0.1,
+    "scale_attention_softmax_in_fp32": True,
+    "scale_attn_weights": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "use_cache": True,
+    "validate_runner_input": True,
+    "vocab_size": 49152,
+}
 MODELS = {
     # Name: configuration, heads, KV heads, head size, FFN width, and all parameters as the hub counts them.
     "pythia-160m": (PYTHIA, (12, 12, 64, 3072), 162_322_944),
     "gpt2": (GPT2, (12, 12, 64, 3072), 124_439_808),
     "alias-gpt2-small-x21": (STANFORD, (12, 12, 64, 3072), 124_439_808),
+    "starcoder": (STARCODER, (48, 1, 128, 24576), 15_517_456_384),
     "gpt-neox-20b": (NEOX_20B, (64, 64, 96, 24576), 20_554_567_680),
 }
 OLD_BUFFERS: dict[str, dict[str, Tensor]] = {
@@ -96,6 +128,7 @@ OLD_BUFFERS: dict[str, dict[str, Tensor]] = {
         "transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64),
         "transformer.h.1.attn.masked_bias": torch.tensor(-torch.inf),
     },
+    "gpt_bigcode": {"transformer.bias": torch.ones(64, 64, dtype=torch.bool)},
     "gpt_neox": {
         "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9).half(),

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import ALL_FAMILIES, keep_all_plan, save_pruned, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
 
+from flap_export import modeling_pruned
 from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.loading import load_model, open_checkpoint, pruned_section
 from flap_export.modeling_pruned import PrunedConfig, PrunedForCausalLM
@@ -179,6 +181,7 @@ def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
 def test_a_transformers_that_is_too_old_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(tiny_pruned("llama", tmp_path))
     section = {**pruned_section(checkpoint.family, checkpoint.shape), "since": 5}
-    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    config = PrunedConfig(pruned=section, **checkpoint.config.to_dict())
+    monkeypatch.setattr(modeling_pruned, "transformers", SimpleNamespace(__version__="4.57.6"))
     with pytest.raises(ImportError, match=r"llama needs transformers 5, this is 4\.57\.6; install it"):
-        PrunedForCausalLM(PrunedConfig(pruned=section, **checkpoint.config.to_dict()))
+        PrunedForCausalLM(config)

@@ -36,6 +36,7 @@ from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 RESTORING = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", "fc2"),
 }
@@ -46,6 +47,7 @@ LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
     *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("gpt_bigcode", {"multi_query": False}, id="gpt_bigcode-mha"),
     pytest.param("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, id="gpt_neox-one-by-one"),
     pytest.param("llama", LLAMA_BIASES, id="llama-biases"),
     pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
@@ -166,7 +168,7 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
         grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
         rows["query"] = sorted(row for part in grouped.values() for row in part)
-        rows["c"] = rows["qkv"]
+        rows["c"] = rows["query"] if checkpoint.family.model_type == "gpt_bigcode" else rows["qkv"]
         channels = list(kept.ffn_channels)
         expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]

@@ -70,6 +70,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": ...,
         "num_key_value_heads": ...,
     },
+    # All query heads on one KV head.
+    "gpt_bigcode": {"n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
     "mistral": {"sliding_window": 6},

@@ -38,11 +38,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
-    heads = config.num_attention_heads
-    kv_heads, head_dim = (
-        None if family.plain_heads else getattr(config, name, None) for name in ("num_key_value_heads", "head_dim")
-    )
-    kv_heads = heads if kv_heads is None else kv_heads
+    heads, kv_heads = config.num_attention_heads, _kv_heads(config, family)
+    head_dim = None if family.derived_head_dim else getattr(config, "head_dim", None)
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     layer = LayerShape(
@@ -61,6 +58,14 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         layers=(layer,) * config.num_hidden_layers,
     )
+
+
+def _kv_heads(config: Any, family: Family) -> int:
+    heads: int = config.num_attention_heads
+    if family.multi_query is not None:
+        return 1 if all(getattr(config, name) == value for name, value in family.multi_query.items()) else heads
+    stated: int | None = None if family.plain_heads else getattr(config, "num_key_value_heads", None)
+    return heads if stated is None else stated
 
 
 def _ffn_channels(config: Any, family: Family) -> int:

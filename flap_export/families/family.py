@@ -93,6 +93,9 @@ class Family:
     """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
+    multi_query: Mapping[str, object] | None = None
+    """What configuration fields hold where all query heads share one KV head, in families in which each has one of its
+    own otherwise; D is H / Q in them."""
     rope_names: Mapping[str, str] = field(default_factory=dict)
     """What transformers 4.x called rotary parameters of this family, where that is something else."""
     norm: Norm = Norm()
@@ -103,6 +106,11 @@ class Family:
     with both spaces can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
     """What configuration fields must hold: one of these values, or the same as another field."""
+
+    @property
+    def derived_head_dim(self) -> bool:
+        """Whether D is H / Q, so that the family's own class takes the dense number of heads only."""
+        return self.plain_heads or self.multi_query is not None
 
     @property
     def class_name(self) -> str:

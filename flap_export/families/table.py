@@ -38,6 +38,11 @@ _GPT2_PROJECTIONS = (
     Projection("mlp.c_proj", "ffn", ("hidden",)),
 )
 
+_GPT_BIGCODE_PROJECTIONS = (
+    Projection("attn.c_attn", "hidden", ("query", "kv", "kv"), by_group=True),
+    *_GPT2_PROJECTIONS[1:],
+)
+
 _GPT_NEOX_PROJECTIONS = (
     Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
     Projection("attention.dense", "query", ("hidden",)),
@@ -99,6 +104,24 @@ FAMILIES: dict[str, Family] = {
             buffers=(".attn.bias", ".attn.masked_bias"),
             transposed=True,
             plain_heads=True,
+            bias_flags={"query": None, "ffn": None},
+            requires={"add_cross_attention": (False,)},
+        ),
+        Family(
+            "gpt_bigcode",
+            "GPTBigCode",
+            _GPT_BIGCODE_PROJECTIONS,
+            # Before, attention had kernels of its own.
+            since=5,
+            attention="attn",
+            decoder="transformer",
+            layers="transformer.h",
+            embedding="transformer.wte",
+            ffn_matrices=2,
+            ffn_width="n_inner",
+            ffn_multiple=4,
+            buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias"),
+            multi_query={"multi_query": True},
             bias_flags={"query": None, "ffn": None},
             requires={"add_cross_attention": (False,)},
         ),

@@ -45,6 +45,7 @@ NODES = {
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
     "gpt2": (28, 15),
+    "gpt_bigcode": (22, 13),
     "gpt_neox": (22, 13),
     "llama": (22, 11),
     "mistral": (22, 17),
@@ -59,7 +60,7 @@ NODES = {
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
-WITH_LAYER_NORMS = ("gpt2", "gpt_neox", "opt")
+WITH_LAYER_NORMS = ("gpt2", "gpt_bigcode", "gpt_neox", "opt")
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
@@ -295,6 +296,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
         ("gpt2", {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "relu"}),
+        ("gpt_bigcode", {"multi_query": False, "activation_function": "relu"}),
+        ("gpt_bigcode", {"scale_attn_weights": False, "attention_softmax_in_fp32": False}),
         ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
         ("gpt_neox", {"attention_bias": False, "rope_parameters": ROPES["linear"]}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
@@ -306,6 +309,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         "opt-norms-after",
         "opt-plain-norms",
         "gpt2-unscaled",
+        "gpt_bigcode-mha",
+        "gpt_bigcode-unscaled",
         "gpt_neox-one-by-one",
         "gpt_neox-scaled",
         "gemma2-biases",
