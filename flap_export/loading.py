@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError
-from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
+from flap_export.families import EVERY_EXPERT, Family, Norm, Space, check_config, family_of, shape_from_config
 from flap_export.rope import both_rope_forms, check_rope
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
@@ -320,8 +320,35 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"tensor '{name}' in '{checkpoint.directory}' holds {weights.dtype(name)} numbers, expected one of "
                 f"{', '.join(_FULL_PRECISION)}: its weights are quantised; start from the full-precision checkpoint"
             )
+    _check_projections(model, checkpoint)
     if checkpoint.shape.tied_embeddings:
         _check_tied(checkpoint)
+
+
+def _check_projections(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Whether the first layer's projections have the sizes that their spaces give them.
+
+    No configuration that has been seen asks for others; one that does would be cut in the wrong places.
+    """
+    shape, family = checkpoint.shape, checkpoint.family
+    layer = shape.layers[0]
+    widths: dict[Space, int] = {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
+    for projection in family.projections:
+        if EVERY_EXPERT in projection.path or not widths[projection.part]:
+            continue
+        found = tuple(model.get_parameter(f"{family.layers}.0.{projection.path}.weight").shape)
+        expected = (sum(widths[space] for space in projection.outputs), widths[projection.inputs])
+        if found != expected:
+            raise ModelError(
+                f"'{checkpoint.directory / 'config.json'}' asks for a {projection.path} of shape {list(found)}, where "
+                f"{layer.query_heads} query heads, {layer.kv_heads} KV heads and {layer.ffn_channels} FFN channels "
+                f"give {list(expected)}; such models are not supported"
+            )
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

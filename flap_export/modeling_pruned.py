@@ -41,7 +41,8 @@ class Constant(nn.Module):
         """The bias for every position: [..., in] -> [..., out]."""
         shape = (*hidden_states.shape[:-1], self.out_features)
         bias: Tensor | None = self._parameters["bias"]
-        return hidden_states.new_zeros(shape) if bias is None else bias.expand(shape)
+        # A copy, because Falcon adds to it in place.
+        return hidden_states.new_zeros(shape) if bias is None else bias.expand(shape).clone()
 
 
 class EmptyAttention(nn.Module):
@@ -158,6 +159,7 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
         "split_size": query_heads * head_dim,
         "embed_dim": query_heads * head_dim,
         "kv_heads": kv_heads,
+        "num_kv_heads": kv_heads,
         "kv_dim": kv_heads * head_dim,
     }
     for name, count in counts.items():
@@ -186,7 +188,8 @@ def _resized(linear: nn.Linear | Conv1D, in_features: int, out_features: int, bi
     like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     if isinstance(linear, Conv1D):
         return Conv1D(out_features, in_features).to(**like)
-    return nn.Linear(in_features, out_features, bias=bias, **like)
+    # Falcon's adds its bias to a rounded product.
+    return type(linear)(in_features, out_features, bias=bias, **like)
 
 
 def _empty_projection(linear: nn.Linear | Conv1D, restores: bool, bias: bool) -> nn.Module:

@@ -254,9 +254,11 @@ def test_a_ratio_below_half_a_unit_or_next_to_everything(structure: StructureNam
 def test_costs_equal_the_sizes_of_transformers_modules(
     family: str, query_heads: int, kv_heads: int, head_dim: int
 ) -> None:
-    config = tiny_config(
-        family, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=24
+    # Falcon's configuration takes no head size.
+    stated = (
+        {"num_kv_heads": kv_heads} if family == "falcon" else {"num_key_value_heads": kv_heads, "head_dim": head_dim}
     )
+    config = tiny_config(family, num_attention_heads=query_heads, hidden_size=24, **stated)
     if family in ("qwen2", "phi3"):
         # Their attention reads head_dim although their configuration does not declare it.
         assert config.head_dim == head_dim

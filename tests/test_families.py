@@ -128,6 +128,12 @@ def test_plain_configurations_are_accepted(family: str) -> None:
         ),
         ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
+        ("falcon", {"alibi": True}, r"falcon is supported with alibi equal to False only, got True"),
+        (
+            "falcon",
+            {"parallel_attn": False},
+            r"new_decoder_architecture=True and parallel_attn=False together",
+        ),
         ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
         (
             "gpt_bigcode",

@@ -59,6 +59,52 @@ NEOX_20B = {
     "use_cache": True,
     "vocab_size": 50432,
 }
+FALCON_7B = {
+    "alibi": False,
+    "architectures": ["FalconForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_falcon.FalconForCausalLM"},
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+    "hidden_dropout": 0.0,
+    "hidden_size": 4544,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "falcon",
+    "multi_query": True,
+    "new_decoder_architecture": False,
+    "num_attention_heads": 71,
+    "num_hidden_layers": 32,
+    "parallel_attn": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 65024,
+}
+FALCON_40B = {
+    **FALCON_7B,
+    "hidden_size": 8192,
+    "new_decoder_architecture": True,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 60,
+    "num_kv_heads": 8,
+}
+FALCON_11B = {
+    **FALCON_7B,
+    "activation": "gelu",
+    "ff_factor": 4,
+    "ffn_hidden_size": 16384,
+    "hidden_size": 4096,
+    "max_position_embeddings": 8192,
+    "new_decoder_architecture": True,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 60,
+    "num_kv_heads": 8,
+    "num_ln_in_parallel_attn": 1,
+    "rope_scaling": None,
+    "rope_theta": 500042.0,
+    "tie_word_embeddings": False,
+}
 GPT2 = {
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -118,6 +164,9 @@ STARCODER = {
 MODELS = {
     # Name: configuration, heads, KV heads, head size, FFN width, and all parameters as the hub counts them.
     "pythia-160m": (PYTHIA, (12, 12, 64, 3072), 162_322_944),
+    "falcon-7b": (FALCON_7B, (71, 1, 64, 18176), 6_921_720_704),
+    "falcon-40b": (FALCON_40B, (128, 8, 64, 32768), 41_303_293_952),
+    "falcon-11b": (FALCON_11B, (32, 8, 128, 16384), 11_102_822_400),
     "gpt2": (GPT2, (12, 12, 64, 3072), 124_439_808),
     "alias-gpt2-small-x21": (STANFORD, (12, 12, 64, 3072), 124_439_808),
     "starcoder": (STARCODER, (48, 1, 128, 24576), 15_517_456_384),

@@ -32,6 +32,7 @@ STAGES = (
     "text",
     "modeling_pruned",
     "loading",
+    "attention",
     "products",
     "moments",
     "statistics",

@@ -11,6 +11,7 @@ import torch
 from tiny import (
     ALL_FAMILIES,
     MIXTURES,
+    OLD_FALCON,
     assert_same_logits,
     grouped_rows,
     keep_all_plan,
@@ -35,18 +36,23 @@ from flap_export.rewriting import check_kind, cut, grouped_order, kept_channels,
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 RESTORING = {
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", "fc2"),
 }
-NORMS = tuple(f"{norm}.{kind}" for norm in ("layernorm", "layer_norm", "ln_1", "ln_2") for kind in ("weight", "bias"))
+NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
+NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
 WIDENING = ("mlp.gate_proj", "mlp.up_proj", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
     *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("falcon", {**OLD_FALCON, "bias": True}, id="falcon-mqa"),
+    pytest.param("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False}, id="falcon-mha"),
+    pytest.param("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1}, id="falcon-groups-of-four"),
     pytest.param("gpt_bigcode", {"multi_query": False}, id="gpt_bigcode-mha"),
     pytest.param("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, id="gpt_neox-one-by-one"),
     pytest.param("llama", LLAMA_BIASES, id="llama-biases"),

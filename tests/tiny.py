@@ -63,6 +63,14 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_theta": 700.0,
         "rope_local_base_freq": 15.0,
     },
+    # The newer kind, with grouped queries and a norm of the FFN's own.
+    "falcon": {
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "ffn_hidden_size": 40,
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+    },
     # Scores scaled by something else in every layer.
     "gpt2": {
         "n_inner": 40,
@@ -96,6 +104,8 @@ ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
+OLD_FALCON: dict[str, Any] = {"new_decoder_architecture": False, "num_kv_heads": ...}
+"""With this, one KV head for all, or one for each; one norm before attention and FFN side by side, or one each."""
 ROPES: dict[str, dict[str, Any]] = {
     "theta": {"rope_type": "default", "rope_theta": 123.0},
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from flap_export.attention import ask_the_interface
 from flap_export.families import EVERY_EXPERT
 from flap_export.loading import Checkpoint
 from flap_export.modeling_pruned import Experts
@@ -242,6 +243,7 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
+    ask_the_interface(model)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module, float(getattr(module, checkpoint.family.norm.epsilon)))

@@ -29,6 +29,7 @@ class ScatterCache(Cache):  # type: ignore[misc]
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
+        self.attention_arguments = {"decoding": decoding}
         self.layers: list[Any] = []
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from flap_export.errors import ModelError
@@ -28,6 +29,10 @@ def check_config(config: Any, family: Family) -> None:
         if found not in allowed:
             stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
             raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
+    for settings in family.excludes:
+        if _holds(config, settings):
+            together = " and ".join(f"{name}={value}" for name, value in settings.items())
+            raise ModelError(f"transformers' {family.model_type} cannot compute {together} together")
 
 
 def shape_from_config(config: Any, family: Family) -> DecoderShape:
@@ -62,10 +67,16 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
 
 def _kv_heads(config: Any, family: Family) -> int:
     heads: int = config.num_attention_heads
-    if family.multi_query is not None:
-        return 1 if all(getattr(config, name) == value for name, value in family.multi_query.items()) else heads
-    stated: int | None = None if family.plain_heads else getattr(config, "num_key_value_heads", None)
+    if family.multi_query is not None and _holds(config, family.multi_query):
+        return 1
+    field = None if family.plain_heads else family.kv_heads
+    stated: int | None = None if field is None else getattr(config, field, None)
     return heads if stated is None else stated
+
+
+def _holds(config: Any, settings: Mapping[str, object]) -> bool:
+    """Whether every field holds the stated value; one that holds nothing is false."""
+    return all((getattr(config, name) or False) == value for name, value in settings.items())
 
 
 def _ffn_channels(config: Any, family: Family) -> int:

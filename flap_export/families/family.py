@@ -93,9 +93,11 @@ class Family:
     """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
-    multi_query: Mapping[str, object] | None = None
-    """What configuration fields hold where all query heads share one KV head, in families in which each has one of its
-    own otherwise; D is H / Q in them."""
+    multi_query: Mapping[str, bool] | None = None
+    """What configuration fields hold where all query heads share one KV head, in families that decide it so; D is
+    H / Q in them."""
+    kv_heads: str | None = "num_key_value_heads"
+    """Configuration field that holds K otherwise; Q where there is no such field, or nothing in it."""
     rope_names: Mapping[str, str] = field(default_factory=dict)
     """What transformers 4.x called rotary parameters of this family, where that is something else."""
     norm: Norm = Norm()
@@ -106,6 +108,8 @@ class Family:
     with both spaces can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
     """What configuration fields must hold: one of these values, or the same as another field."""
+    excludes: tuple[Mapping[str, object], ...] = ()
+    """Values of several fields that the family's own class cannot compute together."""
 
     @property
     def derived_head_dim(self) -> bool:

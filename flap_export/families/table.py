@@ -31,6 +31,13 @@ _OPT_PROJECTIONS = (
     Projection("fc2", "ffn", ("hidden",)),
 )
 
+_FALCON_PROJECTIONS = (
+    Projection("self_attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("self_attention.dense", "query", ("hidden",)),
+    Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
+    Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
+)
+
 _GPT2_PROJECTIONS = (
     Projection("attn.c_attn", "hidden", ("query", "kv", "kv")),
     Projection("attn.c_proj", "query", ("hidden",)),
@@ -67,6 +74,27 @@ _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        Family(
+            "falcon",
+            "Falcon",
+            _FALCON_PROJECTIONS,
+            # Before, layers took caches of another kind.
+            since=5,
+            attention="self_attention",
+            decoder="transformer",
+            layers="transformer.h",
+            embedding="transformer.word_embeddings",
+            ffn_matrices=2,
+            ffn_width="ffn_hidden_size",
+            multi_query={"new_decoder_architecture": False, "multi_query": True},
+            kv_heads="num_kv_heads",
+            bias_flags={"query": "bias", "ffn": "bias"},
+            requires={"alibi": (False, None)},
+            excludes=(
+                {"new_decoder_architecture": True, "parallel_attn": False},
+                {"new_decoder_architecture": False, "parallel_attn": True, "num_ln_in_parallel_attn": 2},
+            ),
+        ),
         Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias", "ffn": "mlp_bias"}),
         Family(
             "gemma2",
@@ -122,6 +150,7 @@ FAMILIES: dict[str, Family] = {
             ffn_multiple=4,
             buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias"),
             multi_query={"multi_query": True},
+            kv_heads=None,
             bias_flags={"query": None, "ffn": None},
             requires={"add_cross_attention": (False,)},
         ),

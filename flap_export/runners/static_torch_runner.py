@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from flap_export.attention import ask_the_interface
 from flap_export.devices import check_device
 from flap_export.exporting.dialect import softcapped_attention
 from flap_export.loading import load_model, open_checkpoint
@@ -36,6 +37,7 @@ class StaticCache(Cache):  # type: ignore[misc]
     def __init__(self, caches: Caches, write_indices: Tensor, new_tokens: int, max_length: int) -> None:
         self.caches, self.max_length = caches, max_length
         self.layers: list[Any] = []
+        self.attention_arguments = {"static_cache": self}
         steps = torch.arange(new_tokens, device=write_indices.device)
         self.position_ids = write_indices.unsqueeze(1) + steps
         self._masks: dict[int | None, Tensor] = {}
@@ -122,6 +124,7 @@ class StaticTorchRunner(Runner):
         AttentionMaskInterface.register(NAME, _no_mask)
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         model.config._attn_implementation = NAME
+        ask_the_interface(model)
         self._model: Any = model
         self._caches: Caches = {}
         self._graph: Any = None

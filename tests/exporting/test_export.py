@@ -20,6 +20,7 @@ from tiny import (
     ALL_FAMILIES,
     LONGROPE,
     MIXTURES,
+    OLD_FALCON,
     ROPES,
     layer_plan,
     plan_of,
@@ -42,6 +43,7 @@ MAX_LENGTH = 20
 PROMPT = 9
 STEPS = 3
 NODES = {
+    "falcon": (22, 11),
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
     "gpt2": (28, 15),
@@ -60,7 +62,7 @@ NODES = {
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
-WITH_LAYER_NORMS = ("gpt2", "gpt_bigcode", "gpt_neox", "opt")
+WITH_LAYER_NORMS = ("falcon", "gpt2", "gpt_bigcode", "gpt_neox", "opt")
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 cannot build it itself")
@@ -295,6 +297,9 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     [
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
+        ("falcon", {**OLD_FALCON, "bias": True}),
+        ("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False, "activation": "relu"}),
+        ("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1, "rope_parameters": ROPES["linear"]}),
         ("gpt2", {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "relu"}),
         ("gpt_bigcode", {"multi_query": False, "activation_function": "relu"}),
         ("gpt_bigcode", {"scale_attn_weights": False, "attention_softmax_in_fp32": False}),
@@ -308,6 +313,9 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     ids=[
         "opt-norms-after",
         "opt-plain-norms",
+        "falcon-mqa",
+        "falcon-mha",
+        "falcon-one-norm",
         "gpt2-unscaled",
         "gpt_bigcode-mha",
         "gpt_bigcode-unscaled",
