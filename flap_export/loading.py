@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError
@@ -87,10 +88,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def _check_version(family: Family) -> None:
     import transformers
 
-    if int(transformers.__version__.partition(".")[0]) < family.since:
+    if Version(transformers.__version__).release < Version(family.since).release:
         raise ModelError(
-            f"{family.model_type} is supported with transformers {family.since} only, found "
-            f"{transformers.__version__}; pip install 'transformers>={family.since}'"
+            f"{family.model_type} is supported from transformers {family.since} on, found {transformers.__version__}; "
+            f"pip install 'transformers>={family.since}'"
         )
 
 

@@ -7,7 +7,7 @@ The two import lines name the family the checkpoint came from. The configuration
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
     head_dim      of every head
-    since         the major version of transformers that is needed
+    since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
 A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost. In a mixture the
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
@@ -246,8 +247,8 @@ def resize_decoder(model: Any, layers_path: str, pruned: dict[str, Any], head_di
     Raises:
         ImportError: this transformers is too old for the family.
     """
-    since = pruned.get("since", 4)
-    if int(transformers.__version__.partition(".")[0]) < since:
+    since = pruned["since"]
+    if Version(transformers.__version__).release < Version(since).release:
         name = model.config.model_type.removeprefix("flap_")
         raise ImportError(f"{name} needs transformers {since}, this is {transformers.__version__}; install it")
     for layer_idx, layer in enumerate(model.get_submodule(layers_path)):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,10 +179,23 @@ def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
     assert "flap_export" not in source
 
 
-def test_a_transformers_that_is_too_old_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "since", "needed"),
+    [
+        ("4.57.6", "5", True),
+        ("5.0.0", "5", False),
+        ("5.9.1", "5.14", True),
+        ("5.14.0.dev0", "5.14", False),
+        ("6.0.0", "5.14", False),
+    ],
+)
+def test_a_transformers_that_is_too_old_says_so(
+    version: str, since: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(tiny_pruned("llama", tmp_path))
-    section = {**pruned_section(checkpoint.family, checkpoint.shape), "since": 5}
+    section = {**pruned_section(checkpoint.family, checkpoint.shape), "since": since}
     config = PrunedConfig(pruned=section, **checkpoint.config.to_dict())
-    monkeypatch.setattr(modeling_pruned, "transformers", SimpleNamespace(__version__="4.57.6"))
-    with pytest.raises(ImportError, match=r"llama needs transformers 5, this is 4\.57\.6; install it"):
+    monkeypatch.setattr(modeling_pruned, "transformers", SimpleNamespace(__version__=version))
+    refused = pytest.raises(ImportError, match=f"llama needs transformers {since}, this is {version}; install it")
+    with refused if needed else nullcontext():
         PrunedForCausalLM(config)

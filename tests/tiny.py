@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -97,8 +98,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Half of every head turns.
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
 }
-MAJOR_VERSION = int(transformers.__version__.partition(".")[0])
-ALL_FAMILIES = sorted(family for family in FAMILIES if FAMILIES[family].since <= MAJOR_VERSION)
+VERSION = Version(transformers.__version__).release
+ALL_FAMILIES = sorted(family for family in FAMILIES if Version(FAMILIES[family].since).release <= VERSION)
 ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]

@@ -71,8 +71,8 @@ class Family:
     """Stem of the configuration's class where it is another one."""
     language_model: str = "ForCausalLM"
     """What follows the stem in the name of the causal LM's class."""
-    since: int = 4
-    """Major version of transformers from which on the family is supported."""
+    since: str = "4.57"
+    """Version of transformers from which on the family is supported."""
     attention: str = "self_attn"
     decoder: str = "model"
     layers: str = "model.layers"

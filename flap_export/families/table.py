@@ -79,7 +79,7 @@ FAMILIES: dict[str, Family] = {
             "Falcon",
             _FALCON_PROJECTIONS,
             # Before, layers took caches of another kind.
-            since=5,
+            since="5",
             attention="self_attention",
             decoder="transformer",
             layers="transformer.h",
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
             _GPT2_PROJECTIONS,
             language_model="LMHeadModel",
             # Before, attention was called without its scale, and sdpa knew of none of its settings.
-            since=5,
+            since="5.4",
             attention="attn",
             decoder="transformer",
             layers="transformer.h",
@@ -139,8 +139,8 @@ FAMILIES: dict[str, Family] = {
             "gpt_bigcode",
             "GPTBigCode",
             _GPT_BIGCODE_PROJECTIONS,
-            # Before, attention had kernels of its own.
-            since=5,
+            # Before, attention was called without what the caller gives beside the usual.
+            since="5.4",
             attention="attn",
             decoder="transformer",
             layers="transformer.h",
@@ -158,8 +158,8 @@ FAMILIES: dict[str, Family] = {
             "gpt_neox",
             "GPTNeoX",
             _GPT_NEOX_PROJECTIONS,
-            # Before, the head had another name and layers gave tuples.
-            since=5,
+            # Before, the head had another name.
+            since="5.14",
             attention="attention",
             decoder="gpt_neox",
             layers="gpt_neox.layers",
@@ -177,7 +177,7 @@ FAMILIES: dict[str, Family] = {
             "mixtral",
             "Mixtral",
             _with_experts("w1", "w3", "w2"),
-            since=5,
+            since="5",
             experts="num_local_experts",
             stored_names={".block_sparse_moe.": ".mlp."},
         ),
@@ -201,7 +201,7 @@ FAMILIES: dict[str, Family] = {
             "qwen3_moe",
             "Qwen3Moe",
             _with_experts("gate_proj", "up_proj", "down_proj"),
-            since=5,
+            since="5",
             ffn_width="moe_intermediate_size",
             experts="num_experts",
             bias_flags={"query": "attention_bias"},
