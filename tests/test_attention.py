@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, OLD_FALCON, plain_model, tiny_checkpoint, tokens_of
+from tiny import OLD_FALCON, plain_model, tiny_checkpoint, tokens_of
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
@@ -15,7 +15,6 @@ from flap_export.attention import ask_the_interface
 from flap_export.errors import ModelError
 from flap_export.loading import check_weights, meta_model, open_checkpoint
 
-pytestmark = pytest.mark.skipif("falcon" not in ALL_FAMILIES, reason="needs transformers 5")
 NAME = "flap_export_test"
 
 

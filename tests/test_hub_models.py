@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tiny_pruned, tokens_of
 from torch import Tensor
 
-from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
+from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint, parameter_names
 from flap_export.weights import SINGLE_FILE
 
 PYTHIA = {
@@ -198,7 +198,7 @@ def test_a_configuration_of_the_hub(name: str, tmp_path: Path) -> None:
     layer, shape = checkpoint.shape.layers[0], checkpoint.shape
     assert (layer.query_heads, layer.kv_heads, shape.head_dim, layer.ffn_channels) == sizes
     model = meta_model(checkpoint, torch.float32)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert sum(model.get_parameter(name).numel() for name in parameter_names(model, checkpoint)) == parameters
     matrices = sum(
         parameter.numel()
         for layer in model.get_submodule(checkpoint.family.layers).children()

@@ -78,8 +78,6 @@ FAMILIES: dict[str, Family] = {
             "falcon",
             "Falcon",
             _FALCON_PROJECTIONS,
-            # Before, layers took caches of another kind.
-            since="5",
             attention="self_attention",
             decoder="transformer",
             layers="transformer.h",
