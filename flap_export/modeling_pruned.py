@@ -159,9 +159,7 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
         # Where GPT-2 and GPTBigCode cut fused outputs.
         "split_size": query_heads * head_dim,
         "embed_dim": query_heads * head_dim,
-        "kv_heads": kv_heads,
         "num_kv_heads": kv_heads,
-        "kv_dim": kv_heads * head_dim,
     }
     for name, count in counts.items():
         if hasattr(attention, name):

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, keep_all_plan, save_pruned, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
+from tiny import (
+    ALL_FAMILIES,
+    PLAIN_FAMILIES,
+    keep_all_plan,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_pruned,
+    tiny_statistics,
+    tokens_of,
+)
 
 from flap_export import modeling_pruned
 from flap_export.families import EVERY_EXPERT, FAMILIES
@@ -199,3 +208,14 @@ def test_a_transformers_that_is_too_old_says_so(
     refused = pytest.raises(ImportError, match=f"llama needs transformers {since}, this is {version}; install it")
     with refused if needed else nullcontext():
         PrunedForCausalLM(config)
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_resized_projections_are_the_familys_own_modules(family: str, tmp_path: Path) -> None:
+    """Falcon's add their bias to a rounded product."""
+    checkpoint = open_checkpoint(tiny_pruned(family, tmp_path))
+    models = [load_model(tmp_path / name, dtype=torch.float32) for name in ("dense", "pruned")]
+    for projection in checkpoint.family.projections:
+        path = f"{checkpoint.family.layers}.1.{projection.path}"
+        dense, resized = (model.get_submodule(path) for model in models)
+        assert type(resized) is type(dense)
