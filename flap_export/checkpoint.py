@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,10 +52,16 @@ def write_checkpoint(
         tensors: names and tensors, taken one at a time; at most `max_shard_bytes` are held.
         max_shard_bytes: size at which a further weight file is begun.
     """
-    write_shards(directory, tensors, max_shard_bytes)
+    write_shards(directory, as_stored(dense.family, tensors), max_shard_bytes)
     config = uneven_config(read_config(dense), dense.family, shape)
     (directory / MODELING_NAME).write_text(modeling_source(dense.family), encoding="utf-8")
     write_beside_weights(directory, dense, plan, config)
+
+
+def as_stored(family: Family, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as checkpoints of the family hold them: some families' projections are transposed there."""
+    for name, tensor in tensors:
+        yield name, tensor.T.contiguous() if family.stores_transposed(name) else tensor
 
 
 def write_beside_weights(directory: Path, dense: Checkpoint, plan: PruningPlan, config: dict[str, Any]) -> None:
@@ -86,7 +92,7 @@ def uneven_config(dense: dict[str, Any], family: Family, shape: DecoderShape) ->
     the section `pruned`.
     """
     return {
-        **both_rope_forms(dense),
+        **both_rope_forms(dense, family.rope_names),
         "model_type": PRUNED_PREFIX + family.model_type,
         "architectures": ["PrunedForCausalLM"],
         "auto_map": {
@@ -100,10 +106,11 @@ def uneven_config(dense: dict[str, Any], family: Family, shape: DecoderShape) ->
 def modeling_source(family: Family) -> str:
     """The self-contained modelling file for checkpoints of `family`."""
     source = Path(__file__).with_name(MODELING_NAME).read_text(encoding="utf-8")
-    for suffix, stem in (("Config", family.config_stem or family.class_stem), ("ForCausalLM", family.class_stem)):
-        line = f"from transformers import Llama{suffix} as Base{suffix}"
+    named = {"Config": f"{family.config_stem or family.class_stem}Config", "ForCausalLM": family.class_name}
+    for role, name in named.items():
+        line = f"from transformers import Llama{role} as Base{role}"
         assert line in source, line
-        source = source.replace(line, line.replace("Llama", stem))
+        source = source.replace(line, f"from transformers import {name} as Base{role}")
     return source
 
 

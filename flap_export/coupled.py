@@ -6,7 +6,7 @@ weights count for its query heads in equal parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from flap_export.errors import ModelError
 from flap_export.families import Projection, Space, experts_of
 from flap_export.loading import Checkpoint, load_model
+from flap_export.rewriting import grouped_order
 from flap_export.scoring import LayerScores, standardised
 from flap_export.shapes import DecoderShape
 
@@ -111,7 +112,7 @@ def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Ten
         for expert in experts_of(space, layer):
             own = {**totals, "ffn": by_expert[expert or 0]}
             values = importance(f"{dense.family.layers}.{index}.{projection.at(expert)}.weight")
-            _add_rows(own, projection, values.sum(dim=1), widths)
+            _add_rows(own, projection, values.sum(dim=1), widths, layer.kv_heads)
             own[projection.inputs] += values.sum(dim=0)
     ffn = torch.stack(by_expert) if layer.experts else by_expert[0]
     group_size = layer.query_heads // layer.kv_heads
@@ -120,7 +121,11 @@ def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Ten
     return LayerScores(standardised(heads + shared.repeat_interleave(group_size)), standardised(ffn))
 
 
-def _add_rows(totals: dict[Space, Tensor], projection: Projection, rows: Tensor, widths: dict[Space, int]) -> None:
-    sizes: Sequence[int] = [widths[space] for space in projection.outputs]
-    for space, part in zip(projection.outputs, torch.split(rows, list(sizes)), strict=True):
+def _add_rows(
+    totals: dict[Space, Tensor], projection: Projection, rows: Tensor, widths: dict[Space, int], groups: int
+) -> None:
+    sizes = [widths[space] for space in projection.outputs]
+    if projection.by_group:
+        rows = torch.empty_like(rows).scatter_(0, grouped_order(sizes, groups), rows)
+    for space, part in zip(projection.outputs, torch.split(rows, sizes), strict=True):
         totals[space] += part

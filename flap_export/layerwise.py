@@ -5,6 +5,7 @@ Memory holds one layer and one chunk of sequences, whatever the size of the mode
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 import threading
@@ -53,10 +54,12 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "_layer"), name)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *arguments: Any, **kwargs: Any) -> Tensor:
         if not self._calls:
             self._embedded.append(hidden_states)
-        self._calls.append(kwargs)
+        # GPT-2 passes some by their position.
+        _, *names = inspect.signature(self._layer.forward).parameters
+        self._calls.append({**dict(zip(names, arguments, strict=False)), **kwargs})
         if self._is_last:
             raise _EmbeddingDone
         return hidden_states

@@ -16,10 +16,11 @@ from types import FunctionType, MethodType
 from typing import Any, final
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError
-from flap_export.families import Family, Norm, check_config, family_of, shape_from_config
+from flap_export.families import EVERY_EXPERT, Family, Norm, Space, check_config, family_of, shape_from_config
 from flap_export.rope import both_rope_forms, check_rope
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
@@ -47,7 +48,14 @@ class Checkpoint:
     def weights(self) -> Weights:
         """The tensors on disk."""
         family = self.family
-        return Weights(self.directory, family.stored_names, base=family.decoder.partition(".")[0], head=family.head)
+        return Weights(
+            self.directory,
+            family.stored_names,
+            base=family.decoder.partition(".")[0],
+            head=family.head,
+            buffers=family.buffers,
+            transposed=family.stores_transposed,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +84,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = config_from(raw, family, directory)
     shape = _dense_shape(config, family, directory)
     if is_pruned:
-        shape = shape.model_copy(update={"layers": _pruned_layers(raw, directory)})
+        shape = shape.model_copy(update={"layers": _pruned_layers(raw, config.num_hidden_layers, directory)})
     return Checkpoint(str(model), directory, family, config, shape, is_pruned)
 
 
@@ -84,10 +92,10 @@ def _check_version(family: Family) -> None:
     import transformers
 
     found = transformers.__version__
-    if int(found.partition(".")[0]) < family.transformers:
+    if Version(found).release < Version(family.since).release:
         raise ModelError(
-            f"{family.model_type} is supported with transformers {family.transformers} only, found {found}; "
-            f"pip install 'transformers>={family.transformers}'"
+            f"{family.model_type} is supported from transformers {family.since} on, found {found}; "
+            f"pip install 'transformers>={family.since}'"
         )
     if family.model_type not in transformers.CONFIG_MAPPING:
         raise ModelError(
@@ -139,7 +147,7 @@ def config_from(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
 
     own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}
     try:
-        values = both_rope_forms({key: raw[key] for key in raw if key not in own})
+        values = both_rope_forms({key: raw[key] for key in raw if key not in own}, family.rope_names)
         return AutoConfig.for_model(family.model_type, **values)
     # transformers validates configurations with exceptions of several libraries.
     except Exception as error:
@@ -161,15 +169,15 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
         raise ModelError(f"'{path}' is not a valid {family.model_type} configuration: {error}") from error
 
 
-def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape, ...]:
+def _pruned_layers(raw: Mapping[str, Any], count: int, directory: Path) -> tuple[LayerShape, ...]:
     try:
         layers = tuple(LayerShape(**layer) for layer in raw["pruned"]["layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"'{directory / 'config.json'}' is a pruned model's but lacks valid pruned.layers") from error
-    if len(layers) != raw.get("num_hidden_layers"):
+    if len(layers) != count:
         raise ModelError(
-            f"'{directory / 'config.json'}' lists {len(layers)} pruned.layers but {raw.get('num_hidden_layers')} "
-            "num_hidden_layers; the checkpoint is damaged, prune again"
+            f"'{directory / 'config.json'}' lists {len(layers)} pruned.layers but {count} num_hidden_layers; the "
+            "checkpoint is damaged, prune again"
         )
     return layers
 
@@ -177,14 +185,14 @@ def _pruned_layers(raw: Mapping[str, Any], directory: Path) -> tuple[LayerShape,
 def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
     """The `pruned` section of a configuration, which `modeling_pruned.py` reads."""
     kernel = {} if family.attention_kernel == "sdpa" else {"attention_kernel": family.attention_kernel}
-    generation = {} if family.transformers == 4 else {"transformers": family.transformers}
     return {
         "layers_path": family.layers,
+        "head_dim": shape.head_dim,
+        "since": family.since,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
         **({"head_norms": dict(family.head_norms)} if family.head_norms else {}),
         **kernel,
-        **generation,
     }
 
 
@@ -203,7 +211,22 @@ def _stock_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"transformers cannot make a {checkpoint.family.model_type} of '{checkpoint.directory / 'config.json'}' "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fetch the configuration again"
         ) from error
+    _put_plain_linears(model)
     return model.eval()
+
+
+def _put_plain_linears(model: nn.Module) -> None:
+    """Linear modules in the place of transposed ones (GPT-2's Conv1D), for weights as `Weights` gives them.
+
+    The products stay the same to the last bit: a transpose is but another view of what is on disk.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+            like = {"device": module.weight.device, "dtype": module.weight.dtype}
+            model.set_submodule(path, nn.Linear(in_features, out_features, **like))
 
 
 def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
@@ -221,7 +244,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The causal LM with its parameters on the meta device; its buffers are real."""
     with torch.device("meta"):
         model = build_model(checkpoint, dtype)
-    _compute_buffers(model, checkpoint.shape.hidden_size)
+    _compute_buffers(model, checkpoint)
     if dtype == torch.float64:
         _keep_double_precision(model, checkpoint.family)
     return model
@@ -235,7 +258,7 @@ class MetaLayers:
         self._checkpoint, self._dtype = checkpoint, dtype
         with torch.device("meta"):
             model = _stock_model(checkpoint, dtype)
-        _compute_buffers(model, checkpoint.shape.hidden_size)
+        _compute_buffers(model, checkpoint)
         self._layers: Any = model.get_submodule(checkpoint.family.layers)
 
     def made(self, index: int, shape: LayerShape) -> nn.Module:
@@ -252,14 +275,20 @@ class MetaLayers:
         return layer
 
 
-def _compute_buffers(model: nn.Module, hidden_size: int) -> None:
-    """Give values to what no checkpoint stores: rotary frequencies, and the factor of scaled embeddings."""
+def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give values to what no checkpoint stores: rotary frequencies, and the factor of scaled embeddings.
+
+    The masks of old families go: GPTBigCode still has one of all its positions, which nothing reads.
+    """
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
             model.set_submodule(path, type(module)(config=module.config))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
-                module.register_buffer(name, torch.tensor(hidden_size**0.5, dtype=buffer.dtype), persistent=False)
+                factor = torch.tensor(checkpoint.shape.hidden_size**0.5, dtype=buffer.dtype)
+                module.register_buffer(name, factor, persistent=False)
+            elif f"{path}.{name}".endswith(checkpoint.family.buffers):
+                delattr(module, name)
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:
@@ -282,7 +311,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     extra = sorted(set(weights) - expected - known_extra)
     if missing:
         instead = f" and hold {_listed(extra)} instead" if extra else ""
-        fault = f"are not those of a {checkpoint.family.class_stem}ForCausalLM" if extra else "are incomplete"
+        fault = f"are not those of a {checkpoint.family.class_name}" if extra else "are incomplete"
         raise ModelError(f"weights in '{checkpoint.directory}' lack {_listed(missing)}{instead}; they {fault}")
     if extra:
         raise ModelError(
@@ -302,8 +331,35 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"tensor '{name}' in '{checkpoint.directory}' holds {weights.dtype(name)} numbers, expected one of "
                 f"{', '.join(_FULL_PRECISION)}: its weights are quantised; start from the full-precision checkpoint"
             )
+    _check_projections(model, checkpoint)
     if checkpoint.shape.tied_embeddings:
         _check_tied(checkpoint)
+
+
+def _check_projections(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Whether the first layer's projections have the sizes that their spaces give them.
+
+    No configuration that has been seen asks for others; one that does would be cut in the wrong places.
+    """
+    shape, family = checkpoint.shape, checkpoint.family
+    layer = shape.layers[0]
+    widths: dict[Space, int] = {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
+    for projection in family.projections:
+        if EVERY_EXPERT in projection.path or not widths[projection.part]:
+            continue
+        found = tuple(model.get_parameter(f"{family.layers}.0.{projection.path}.weight").shape)
+        expected = (sum(widths[space] for space in projection.outputs), widths[projection.inputs])
+        if found != expected:
+            raise ModelError(
+                f"'{checkpoint.directory / 'config.json'}' asks for a {projection.path} of shape {list(found)}, where "
+                f"{layer.query_heads} query heads, {layer.kv_heads} KV heads and {layer.ffn_channels} FFN channels "
+                f"give {list(expected)}; such models are not supported"
+            )
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

@@ -7,8 +7,9 @@ The two import lines name the family the checkpoint came from. The configuration
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
     head_norms    path of each norm with a row for every head, where a layer has it, and the space of these heads
+    head_dim      of every head
+    since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
-    transformers  the oldest generation whose classes of this family can be resized, where that is not 4
 
 A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost. In a mixture the
 router stays and weighs the biases of its experts.
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 EVERY_EXPERT = ".*."
 
@@ -40,7 +43,8 @@ class Constant(nn.Module):
         """The bias for every position: [..., in] -> [..., out]."""
         shape = (*hidden_states.shape[:-1], self.out_features)
         bias: Tensor | None = self._parameters["bias"]
-        return hidden_states.new_zeros(shape) if bias is None else bias.expand(shape)
+        # A copy, because Falcon adds to it in place.
+        return hidden_states.new_zeros(shape) if bias is None else bias.expand(shape).clone()
 
 
 class EmptyAttention(nn.Module):
@@ -53,9 +57,10 @@ class EmptyAttention(nn.Module):
         self.add_module(output, constant)
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """The output bias, and no attention weights; arguments as transformers passes them to attention."""
+        past_key_values = layer_past if past_key_values is None else past_key_values
         if past_key_values is not None and getattr(past_key_values, "counts_empty_layers", True):
             placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(placeholder, placeholder, self.layer_idx)
@@ -146,12 +151,16 @@ class OwnCounts:
         return getattr(self._config, name)
 
 
-def _count_heads(attention: Any, query_heads: int, kv_heads: int) -> None:
+def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int) -> None:
     """Tell `attention` how many heads it has, wherever its family keeps that."""
     counts = {
         "num_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "num_key_value_groups": query_heads // kv_heads,
+        # Where GPT-2 and GPTBigCode cut fused outputs.
+        "split_size": query_heads * head_dim,
+        "embed_dim": query_heads * head_dim,
+        "num_kv_heads": kv_heads,
     }
     for name, count in counts.items():
         if hasattr(attention, name):
@@ -161,21 +170,31 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int) -> None:
         attention.config = OwnCounts(config, query_heads, kv_heads)
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
+def _linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:
     module = layer.get_submodule(path)
-    assert isinstance(module, nn.Linear), path
+    assert isinstance(module, nn.Linear | Conv1D), path
     return module
 
 
-def _resized(linear: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    if (linear.in_features, linear.out_features, linear.bias is not None) == (in_features, out_features, bias):
+def _features(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Inputs and outputs; the weight of Conv1D, GPT-2's linear module, is [in, out]."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def _resized(linear: nn.Linear | Conv1D, in_features: int, out_features: int, bias: bool) -> nn.Linear | Conv1D:
+    if (*_features(linear), linear.bias is not None) == (in_features, out_features, bias):
         return linear
-    return nn.Linear(in_features, out_features, bias=bias, device=linear.weight.device, dtype=linear.weight.dtype)
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    if isinstance(linear, Conv1D):
+        return Conv1D(out_features, in_features).to(**like)
+    # Falcon's adds its bias to a rounded product.
+    return type(linear)(in_features, out_features, bias=bias, **like)
 
 
-def _empty_projection(linear: nn.Linear, restores: bool, bias: bool) -> nn.Module:
+def _empty_projection(linear: nn.Linear | Conv1D, restores: bool, bias: bool) -> nn.Module:
     """What stands for a projection of an FFN without channels whose projections lie in the layer itself."""
-    return Constant(linear.out_features, linear.weight, bias) if restores else nn.Identity()
+    return Constant(_features(linear)[1], linear.weight, bias) if restores else nn.Identity()
 
 
 def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
@@ -203,7 +222,7 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                 )
             elif inputs != "hidden":
                 linear = _linear(layer, path)
-                constant = Constant(linear.out_features, linear.weight, output_bias[block])
+                constant = Constant(_features(linear)[1], linear.weight, output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
                 is_sliding = getattr(parent, "is_sliding", False)
                 emptied = (
@@ -218,7 +237,7 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
         parent = layer.get_submodule(parent_path)
         if block == "query":
-            _count_heads(parent, counts["query_heads"], counts["kv_heads"])
+            _count_heads(parent, counts["query_heads"], counts["kv_heads"], head_dim)
         if block == "ffn" and hasattr(parent, "intermediate_size"):
             parent.intermediate_size = counts["ffn_channels"]
 
@@ -232,15 +251,16 @@ def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str
             norm.weight = nn.Parameter(norm.weight.new_ones(widths[space] // head_dim, head_dim))
 
 
-def _check_generation(pruned: dict[str, Any]) -> None:
-    found, needed = transformers.__version__, pruned.get("transformers", 4)
-    if int(found.partition(".")[0]) < needed:
-        raise ImportError(f"this model needs transformers {needed}, this is {found}; install it")
-
-
 def resize_decoder(model: Any, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:
-    """Resize every decoder layer of a freshly built causal LM, before its weights are loaded."""
-    _check_generation(pruned)
+    """Resize every decoder layer of a freshly built causal LM, before its weights are loaded.
+
+    Raises:
+        ImportError: this transformers is too old for the family.
+    """
+    since = pruned["since"]
+    if Version(transformers.__version__).release < Version(since).release:
+        name = model.config.model_type.removeprefix("flap_")
+        raise ImportError(f"{name} needs transformers {since}, this is {transformers.__version__}; install it")
     for layer_idx, layer in enumerate(model.get_submodule(layers_path)):
         resize_layer(layer, layer_idx, pruned, model.config.hidden_size, head_dim)
 
@@ -264,5 +284,4 @@ class PrunedForCausalLM(BaseForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        resize_decoder(self, config.pruned["layers_path"], config.pruned, head_dim)
+        resize_decoder(self, config.pruned["layers_path"], config.pruned, config.pruned["head_dim"])

@@ -6,7 +6,7 @@ weights are copied bit for bit; compensation is added to a bias that is there, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ def rewrite_layer(
     """
     prefix = f"{checkpoint.family.layers}.{index}."
     weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
+    groups = checkpoint.shape.layers[index].kv_heads
     for name in [name for name in weights if name.startswith(prefix)]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
@@ -103,7 +104,7 @@ def rewrite_layer(
         if projection.restores or projection.part not in parts:
             continue
         own = {**kept, "ffn": of_expert(kept["ffn"], expert_at(path))}
-        tensor = cut(weights.finite(name), projection, kind, own, widths)
+        tensor = cut(weights.finite(name), projection, kind, own, widths, groups)
         if tensor.numel():
             yield name, tensor
     for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
@@ -128,11 +129,11 @@ def _restoring(
     if channels is not None:
         dtype = weight.dtype
         restored, added = restore(site, weight, channels)
-        weight = restored.to(dtype).contiguous()
+        weight = restored.to(dtype)
         if added is not None:
             bias = (added if bias is None else bias.to(torch.float64) + added).to(dtype)
     if weight.numel():
-        yield f"{path}.weight", weight
+        yield f"{path}.weight", weight.contiguous()
     if bias is not None:
         yield f"{path}.bias", bias
 
@@ -181,7 +182,9 @@ def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:
     }
 
 
-def cut(tensor: Tensor, projection: Projection, kind: str, kept: Kept, widths: Mapping[Space, int]) -> Tensor:
+def cut(
+    tensor: Tensor, projection: Projection, kind: str, kept: Kept, widths: Mapping[Space, int], groups: int = 1
+) -> Tensor:
     """Keep the plan's channels of one weight [out, in] or bias [out].
 
     Args:
@@ -190,8 +193,12 @@ def cut(tensor: Tensor, projection: Projection, kind: str, kept: Kept, widths: M
         kind: "weight" or "bias".
         kept: channels that stay, per space.
         widths: dense size of every space.
+        groups: KV groups K of the layer, for outputs that stand group after group.
     """
-    rows = _stacked([kept[space] for space in projection.outputs], [widths[space] for space in projection.outputs])
+    sizes = [widths[space] for space in projection.outputs]
+    rows = _stacked([kept[space] for space in projection.outputs], sizes)
+    if rows is not None and projection.by_group:
+        rows = torch.nonzero(torch.isin(grouped_order(sizes, groups), rows)).flatten()
     if rows is not None:
         tensor = tensor[rows]
     columns = kept[projection.inputs]
@@ -211,3 +218,17 @@ def _stacked(kept: list[Tensor | None], widths: list[int]) -> Tensor | None:
             for channels, width, start in zip(kept, widths, starts, strict=True)
         ]
     )
+
+
+def grouped_order(widths: Sequence[int], groups: int) -> Tensor:
+    """Of outputs that stand KV group after KV group, where each would be if they stood space after space.
+
+    Args:
+        widths: of the spaces, in their order within a group.
+        groups: KV groups K, each with a K-th of every space.
+
+    Returns:
+        int64 [sum of widths], a permutation.
+    """
+    stacked = torch.split(torch.arange(sum(widths)), list(widths))
+    return torch.cat([part.view(groups, -1) for part in stacked], dim=1).flatten()

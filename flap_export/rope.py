@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from flap_export.errors import ModelError
@@ -11,19 +12,25 @@ _STATED_BESIDE = ("rope_theta", "partial_rotary_factor")
 """What transformers 5 keeps among the rotary parameters and 4.x beside them."""
 
 
-def both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form."""
+def both_rope_forms(config: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """State the rotary settings as transformers 5 reads them and as 4.x does; each ignores the other's form.
+
+    Args:
+        config: of a `config.json`.
+        names: what 4.x called parameters of this family, where that is something else.
+    """
+    old_names = {name: names.get(name, name) for name in _STATED_BESIDE}
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
         return {**config, **_beside_by_layer_type(parameters, config)}
     if "rope_local_base_freq" in config:
         return {**config, "rope_parameters": _by_layer_type(config)}
     if isinstance(parameters, dict) and "rope_theta" in parameters:
-        beside = {name: parameters[name] for name in _STATED_BESIDE if name in parameters}
+        beside = {old: parameters[name] for name, old in old_names.items() if name in parameters}
         return {**config, **beside, "rope_scaling": _scaling(parameters, config)}
-    if "rope_theta" in config:
+    if old_names["rope_theta"] in config:
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        beside = {name: config[name] for name in _STATED_BESIDE if name in config}
+        beside = {name: config[old] for name, old in old_names.items() if old in config}
         return {**config, "rope_parameters": {**scaling, **beside}}
     return dict(config)
 

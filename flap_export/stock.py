@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from flap_export.checkpoint import MAX_SHARD_BYTES, read_config, write_beside_weights, write_shards
+from flap_export.checkpoint import MAX_SHARD_BYTES, as_stored, read_config, write_beside_weights, write_shards
 from flap_export.errors import PlanError
 from flap_export.families import Family
 from flap_export.loading import Checkpoint, config_from, meta_model, parameter_names
@@ -82,24 +82,26 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
             f"--layout stock: {family.model_type}'s class takes {', '.join(map(str, allowed_heads(dense)))} query "
             f"heads at a hidden size of {shape.hidden_size}, the plan keeps {layer.query_heads}; keep one of these"
         )
-    config = {**both_rope_forms(read_config(dense)), **_counts(dense, layer)}
+    config = {**both_rope_forms(read_config(dense), family.rope_names), **_counts(dense, layer)}
     biases: tuple[tuple[CutSpace, bool, bool], ...] = (
         ("query", layer.attention_bias, dense.shape.layers[0].attention_bias),
         ("ffn", layer.ffn_bias, dense.shape.layers[0].ffn_bias),
     )
     for space, added, there in biases:
         if added and not there:
-            if space not in family.bias_flags:
+            flag = family.bias_flags.get(space)
+            if flag is None:
                 raise _no_place_for_bias(family, space)
-            config[family.bias_flags[space]] = True
+            config[flag] = True
     return config
 
 
 def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
-    counts = {"num_attention_heads": layer.query_heads, dense.family.ffn_width: layer.ffn_channels}
+    counts = {dense.family.ffn_width: layer.ffn_channels}
     if dense.family.fixed_heads:
         return counts
-    return {**counts, "num_key_value_heads": layer.kv_heads, "head_dim": dense.shape.head_dim}
+    heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
+    return {**counts, **heads, "head_dim": dense.shape.head_dim}
 
 
 def write_stock_checkpoint(
@@ -119,7 +121,8 @@ def write_stock_checkpoint(
     config = stock_config(dense, shape)
     target = dataclasses.replace(dense, config=config_from(config, dense.family, directory), shape=shape)
     whole = _with_zero_biases(target, tensors)
-    write_shards(directory, ((dense.family.stored_name(name), tensor) for name, tensor in whole), max_shard_bytes)
+    stored = ((dense.family.stored_name(name), tensor) for name, tensor in as_stored(dense.family, whole))
+    write_shards(directory, stored, max_shard_bytes)
     write_beside_weights(directory, dense, plan, config)
 
 

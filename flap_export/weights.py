@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Final, final
@@ -17,7 +17,7 @@ from flap_export.storage import digest_of_file, digest_of_json
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-_NO_PARAMETERS: Final = ".rotary_emb.inv_freq"
+_NO_PARAMETERS: Final = (".rotary_emb.inv_freq",)
 """Computed from the configuration; checkpoints of old versions of transformers, those of LLaMA's first two generations
 among them, hold it in every layer."""
 
@@ -31,7 +31,14 @@ class Weights:
     """
 
     def __init__(
-        self, directory: Path, renamed: Mapping[str, str] | None = None, *, base: str = "", head: str = ""
+        self,
+        directory: Path,
+        renamed: Mapping[str, str] | None = None,
+        *,
+        base: str = "",
+        head: str = "",
+        buffers: tuple[str, ...] = (),
+        transposed: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Look at the files' headers.
 
@@ -41,15 +48,17 @@ class Weights:
             base: the module that all names but the head's begin with; models that were saved without a head leave it
                 out, as transformers knows.
             head: the head's module.
+            buffers: ends of further names that are left out, because the model computes what they hold.
+            transposed: says of a name here whether its matrix is given as the transpose of what is on disk.
         """
-        self.directory = directory
-        files = {name: file for name, file in _files_by_name(directory).items() if not name.endswith(_NO_PARAMETERS)}
+        self.directory, self._transposed = directory, transposed
+        left = (*_NO_PARAMETERS, *buffers)
+        files = {name: file for name, file in _files_by_name(directory).items() if not name.endswith(left)}
         for file in set(files.values()):
             _check_complete(file, {name for name, holder in files.items() if holder == file})
         left_out = f"{base}." if base and not any(name.startswith(f"{base}.") for name in files) else ""
-        self._stored = {
-            _renamed(name if name.startswith(f"{head}.") else left_out + name, renamed or {}): name for name in files
-        }
+        names = {name: _renamed(name, renamed or {}) for name in files}
+        self._stored = {own if own.startswith(f"{head}.") else left_out + own: stored for stored, own in names.items()}
         self._file_of = {name: files[stored] for name, stored in self._stored.items()}
 
     @cached_property
@@ -73,7 +82,7 @@ class Weights:
             raise ModelError(f"weights in '{self.directory}' lack the tensor '{name}'; the checkpoint is incomplete")
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(self._stored[name])
-        return tensor
+        return tensor.T if self._transposed(name) else tensor
 
     def finite(self, name: str) -> Tensor:
         """Read one tensor that must hold neither NaN nor infinity.
@@ -92,7 +101,8 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the file's header."""
-        return self._headers[name][0]
+        shape = self._headers[name][0]
+        return shape[::-1] if self._transposed(name) else shape
 
     def dtype(self, name: str) -> str:
         """Kind of numbers of one tensor, as safetensors calls it (`BF16`, `F8_E4M3`), from the file's header."""

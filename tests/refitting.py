@@ -9,13 +9,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flap_export.families import FAMILIES
 from flap_export.statistics import CutSpace
 
 
 def site(model: Any, family: str, layer: int, space: CutSpace) -> nn.Linear:
-    found = model.get_submodule(f"{FAMILIES[family].layers}.{layer}.{FAMILIES[family].restoring(space).path}")
+    path = f"{FAMILIES[family].layers}.{layer}.{FAMILIES[family].restoring(space).path}"
+    found = model.get_submodule(path)
+    if isinstance(found, Conv1D):
+        # GPT-2's are transposed; one that is not takes its place.
+        linear = nn.Linear(*found.weight.shape, dtype=found.weight.dtype)
+        linear.load_state_dict({"weight": found.weight.T, "bias": found.bias})
+        model.set_submodule(path, linear)
+        found = linear
     assert isinstance(found, nn.Linear)
     return found
 

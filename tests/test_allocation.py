@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ALL_FAMILIES, tiny_config
+from tiny import ALL_FAMILIES, ALWAYS_MULTI_HEAD, tiny_config
 from transformers import AutoModelForCausalLM
 
 from flap_export.allocation import STRUCTURES, StructureName, allocate, allocate_by_loss
@@ -257,9 +257,11 @@ def test_costs_equal_the_sizes_of_transformers_modules(
 ) -> None:
     if FAMILIES[family].square_output:
         head_dim = 24 // query_heads
-    config = tiny_config(
-        family, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=24
+    # Falcon's configuration takes no head size.
+    stated = (
+        {"num_kv_heads": kv_heads} if family == "falcon" else {"num_key_value_heads": kv_heads, "head_dim": head_dim}
     )
+    config = tiny_config(family, num_attention_heads=query_heads, hidden_size=24, **stated)
     if family in ("qwen2", "phi3"):
         # Their attention reads head_dim although their configuration does not declare it.
         assert config.head_dim == head_dim
@@ -271,10 +273,12 @@ def test_costs_equal_the_sizes_of_transformers_modules(
         for name, weight in layer.named_parameters()
         if weight.ndim > 1 and ".gate." not in name and "norm" not in name
     }
-    attention = sum(size for name, size in matrices.items() if name.startswith("self_attn."))
+    prefix = f"{FAMILIES[family].attention}."
+    attention = sum(size for name, size in matrices.items() if name.startswith(prefix))
     ffn = sum(matrices.values()) - attention
     sizes = shape.layers[0]
-    assert sizes.kv_heads == (query_heads if family == "opt" else kv_heads)
+    expected = {**dict.fromkeys(ALWAYS_MULTI_HEAD, query_heads), "gpt_bigcode": 1}.get(family, kv_heads)
+    assert sizes.kv_heads == expected
     assert sizes.kv_heads * group_parameters(shape, sizes) == attention == shape.attention_parameters(sizes)
     assert sizes.ffn_channels * shape.ffn_unit_parameters(sizes) == ffn == shape.ffn_parameters(sizes)
     assert shape.head_parameters == model.lm_head.weight.numel()

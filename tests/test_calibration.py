@@ -19,6 +19,7 @@ from tiny import (
     tokens_of,
 )
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from flap_export.calibration import calibrate, compute_dtype, open_dense
 from flap_export.errors import InputError, ModelError, TextError
@@ -38,7 +39,8 @@ def site_inputs(path: Path, family: str, tokens: Tensor) -> dict[tuple[int, str]
                 continue
 
             def note(module: Any, inputs: tuple[Tensor, ...], key: tuple[int, str] = (index, space)) -> None:
-                found[key] = (inputs[0].flatten(0, -2).double(), module.weight.double())
+                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+                found[key] = (inputs[0].flatten(0, -2).double(), weight.double())
 
             layer.get_submodule(FAMILIES[family].restoring(space).path).register_forward_pre_hook(note)
     model(input_ids=tokens, use_cache=False)

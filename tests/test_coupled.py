@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny import PLAIN_FAMILIES, plain_model, tiny_checkpoint, tokens_of
+from tiny import PLAIN_FAMILIES, grouped_rows, plain_model, tiny_checkpoint, tokens_of
 from torch import Tensor
 
 from flap_export.coupled import GRADIENT_SEQUENCES, magnitude_scores, random_scores, taylor_scores
@@ -17,26 +17,42 @@ from flap_export.errors import ModelError
 from flap_export.families import FAMILIES
 from flap_export.loading import open_checkpoint
 from flap_export.scoring import LayerScores
+from flap_export.shapes import DecoderShape
 
 Importance = dict[str, NDArray[np.float64]]
-LLAMA_NAMES = {
+CALLED = {
     "out_proj": "o_proj",
-    "dense": "o_proj",
     "fc1": "up_proj",
     "fc2": "down_proj",
+    "attn.c_proj": "o_proj",
     "c_fc": "up_proj",
-    "c_proj": "down_proj",
+    "mlp.c_proj": "down_proj",
+    "dense": "o_proj",
+    "dense_h_to_4h": "up_proj",
+    "dense_4h_to_h": "down_proj",
 }
 
 
-def separate(importance: Importance, query: int, kv: int, channels: int) -> Importance:
-    """Fused projections apart, all of them by Llama's names."""
-    found = {name.rpartition(".")[2]: value for name, value in importance.items()}
+def separate(importance: Importance, family: str, shape: DecoderShape) -> Importance:
+    """Fused projections apart."""
+    layer, size = shape.layers[0], shape.head_dim
+    query, kv, channels = layer.query_heads * size, layer.kv_heads * size, layer.ffn_channels
+    # GPT-2 has two modules of one name, all of them transposed.
+    found = {name if name.endswith("c_proj") else name.rpartition(".")[2]: value for name, value in importance.items()}
+    if FAMILIES[family].transposed:
+        found = {name: value.T for name, value in found.items()}
+    if "c_attn" in found:
+        # One KV head or as many as query heads, space after space.
+        found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("c_attn"), [query, query + kv])
+    if "query_key_value" in found:
+        fused, group = found.pop("query_key_value"), layer.query_heads // layer.kv_heads
+        rows = grouped_rows(range(layer.query_heads), range(layer.kv_heads), group, size)
+        found |= {f"{name}_proj": fused[positions] for name, positions in rows.items()}
     if "qkv_proj" in found:
         found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("qkv_proj"), [query, query + kv])
     if "gate_up_proj" in found:
         found["gate_proj"], found["up_proj"] = np.split(found.pop("gate_up_proj"), [channels])
-    return {LLAMA_NAMES.get(name, name): values for name, values in found.items()}
+    return {CALLED.get(name, name): value for name, value in found.items()}
 
 
 def standard(values: list[float]) -> NDArray[np.float64]:
@@ -46,9 +62,10 @@ def standard(values: list[float]) -> NDArray[np.float64]:
 
 def expected_scores(importance: Importance, path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Of one layer: a head's rows of q, columns of o and its part of the KV head; a channel's rows and column."""
-    shape = open_checkpoint(path).shape
+    checkpoint = open_checkpoint(path)
+    shape = checkpoint.shape
     layer, size = shape.layers[0], shape.head_dim
-    found = separate(importance, layer.query_heads * size, layer.kv_heads * size, layer.ffn_channels)
+    found = separate(importance, checkpoint.family.model_type, shape)
     group = layer.query_heads // layer.kv_heads
     heads, channels = [], []
     for head in range(layer.query_heads):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tiny import ALL_FAMILIES, MIXTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from flap_export.errors import ModelError
 from flap_export.exporting.dialect import rotary_modules
@@ -31,13 +33,13 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     layers = model.get_submodule(row.layers)
     assert isinstance(layers, nn.ModuleList)
-    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
+    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
     plain = {projection.path for projection in row.projections if EVERY_EXPERT not in projection.path}
     assert plain == linears
     assert bool(row.experts) == (len(plain) < len(row.projections))
     for path in (row.decoder, row.embedding, row.head):
         model.get_submodule(path)
-    assert type(model).__name__ == f"{row.class_stem}ForCausalLM"
+    assert type(model).__name__ == row.class_name
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -55,7 +57,9 @@ def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
         if EVERY_EXPERT in projection.path:
             continue
         linear = model.get_submodule(f"{row.layers}.0.{projection.path}")
-        assert linear.weight.shape == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+        found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+        assert found == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+        assert isinstance(linear, Conv1D) == row.transposed
     assert shape.vocabulary_size == model.get_submodule(row.embedding).weight.shape[0]
 
 
@@ -63,15 +67,15 @@ def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> None:
     row = FAMILIES[family]
-    model = dense_model(family, **dict.fromkeys(row.bias_flags.values(), biased))
+    model = dense_model(family, **{flag: biased for flag in row.bias_flags.values() if flag is not None})
     layer = shape_from_config(model.config, row).layers[0]
     for space, stated in (("query", layer.attention_bias), ("ffn", layer.ffn_bias)):
         if space == "ffn" and row.experts:
             assert not stated
             continue
         bias = model.get_submodule(f"{row.layers}.0.{row.restoring(space).path}").bias
-        expected = space in row.always_biased or (biased and space in row.bias_flags)
-        assert (bias is not None) == stated == expected
+        always = row.bias_flags.get(space, "never") is None
+        assert (bias is not None) == stated == (always or (biased and space in row.bias_flags))
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -342,21 +346,25 @@ def test_published_models_are_accepted_and_have_their_size(name: str, tmp_path: 
     assert turned == {int(checkpoint.shape.head_dim * raw.get("partial_rotary_factor", 1))}
 
 
-@pytest.mark.parametrize("family", sorted(family for family, row in FAMILIES.items() if row.transformers == 5))
-def test_a_family_that_needs_transformers_5_says_so(
+@pytest.mark.parametrize("family", sorted(family for family, row in FAMILIES.items() if row.since != "4.57"))
+def test_a_family_that_needs_a_newer_transformers_says_so(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here, and in the file that pruned checkpoints carry."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    shape = shape_from_config(tiny_config("llama"), FAMILIES["llama"])
+    shape, since = (
+        shape_from_config(tiny_config("llama"), FAMILIES["llama"]),
+        FAMILIES[family].since.replace(".", r"\."),
+    )
     monkeypatch.setattr("transformers.__version__", "4.57.6")
     monkeypatch.setattr("flap_export.modeling_pruned.transformers.__version__", "4.57.6")
     with pytest.raises(
-        ModelError, match=rf"{family} is supported with transformers 5 only, found 4\.57\.6; pip install"
+        ModelError, match=rf"{family} is supported from transformers {since} on, found 4\.57\.6; pip install"
     ):
         open_checkpoint(tmp_path)
-    with pytest.raises(ImportError, match=r"this model needs transformers 5, this is 4\.57\.6; install it"):
-        resize_decoder(nn.Module(), "layers", pruned_section(FAMILIES[family], shape), 8)
+    model = SimpleNamespace(config=SimpleNamespace(model_type=f"flap_{family}"))
+    with pytest.raises(ImportError, match=rf"{family} needs transformers {since}, this is 4\.57\.6; install it"):
+        resize_decoder(model, "layers", pruned_section(FAMILIES[family], shape), 8)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +379,18 @@ def test_a_family_that_needs_transformers_5_says_so(
         ),
         ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
+        ("falcon", {"alibi": True}, r"falcon is supported with alibi equal to False only, got True"),
+        (
+            "falcon",
+            {"parallel_attn": False},
+            r"new_decoder_architecture=True and parallel_attn=False together",
+        ),
+        ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
+        (
+            "gpt_bigcode",
+            {"add_cross_attention": True},
+            r"gpt_bigcode is .*add_cross_attention equal to False only, got",
+        ),
         ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
         ("gemma", {"use_bidirectional_attention": True}, r"gemma is .*use_bidirectional_attention.*False.*got True"),
         ("internlm3", {"attention_bias": True}, r"internlm3 is supported with attention_bias equal to False only"),

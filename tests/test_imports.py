@@ -35,6 +35,7 @@ STAGES = (
     "text",
     "modeling_pruned",
     "loading",
+    "attention",
     "products",
     "moments",
     "statistics",

@@ -331,7 +331,7 @@ def test_the_reference_code_knows_no_experts(tmp_path: Path) -> None:
 def test_older_transformers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = tiny_pruned("mixtral", tmp_path)
     monkeypatch.setattr("transformers.__version__", "4.57.6")
-    with pytest.raises(ModelError, match=r"mixtral is supported with transformers 5 only, found 4\.57\.6; pip install"):
+    with pytest.raises(ModelError, match=r"mixtral is supported from transformers 5 on, found 4\.57\.6; pip install"):
         open_checkpoint(pruned)
 
 

@@ -6,12 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, keep_all_plan, save_pruned, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
+from tiny import (
+    ALL_FAMILIES,
+    PLAIN_FAMILIES,
+    keep_all_plan,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_pruned,
+    tiny_statistics,
+    tokens_of,
+)
 
+from flap_export import modeling_pruned
 from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.loading import load_model, open_checkpoint, pruned_section
 from flap_export.modeling_pruned import PrunedConfig, PrunedForCausalLM
@@ -122,7 +134,12 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
             if widths["query" if p.path.startswith(row.attention) else "ffn"]
             for expert in (range(shape.experts) if EVERY_EXPERT in p.path else [None])
         }
-        norms = {name for name, _ in layer.named_parameters() if "norm" in name and "self_attn." not in name}
+        norms = {
+            name
+            for name, _ in layer.named_parameters()
+            if type(layer.get_submodule(name.rpartition(".")[0])).__name__.endswith(("Norm", "LayerNorm1P"))
+            and not name.startswith(f"{row.attention}.")
+        }
         norms |= set(router)
         left = {name for name, _ in layer.named_parameters()} - norms
         if shape.query_heads:
@@ -132,8 +149,9 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
                 "num_key_value_heads": shape.kv_heads,
                 "num_key_value_groups": groups,
             }
-            stated = {name: getattr(layer.self_attn, name) for name in counts if hasattr(layer.self_attn, name)}
-            assert stated
+            attention = layer.get_submodule(row.attention)
+            stated = {name: getattr(attention, name) for name in counts if hasattr(attention, name)}
+            assert stated or family == "gpt_neox", "which reads them off its weights"
             assert stated == {name: counts[name] for name in stated}
         else:
             bias = f"{row.restoring('query').path}.bias"
@@ -166,7 +184,40 @@ def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(dense)
     same = save_pruned(dense, keep_all_plan(checkpoint), tmp_path / "same", tiny_statistics(dense, tmp_path))
     source = (same / "modeling_pruned.py").read_text()
-    stem, config_stem = FAMILIES[family].class_stem, type(checkpoint.config).__name__.removesuffix("Config")
-    assert f"from transformers import {config_stem}Config as BaseConfig" in source
-    assert f"from transformers import {stem}ForCausalLM as BaseForCausalLM" in source
+    name, config_name = FAMILIES[family].class_name, type(checkpoint.config).__name__
+    assert f"from transformers import {config_name} as BaseConfig" in source
+    assert f"from transformers import {name} as BaseForCausalLM" in source
     assert "flap_export" not in source
+
+
+@pytest.mark.parametrize(
+    ("version", "since", "needed"),
+    [
+        ("4.57.6", "5", True),
+        ("5.0.0", "5", False),
+        ("5.9.1", "5.14", True),
+        ("5.14.0.dev0", "5.14", False),
+        ("6.0.0", "5.14", False),
+    ],
+)
+def test_a_transformers_that_is_too_old_says_so(
+    version: str, since: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny_pruned("llama", tmp_path))
+    section = {**pruned_section(checkpoint.family, checkpoint.shape), "since": since}
+    config = PrunedConfig(pruned=section, **checkpoint.config.to_dict())
+    monkeypatch.setattr(modeling_pruned, "transformers", SimpleNamespace(__version__=version))
+    refused = pytest.raises(ImportError, match=f"llama needs transformers {since}, this is {version}; install it")
+    with refused if needed else nullcontext():
+        PrunedForCausalLM(config)
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_resized_projections_are_the_familys_own_modules(family: str, tmp_path: Path) -> None:
+    """Falcon's add their bias to a rounded product."""
+    checkpoint = open_checkpoint(tiny_pruned(family, tmp_path))
+    models = [load_model(tmp_path / name, dtype=torch.float32) for name in ("dense", "pruned")]
+    for projection in checkpoint.family.projections:
+        path = f"{checkpoint.family.layers}.1.{projection.path}"
+        dense, resized = (model.get_submodule(path) for model in models)
+        assert type(resized) is type(dense)

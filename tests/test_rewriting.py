@@ -11,7 +11,9 @@ import torch
 from tiny import (
     ALL_FAMILIES,
     MIXTURES,
+    OLD_FALCON,
     assert_same_logits,
+    grouped_rows,
     keep_all_plan,
     layer_plan,
     plain_model,
@@ -23,26 +25,39 @@ from tiny import (
     uneven_plan,
 )
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flap_export.errors import ModelError, PlanError
-from flap_export.families import FAMILIES, Family
+from flap_export.families import FAMILIES, Family, Projection
 from flap_export.loading import Checkpoint, MetaLayers, load_model, materialize, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.restoring import cut_only, mean_restorer
-from flap_export.rewriting import check_kind, cut, kept_channels, rewrite, rewrite_layer
+from flap_export.rewriting import check_kind, cut, grouped_order, kept_channels, rewrite, rewrite_layer
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-OUTPUTS = {
+RESTORING = {
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", "fc2"),
     "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }
 """What families call the projections back to the residual stream, where it is not as in Llama."""
+NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
+NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
+WIDENING = ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
     *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("falcon", {**OLD_FALCON, "bias": True}, id="falcon-mqa"),
+    pytest.param("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False}, id="falcon-mha"),
+    pytest.param("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1}, id="falcon-groups-of-four"),
+    pytest.param("gpt_bigcode", {"multi_query": False}, id="gpt_bigcode-mha"),
+    pytest.param("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, id="gpt_neox-one-by-one"),
     pytest.param("llama", LLAMA_BIASES, id="llama-biases"),
     pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
     pytest.param("llama", {"num_key_value_heads": 1, "mlp_bias": True}, id="llama-mqa"),
@@ -78,7 +93,8 @@ def masked_dense_logits(
             mean = statistics.sites[index, space].mean.float() if statistics else None
             module = layer.get_submodule(checkpoint.family.restoring(space).path)
             kept = kept_positions(checkpoint, kept_units, space)
-            removed = [i for i in range(module.in_features) if i not in kept]
+            inputs = module.nx if isinstance(module, Conv1D) else module.in_features
+            removed = [i for i in range(inputs) if i not in kept]
 
             def hold(_: nn.Module, inputs: Any, removed: list[int] = removed, mean: Tensor | None = mean) -> Any:
                 held = inputs[0].clone()
@@ -150,10 +166,11 @@ def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: di
 def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: CalibrationStatistics) -> dict[str, Tensor]:
     """Written out by hand, projection by projection."""
     dense = {name: checkpoint.weights[name] for name in checkpoint.weights}
-    expected = {name: tensor for name, tensor in dense.items() if ".layers." not in name}
+    expected = {name: tensor for name, tensor in dense.items() if not name.startswith(checkpoint.family.layers)}
     size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
     queries, keys = layer.query_heads * size, layer.kv_heads * size
-    attention_output, ffn_output = OUTPUTS.get(checkpoint.family.model_type, ("self_attn.o_proj", "mlp.down_proj"))
+    attention = f"{checkpoint.family.attention}."
+    output, down = RESTORING.get(checkpoint.family.model_type, ("self_attn.o_proj", "mlp.down_proj"))
 
     def heads(indices: tuple[int, ...]) -> list[int]:
         return [head * size + i for head in indices for i in range(size)]
@@ -162,31 +179,33 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         prefix = f"{checkpoint.family.layers}.{index}."
         rows = {"q": heads(kept.query_heads), "k": heads(kept.kv_heads), "v": heads(kept.kv_heads)}
         rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
+        grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
+        rows["query"] = sorted(row for part in grouped.values() for row in part)
+        rows["c"] = rows["query"] if checkpoint.family.model_type == "gpt_bigcode" else rows["qkv"]
         channels = list(kept.ffn_channels)
         expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            is_of_heads = path.startswith("self_attn.") and "norm." in path
-            if path.rpartition(".")[0].endswith(("mlp.gate", "layernorm", "layer_norm")) and not is_of_heads:
+            is_of_heads = path.startswith(attention) and "norm." in path
+            if path.endswith(("mlp.gate.weight", *NORMS)) and not is_of_heads:
                 expected[name] = tensor
             elif is_of_heads:
                 heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
                 if kept.query_heads:
                     expected[name] = tensor[list(heads_of)] if tensor.ndim == 2 else tensor
-            elif path.startswith("self_attn.") and path[10:].partition("_")[0] in rows:
+            elif path.startswith(f"{output}."):
+                continue
+            elif path.startswith(attention) and path.removeprefix(attention).partition("_")[0] in rows:
                 if kept.query_heads:
-                    expected[name] = tensor[rows[path[10:].partition("_")[0]]]
+                    expected[name] = tensor[rows[path.removeprefix(attention).partition("_")[0]]]
             elif path.startswith("mlp.gate_up_proj") and channels:
                 expected[name] = tensor[gate_and_up]
             elif path.startswith("mlp.act_fn.") and channels:
                 expected[name] = tensor
-            elif path.startswith(("mlp.gate_proj", "mlp.up_proj", "mlp.c_fc", "mlp.fc1", "fc1")) and channels:
+            elif path.startswith(WIDENING) and channels:
                 expected[name] = tensor[channels]
-        for path, space, columns in (
-            (attention_output, "query", rows["q"]),
-            (ffn_output, "ffn", channels),
-        ):
+        for path, space, columns in ((output, "query", rows["q"]), (down, "ffn", channels)):
             if space == "ffn" and kept.experts:
                 continue
             weight = dense[f"{prefix}{path}.weight"]
@@ -280,6 +299,44 @@ def test_fused_outputs_are_cut_space_by_space() -> None:
     assert torch.equal(cut(weight, fused, "weight", kept, widths), weight[[2, 3, 5, 7]])
     only_query = {**kept, "kv": None}
     assert torch.equal(cut(weight[:, 0], fused, "bias", only_query, widths), weight[[2, 3, 4, 5, 6, 7], 0])
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["weight", "bias"])
+def test_fused_outputs_are_cut_group_by_group(biased: bool) -> None:
+    """Two KV groups of three query heads of two channels: q0 q1 q2 k0 v0, q3 q4 q5 k1 v1."""
+    fused = Projection("fused", "hidden", ("query", "kv", "kv"), by_group=True)
+    heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
+    names = [f"{head}.{i}" for head in heads for i in range(2)]
+    weight = torch.arange(20 * 3).view(20, 3)
+    tensor = weight[:, 0] if biased else weight
+    widths = {"hidden": 3, "query": 12, "kv": 4, "ffn": 1}
+
+    def rows(query: list[int] | None, kv: list[int] | None) -> list[str]:
+        units = {"query": query, "kv": kv}
+        kept: Any = {
+            "hidden": None,
+            "ffn": None,
+            **{
+                space: None if found is None else torch.tensor([2 * head + i for head in found for i in range(2)])
+                for space, found in units.items()
+            },
+        }
+        found = cut(tensor, fused, "bias" if biased else "weight", kept, widths, 2)
+        assert found.is_contiguous()
+        return [names[int(row) // 3] for row in (found if biased else found[:, 0])]
+
+    assert rows(None, None) == names
+    assert rows([4, 5], [1]) == ["q4.0", "q4.1", "q5.0", "q5.1", "k1.0", "k1.1", "v1.0", "v1.1"]
+    one_of_each = rows([1, 3], None)
+    assert one_of_each[::2] == ["q1.0", "k0.0", "v0.0", "q3.0", "k1.0", "v1.0"]
+    assert rows([], []) == []
+
+
+def test_grouped_outputs_in_the_order_of_spaces() -> None:
+    """One query head a group is what multi-head attention has; with one group, spaces stand one after another."""
+    assert grouped_order([4, 2, 2], 2).tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+    assert grouped_order([2, 2, 2], 2).tolist() == [0, 2, 4, 1, 3, 5]
+    assert grouped_order([4, 2, 2], 1).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)

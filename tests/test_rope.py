@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import LONGROPE, SIZES, tiny_checkpoint, tokens_of
+from tiny import ALL_FAMILIES, LONGROPE, SIZES, tiny_checkpoint, tiny_pruned, tokens_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flap_export.loading import load_model, open_checkpoint
@@ -48,6 +49,49 @@ def test_rotary_settings_by_layer_type() -> None:
     plain = both_rope_forms({"rope_theta": 3.0, "rope_local_base_freq": 2.0, "rope_scaling": None})
     assert plain["rope_parameters"]["full_attention"] == {"rope_type": "default", "rope_theta": 3.0}
     assert both_rope_forms({"rope_parameters": plain["rope_parameters"]})["rope_scaling"] is None
+
+
+NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+@pytest.mark.parametrize(
+    ("older", "parameters"),
+    [
+        (
+            {"rotary_emb_base": 700, "rotary_pct": 0.5},
+            {"rope_type": "default", "rope_theta": 700, "partial_rotary_factor": 0.5},
+        ),
+        (
+            {"rotary_emb_base": 700, "rotary_pct": 1.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 700, "partial_rotary_factor": 1.0},
+        ),
+    ],
+    ids=["default", "linear"],
+)
+def test_rotary_settings_under_names_of_their_own(older: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """GPT-NeoX of transformers 5 takes scaling from the older form, so that this has to name the rest as well."""
+    both = both_rope_forms(older, NEOX_NAMES)
+    assert both == {**older, "rope_parameters": parameters}
+    newer = both_rope_forms({"rope_parameters": parameters}, NEOX_NAMES)
+    assert {name: newer[name] for name in older} == older
+    for stated in (older, both, newer):
+        config = AutoConfig.for_model("gpt_neox", **stated)
+        if "gpt_neox" in ALL_FAMILIES:
+            assert {name: config.rope_parameters[name] for name in parameters} == parameters
+
+
+@pytest.mark.skipif("gpt_neox" not in ALL_FAMILIES, reason="needs transformers 5")
+def test_a_pruned_gpt_neox_turns_as_the_dense_one_does(tmp_path: Path) -> None:
+    stated = {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0, "partial_rotary_factor": 0.5}
+    sizes = {"rope_parameters": stated, "rotary_pct": ..., "rotary_emb_base": ...}
+    pruned = tiny_pruned("gpt_neox", tmp_path, **sizes)
+    for path in (tmp_path / "dense", pruned):
+        assert open_checkpoint(path).config.rope_parameters == stated
+    raw = json.loads((pruned / "config.json").read_text())
+    assert (
+        AutoConfig.for_model("gpt_neox", **{k: v for k, v in raw.items() if k != "model_type"}).rope_parameters
+        == stated
+    )
 
 
 @pytest.mark.parametrize("length", [16, 17], ids=["short", "long"])

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,6 +83,25 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "rope_theta": 700.0,
         "rope_local_base_freq": 15.0,
     },
+    # The newer kind, with grouped queries and a norm of the FFN's own.
+    "falcon": {
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "ffn_hidden_size": 40,
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+    },
+    # Scores scaled by something else in every layer.
+    "gpt2": {
+        "n_inner": 40,
+        "scale_attn_by_inverse_layer_idx": True,
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+    },
+    # All query heads on one KV head.
+    "gpt_bigcode": {"n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
     # Multipliers of embeddings, residuals, scores and logits, of which none is what is usual.
     "granite": {
         "embedding_multiplier": 3.0,
@@ -148,15 +168,19 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "stablelm": {"partial_rotary_factor": 0.25, "use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": 6},
 }
-GENERATION = int(transformers.__version__.partition(".")[0])
+VERSION = Version(transformers.__version__).release
 ALL_FAMILIES = sorted(
     family
     for family, row in FAMILIES.items()
-    if row.transformers <= GENERATION and family in transformers.CONFIG_MAPPING
+    if Version(row.since).release <= VERSION and family in transformers.CONFIG_MAPPING
 )
+ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
+"""Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
+OLD_FALCON: dict[str, Any] = {"new_decoder_architecture": False, "num_kv_heads": ...}
+"""With this, one KV head for all, or one for each; one norm before attention and FFN side by side, or one each."""
 ROPES: dict[str, dict[str, Any]] = {
     "theta": {"rope_type": "default", "rope_theta": 123.0},
     "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
@@ -190,14 +214,15 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     sizes = {**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}
     values = {name: value for name, value in sizes.items() if value is not ...}
     listed = {name: value(sizes["num_hidden_layers"]) for name, value in values.items() if callable(value)}
-    return AutoConfig.for_model(family, **both_rope_forms({**values, **listed}))
+    return AutoConfig.for_model(family, **both_rope_forms({**values, **listed}, FAMILIES[family].rope_names))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
+    norms = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__.endswith("Norm")}
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.3
-        parameter.data.copy_(1 + noise if name.endswith("norm.weight") else noise)
+        parameter.data.copy_(1 + noise if name in norms else noise)
 
 
 def tiny_checkpoint(
@@ -233,6 +258,19 @@ def assert_same_logits(found: Tensor, expected: Tensor, family: str) -> None:
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
     else:
         assert torch.equal(found, expected)
+
+
+def grouped_rows(query_heads: Sequence[int], kv_heads: Sequence[int], group: int, size: int) -> dict[str, list[int]]:
+    """Rows of heads in a fused projection that holds, KV group after KV group, `group` queries, a key and a value."""
+
+    def rows(positions: Sequence[int]) -> list[int]:
+        return [position * size + i for position in positions for i in range(size)]
+
+    return {
+        "q": rows([head // group * (group + 2) + head % group for head in query_heads]),
+        "k": rows([head * (group + 2) + group for head in kv_heads]),
+        "v": rows([head * (group + 2) + group + 1 for head in kv_heads]),
+    }
 
 
 def tokens_of(sequences: int, length: int, *, seed: int = 0) -> Tensor:

@@ -25,11 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
+from flap_export.attention import ask_the_interface
 from flap_export.families import EVERY_EXPERT, Family, Norm
 from flap_export.loading import Checkpoint
 from flap_export.modeling_pruned import Experts
 
 NAME = "flap_export_onnx"
+_CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+"""What families call the cache that they hand to an attention."""
 
 
 def _symbolic(operator: str, inputs: tuple[Tensor | None, ...], like: Tensor, since: int, **attributes: Any) -> Tensor:
@@ -280,6 +283,7 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
+    ask_the_interface(model)
     for module in model.modules():
         if checkpoint.family.norm.covers(module):
             module.forward = partial(_norm, module, checkpoint.family.norm)
@@ -317,7 +321,8 @@ def hand_cache_on(model: nn.Module, family: Family) -> None:
     """
 
     def with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return given, {**named, "step_cache": named["past_key_values"]}
+        cache = next(named[name] for name in _CACHE_ARGUMENTS if name in named)
+        return given, {**named, "step_cache": cache}
 
     for layer in model.get_submodule(family.layers).children():
         layer.get_submodule(family.attention).register_forward_pre_hook(with_cache, with_kwargs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from flap_export.errors import ModelError
@@ -29,6 +30,10 @@ def check_config(config: Any, family: Family) -> None:
         if found not in allowed:
             stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
             raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
+    for settings in family.excludes:
+        if _holds(config, settings):
+            together = " and ".join(f"{name}={value}" for name, value in settings.items())
+            raise ModelError(f"transformers' {family.model_type} cannot compute {together} together")
 
 
 def _check_windows(config: Any) -> None:
@@ -52,10 +57,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
-    heads = config.num_attention_heads
-    kv_heads = None if family.plain_heads else getattr(config, "num_key_value_heads", None)
-    head_dim = None if family.plain_heads or family.head_dim_follows else getattr(config, "head_dim", None)
-    kv_heads = heads if kv_heads is None else kv_heads
+    heads, kv_heads = config.num_attention_heads, _kv_heads(config, family)
+    head_dim = None if family.derived_head_dim else getattr(config, "head_dim", None)
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     head_dim = head_dim or config.hidden_size // heads
@@ -67,7 +70,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     layer = LayerShape(
         query_heads=heads,
         kv_heads=kv_heads,
-        ffn_channels=getattr(config, family.ffn_width),
+        ffn_channels=_ffn_channels(config, family),
         attention_bias=family.has_bias("query", config),
         ffn_bias=family.has_bias("ffn", config),
         experts=getattr(config, family.experts) if family.experts else 0,
@@ -86,3 +89,23 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
 def _is_set(config: Any, flag: bool | str) -> bool:
     """What a row says outright or a configuration's flag says for it."""
     return bool(getattr(config, flag)) if isinstance(flag, str) else flag
+
+
+def _kv_heads(config: Any, family: Family) -> int:
+    heads: int = config.num_attention_heads
+    if family.multi_query is not None and _holds(config, family.multi_query):
+        return 1
+    field = None if family.plain_heads else family.kv_heads
+    stated: int | None = None if field is None else getattr(config, field, None)
+    return heads if stated is None else stated
+
+
+def _holds(config: Any, settings: Mapping[str, object]) -> bool:
+    """Whether every field holds the stated value; one that holds nothing is false."""
+    return all((getattr(config, name) or False) == value for name, value in settings.items())
+
+
+def _ffn_channels(config: Any, family: Family) -> int:
+    stated = getattr(config, family.ffn_width)
+    width: int = config.hidden_size * family.ffn_multiple if stated is None and family.ffn_multiple else stated
+    return width

@@ -31,6 +31,9 @@ class Projection:
     path: str
     inputs: Space
     outputs: tuple[Space, ...]
+    by_group: bool = False
+    """Whether fused outputs stand KV group after KV group, each with its part of every space in that order: its query
+    heads, its key head and its value head. Otherwise they stand space after space."""
 
     @property
     def restores(self) -> bool:
@@ -83,6 +86,10 @@ class Family:
     """Stem of the configuration's class where it is another one."""
     inside: tuple[str, ...] = ()
     """Model types that see images too and whose text model this is, beside the one that it is the `_text` of."""
+    language_model: str = "ForCausalLM"
+    """What follows the stem in the name of the causal LM's class."""
+    since: str = "4.57"
+    """Version of transformers from which on the family is supported."""
     attention: str = "self_attn"
     decoder: str = "model"
     layers: str = "model.layers"
@@ -91,10 +98,16 @@ class Family:
     ffn_matrices: int = 3
     ffn_width: str = "intermediate_size"
     """Configuration field that holds F."""
+    ffn_multiple: int | None = None
+    """F in units of H where that field holds nothing."""
     experts: str | None = None
     """Configuration field that holds E, in mixtures of experts."""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """Parts of tensors' names in checkpoints, and what the model calls them."""
+    buffers: tuple[str, ...] = ()
+    """Ends of the names of what old checkpoints hold beside parameters, and the model computes."""
+    transposed: bool = False
+    """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
     plain_heads: bool = False
     """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
     square_output: bool = False
@@ -109,6 +122,13 @@ class Family:
     has_parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""
+    multi_query: Mapping[str, bool] | None = None
+    """What configuration fields hold where all query heads share one KV head, in families that decide it so; D is
+    H / Q in them."""
+    kv_heads: str | None = "num_key_value_heads"
+    """Configuration field that holds K otherwise; Q where there is no such field, or nothing in it."""
+    rope_names: Mapping[str, str] = field(default_factory=dict)
+    """What transformers 4.x called rotary parameters of this family, where that is something else."""
     norm: Norm = Norm()
     rotary_interleaved: bool = False
     """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
@@ -118,29 +138,39 @@ class Family:
     """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
-    bias_flags: Mapping[Space, str] = field(default_factory=dict)
-    """Configuration flag that gives the projection back from a space a bias, and perhaps those to it. A family with
-    both can hold a compensated uniform plan in its own stock classes."""
-    always_biased: tuple[Space, ...] = ()
-    """Spaces around which all projections have a bias, without any flag."""
+    bias_flags: Mapping[Space, str | None] = field(default_factory=dict)
+    """Configuration flag that gives the projection back from a space a bias, and perhaps those to it; None where they
+    always have one. A family with both spaces can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
     """What configuration fields must hold: one of these values, or the same as another field."""
-    transformers: int = 4
-    """The oldest generation of transformers whose classes of this family can be cut and exported."""
+    excludes: tuple[Mapping[str, object], ...] = ()
+    """Values of several fields that the family's own class cannot compute together."""
+
+    @property
+    def derived_head_dim(self) -> bool:
+        """Whether D is H / Q, whatever a configuration states."""
+        return self.plain_heads or self.head_dim_follows or self.multi_query is not None
 
     @property
     def fixed_heads(self) -> bool:
         """Whether its own class takes the dense number of heads only, at the dense head size."""
-        return self.plain_heads or self.square_output or self.head_dim_follows or self.head_dim_follows_in_4
+        return self.derived_head_dim or self.square_output or self.head_dim_follows_in_4
+
+    @property
+    def class_name(self) -> str:
+        """The causal LM's class."""
+        return self.class_stem + self.language_model
 
     def has_bias(self, space: Space, config: Any) -> bool:
         """Whether the projection that maps `space` back to the residual stream has a bias, by a configuration."""
-        flag = self.bias_flags.get(space)
-        return space in self.always_biased or (flag is not None and bool(getattr(config, flag, False)))
+        if not self.can_hold_bias(space):
+            return False
+        flag = self.bias_flags[space]
+        return flag is None or bool(getattr(config, flag, False))
 
     def can_hold_bias(self, space: Space) -> bool:
         """Whether its own class has, or can be told to have, a bias there."""
-        return space in self.always_biased or space in self.bias_flags
+        return space in self.bias_flags
 
     def projection(self, path: str) -> Projection | None:
         """The projection at `path` below a layer, in whichever expert, or None."""
@@ -152,6 +182,11 @@ class Family:
         for stored, called in self.stored_names.items():
             name = name.replace(called, stored)
         return name
+
+    def stores_transposed(self, name: str) -> bool:
+        """Whether checkpoints hold the tensor of this name as [in, out]: in some families, the projections' weights."""
+        path, _, kind = name.removeprefix(f"{self.layers}.").partition(".")[2].rpartition(".")
+        return self.transposed and kind == "weight" and self.projection(path) is not None
 
     def restoring(self, space: Space) -> Projection:
         """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""

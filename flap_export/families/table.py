@@ -35,6 +35,32 @@ _OPT_PROJECTIONS = (
     Projection("fc2", "ffn", ("hidden",)),
 )
 
+_FALCON_PROJECTIONS = (
+    Projection("self_attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("self_attention.dense", "query", ("hidden",)),
+    Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
+    Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
+)
+
+_GPT2_PROJECTIONS = (
+    Projection("attn.c_attn", "hidden", ("query", "kv", "kv")),
+    Projection("attn.c_proj", "query", ("hidden",)),
+    Projection("mlp.c_fc", "hidden", ("ffn",)),
+    Projection("mlp.c_proj", "ffn", ("hidden",)),
+)
+
+_GPT_BIGCODE_PROJECTIONS = (
+    Projection("attn.c_attn", "hidden", ("query", "kv", "kv"), by_group=True),
+    *_GPT2_PROJECTIONS[1:],
+)
+
+_GPT_NEOX_PROJECTIONS = (
+    Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("attention.dense", "query", ("hidden",)),
+    Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
+    Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
+)
+
 
 def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
     """Separate attention projections, and a mixture of gated experts."""
@@ -90,6 +116,25 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
         Family(
+            "falcon",
+            "Falcon",
+            _FALCON_PROJECTIONS,
+            attention="self_attention",
+            decoder="transformer",
+            layers="transformer.h",
+            embedding="transformer.word_embeddings",
+            ffn_matrices=2,
+            ffn_width="ffn_hidden_size",
+            multi_query={"new_decoder_architecture": False, "multi_query": True},
+            kv_heads="num_kv_heads",
+            bias_flags={"query": "bias", "ffn": "bias"},
+            requires={"alibi": (False, None)},
+            excludes=(
+                {"new_decoder_architecture": True, "parallel_attn": False},
+                {"new_decoder_architecture": False, "parallel_attn": True, "num_ln_in_parallel_attn": 2},
+            ),
+        ),
+        Family(
             "gemma",
             "Gemma",
             _SEPARATE_PROJECTIONS,
@@ -118,6 +163,62 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("glm", "Glm", _GLM_PROJECTIONS, rotary_interleaved=True),
         Family("glm4", "Glm4", _GLM_PROJECTIONS, rotary_interleaved=True),
+        Family(
+            "gpt2",
+            "GPT2",
+            _GPT2_PROJECTIONS,
+            language_model="LMHeadModel",
+            # Before, attention was called without its scale, and sdpa knew of none of its settings.
+            since="5.4",
+            attention="attn",
+            decoder="transformer",
+            layers="transformer.h",
+            embedding="transformer.wte",
+            ffn_matrices=2,
+            ffn_width="n_inner",
+            ffn_multiple=4,
+            buffers=(".attn.bias", ".attn.masked_bias"),
+            transposed=True,
+            plain_heads=True,
+            bias_flags={"query": None, "ffn": None},
+            requires={"add_cross_attention": (False,)},
+        ),
+        Family(
+            "gpt_bigcode",
+            "GPTBigCode",
+            _GPT_BIGCODE_PROJECTIONS,
+            # Before, attention was called without what the caller gives beside the usual.
+            since="5.4",
+            attention="attn",
+            decoder="transformer",
+            layers="transformer.h",
+            embedding="transformer.wte",
+            ffn_matrices=2,
+            ffn_width="n_inner",
+            ffn_multiple=4,
+            buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias"),
+            multi_query={"multi_query": True},
+            kv_heads=None,
+            bias_flags={"query": None, "ffn": None},
+            requires={"add_cross_attention": (False,)},
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            _GPT_NEOX_PROJECTIONS,
+            # Before, the head had another name.
+            since="5.14",
+            attention="attention",
+            decoder="gpt_neox",
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            ffn_matrices=2,
+            stored_names={"embed_out.": "lm_head."},
+            buffers=(".attention.bias", ".attention.masked_bias"),
+            plain_heads=True,
+            rope_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+            bias_flags={"query": "attention_bias", "ffn": None},
+        ),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
             "helium",
@@ -158,8 +259,8 @@ FAMILIES: dict[str, Family] = {
             "mixtral",
             "Mixtral",
             _with_experts("w1", "w3", "w2"),
+            since="5",
             experts="num_local_experts",
-            transformers=5,
             stored_names={".block_sparse_moe.": ".mlp."},
         ),
         Family(
@@ -169,7 +270,7 @@ FAMILIES: dict[str, Family] = {
             ffn_matrices=2,
             norm=Norm(epsilon="eps", offset=1.0, is_centred=True, suffix="LayerNorm1P"),
             bias_flags={"query": "attention_bias", "ffn": "mlp_bias"},
-            transformers=5,
+            since="5",
         ),
         Family(
             "olmo",
@@ -202,7 +303,7 @@ FAMILIES: dict[str, Family] = {
             ),
             ffn_matrices=2,
             has_parallel_blocks=True,
-            always_biased=("query", "ffn"),
+            bias_flags={"query": None, "ffn": None},
         ),
         Family("phi3", "Phi3", _FUSED_PROJECTIONS),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
@@ -211,9 +312,9 @@ FAMILIES: dict[str, Family] = {
             "qwen3_moe",
             "Qwen3Moe",
             _with_experts("gate_proj", "up_proj", "down_proj"),
+            since="5",
             ffn_width="moe_intermediate_size",
             experts="num_experts",
-            transformers=5,
             bias_flags={"query": "attention_bias"},
             requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
         ),
@@ -233,7 +334,7 @@ FAMILIES: dict[str, Family] = {
             has_parallel_blocks="use_parallel_residual",
             # A norm of its own for every head.
             requires={"qk_layernorm": (False,)},
-            transformers=5,
+            since="5",
         ),
         Family(
             "starcoder2",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from flap_export.attention import ask_the_interface
 from flap_export.devices import check_device
 from flap_export.exporting.dialect import hand_cache_on, rotary_modules, softcapped_attention
 from flap_export.loading import load_model, open_checkpoint
@@ -154,6 +155,7 @@ class StaticTorchRunner(Runner):
         AttentionMaskInterface.register(NAME, _no_mask)
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         model.config._attn_implementation = NAME
+        ask_the_interface(model)
         if self.max_length <= checkpoint.config.max_position_embeddings:
             _hold_frequencies(model)
         hand_cache_on(model, checkpoint.family)

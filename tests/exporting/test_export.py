@@ -20,6 +20,7 @@ from tiny import (
     ALL_FAMILIES,
     LONGROPE,
     MIXTURES,
+    OLD_FALCON,
     ROPES,
     layer_plan,
     plan_of,
@@ -49,11 +50,15 @@ NODES = {
     "cwm": (22, 18),
     "ernie4_5": (22, 11),
     "exaone4": (24, 16),
+    "falcon": (22, 11),
     "gemma": (21, 12),
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
     "glm": (23, 11),
     "glm4": (25, 11),
+    "gpt2": (28, 15),
+    "gpt_bigcode": (22, 13),
+    "gpt_neox": (22, 13),
     "granite": (24, 13),
     "helium": (22, 11),
     "hunyuan_v1_dense": (24, 11),
@@ -80,7 +85,10 @@ NODES = {
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
-NORM_VECTORS = {"nemotron": 2, "olmo": 0, "opt": 2, "phi": 2, "stablelm": 2, "starcoder2": 2}
+NORM_VECTORS = {
+    "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2,
+    "stablelm": 2, "starcoder2": 2,
+}  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -326,6 +334,14 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     [
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
+        ("falcon", {**OLD_FALCON, "bias": True}),
+        ("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False, "activation": "relu"}),
+        ("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1, "rope_parameters": ROPES["linear"]}),
+        ("gpt2", {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "relu"}),
+        ("gpt_bigcode", {"multi_query": False, "activation_function": "relu"}),
+        ("gpt_bigcode", {"scale_attn_weights": False, "attention_softmax_in_fp32": False}),
+        ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
+        ("gpt_neox", {"attention_bias": False, "rope_parameters": ROPES["linear"]}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
@@ -349,6 +365,14 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     ids=[
         "opt-norms-after",
         "opt-plain-norms",
+        "falcon-mqa",
+        "falcon-mha",
+        "falcon-one-norm",
+        "gpt2-unscaled",
+        "gpt_bigcode-mha",
+        "gpt_bigcode-unscaled",
+        "gpt_neox-one-by-one",
+        "gpt_neox-scaled",
         "gemma2-biases",
         "gemma2-uncapped",
         "gemma3-capped",
