@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from flap_export.families import FAMILIES
 from flap_export.recipe import Recipe, recipe_from
 
 ROOT = Path(__file__).parents[1]
@@ -54,3 +55,9 @@ def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:flap_export|benchmarks|pipelines|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_number_of_families_is_as_said() -> None:
+    rows = [row for row in FAMILIES.values() if not row.experts]
+    assert f"{len(FAMILIES)} model families" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(rows)} plain families" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
