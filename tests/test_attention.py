@@ -18,14 +18,10 @@ from flap_export.loading import check_weights, meta_model, open_checkpoint
 NAME = "flap_export_test"
 
 
-class Noting(DynamicCache):
-    attention_arguments = {"noted": "by the cache"}  # noqa: RUF012
-
-
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, noted: str
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, step_cache: Any
 ) -> tuple[Tensor, None]:
-    assert noted == "by the cache"
+    assert key is step_cache.layers[module.layer_idx].keys
     grouped = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, scale=scaling, is_causal=True, enable_gqa=True
     )
@@ -50,7 +46,7 @@ def test_falcon_asks_and_caches_every_key_once(overrides: dict[str, Any], kv_hea
         AttentionInterface.register(NAME, attention)
         model.config._attn_implementation = NAME
         ask_the_interface(model)
-        cache = Noting()
+        cache = DynamicCache()
         found = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert [layer.keys.shape[1] for layer in cache.layers] == [kv_heads] * 2
