@@ -108,7 +108,7 @@ def random_pruned_checkpoint(directory: Path, dense: Path, ratio: float, *, mult
         seed: of scores and weights.
     """
     from flap_export.checkpoint import write_checkpoint
-    from flap_export.loading import open_checkpoint
+    from flap_export.opening import open_checkpoint
 
     if (directory / "config.json").is_file():
         return directory

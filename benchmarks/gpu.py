@@ -233,7 +233,7 @@ class Made:
 
     @property
     def shape(self) -> Any:
-        from flap_export.loading import open_checkpoint
+        from flap_export.opening import open_checkpoint
 
         return open_checkpoint(self.checkpoint).shape
 
@@ -292,7 +292,7 @@ def fast_checkpoint(directory: Path, config: str, ratio: float, arguments: argpa
     from transformers import LlamaConfig
 
     from flap_export.checkpoint import write_checkpoint, write_shards
-    from flap_export.loading import open_checkpoint
+    from flap_export.opening import open_checkpoint
 
     if (directory / "config.json").is_file():
         return directory

@@ -67,7 +67,8 @@ def made_model(name: str, work: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from flap_export.loading import meta_model, open_checkpoint, parameter_names
+    from flap_export.loading import meta_model, parameter_names
+    from flap_export.opening import open_checkpoint
 
     directory = work / name
     if (directory / "model.safetensors.index.json").is_file():

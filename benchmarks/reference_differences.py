@@ -19,7 +19,7 @@ from flap_export.allocation import Selection, allocate
 from flap_export.calibration import calibrate
 from flap_export.checkpoint import write_checkpoint
 from flap_export.evaluation import evaluate
-from flap_export.loading import Checkpoint, open_checkpoint
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.restoring import mean_restorer
 from flap_export.rewriting import rewrite

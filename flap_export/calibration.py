@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from flap_export.errors import InputError, ModelError, TextError, check_choice
 from flap_export.layerwise import Progress, no_progress, streamed
-from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.loading import check_weights, meta_model
 from flap_export.moments import RunningMoments
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.precision import COMPUTE_DTYPES, torch_dtype
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import (

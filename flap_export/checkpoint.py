@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flap_export.families import Family
-from flap_export.loading import PRUNED_PREFIX, Checkpoint, pruned_section
+from flap_export.loading import pruned_section
+from flap_export.opening import PRUNED_PREFIX, Checkpoint
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.rope import both_rope_forms
 from flap_export.shapes import DecoderShape

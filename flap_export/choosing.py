@@ -7,8 +7,8 @@ from flap_export.errors import BudgetError, InputError
 from flap_export.evidence import CalibrationText, Evidence
 from flap_export.gathering import check_ranks_modules, follows_code
 from flap_export.ladders import LayerLadders, ffn_plan, ladders_from_scores
-from flap_export.loading import Checkpoint
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.rates import Splitting, allocate_by_rates, check_rates
 from flap_export.scoring import LayerScores, score

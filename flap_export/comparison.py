@@ -20,8 +20,8 @@ from flap_export.evaluation import QualityReport, evaluate
 from flap_export.evidence import CalibrationText, Evidence
 from flap_export.gathering import ANY_RATIO, evidence_options, gather
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import open_checkpoint
 from flap_export.pruning import prune_with
 from flap_export.sources import digest_of_source
 from flap_export.storage import (

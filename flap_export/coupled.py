@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flap_export.errors import ModelError
 from flap_export.families import Projection, Space, experts_of
-from flap_export.loading import Checkpoint, load_model
+from flap_export.loading import load_model
+from flap_export.opening import Checkpoint
 from flap_export.rewriting import grouped_order
 from flap_export.scoring import LayerScores, standardised
 from flap_export.shapes import DecoderShape

@@ -226,7 +226,7 @@ def _identify(target: str | Path) -> tuple[Path, dict[str, str]]:
     path = Path(target)
     if is_runnable(path):
         return path, {"artifact": digest_of_file(record_file(path))}
-    from flap_export.loading import open_checkpoint
+    from flap_export.opening import open_checkpoint
 
     checkpoint = open_checkpoint(target)
     return checkpoint.directory, {"weights": checkpoint.weights.digest}

@@ -24,9 +24,9 @@ from flap_export.errors import InputError, TextError
 from flap_export.evidence import CalibrationText, Evidence
 from flap_export.ladders import ladders_from_scores
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import Checkpoint
 from flap_export.measuring import measure
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import Checkpoint
 from flap_export.plan import LayerPlan
 from flap_export.rates import check_rates, steps_of_rates
 from flap_export.reference import check_known

@@ -19,7 +19,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from flap_export.loading import Checkpoint, materialize, meta_model, read_parameters, release
+from flap_export.loading import materialize, meta_model, read_parameters, release
+from flap_export.opening import Checkpoint
 from flap_export.products import with_fast_linears
 from flap_export.storage import SCRATCH_PREFIX, writing_errors
 

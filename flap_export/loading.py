@@ -1,185 +1,23 @@
-"""Open a model directory, dense or pruned, and build its torch module with or without weights.
-
-Our own pruned checkpoints are read through their configuration, never by running the modelling file they carry.
-"""
+"""The torch module of a model directory, dense or pruned, with or without weights, and whether they belong to it."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FunctionType, MethodType
 from typing import Any, final
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
+from flap_export.double_precision import keep_double_precision
 from flap_export.errors import ModelError
-from flap_export.families import EVERY_EXPERT, Family, Norm, Space, check_config, family_of, shape_from_config
-from flap_export.rope import both_rope_forms, check_rope
+from flap_export.families import EVERY_EXPERT, Family, Space
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.weights import Weights
 
-PRUNED_PREFIX = "flap_"
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
-
-
-@final
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model directory that has been understood: family, configuration and shape; weights stay on disk."""
-
-    name: str
-    """As the user named it: a path or a hub name."""
-    directory: Path
-    family: Family
-    config: Any
-    """The dense family's transformers configuration."""
-    shape: DecoderShape
-    is_pruned: bool
-
-    @cached_property
-    def weights(self) -> Weights:
-        """The tensors on disk."""
-        family = self.family
-        return Weights(
-            self.directory,
-            family.stored_names,
-            base=family.decoder.partition(".")[0],
-            head=family.head,
-            buffers=family.buffers,
-            transposed=family.stores_transposed,
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the configuration states; float32 when it states none."""
-        stated = getattr(self.config, "dtype", None) or getattr(self.config, "torch_dtype", None)
-        if isinstance(stated, str):
-            stated = getattr(torch, stated.removeprefix("torch."), None)
-        return stated if isinstance(stated, torch.dtype) else torch.float32
-
-
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Understand a Hugging Face directory or hub name, without reading weights.
-
-    Raises:
-        ModelError: no such model, an unreadable configuration, or a family outside the table.
-    """
-    directory = _directory_of(model)
-    raw = _read_config(directory)
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError(f"'{directory / 'config.json'}' states no model_type; it is not a transformers model")
-    is_pruned, model_type = model_type.startswith(PRUNED_PREFIX), model_type.removeprefix(PRUNED_PREFIX)
-    # As transformers does; Mistral's own class would give every layer the same window.
-    family = family_of("ministral" if model_type == "mistral" and raw.get("layer_types") else model_type)
-    _check_version(family)
-    config = config_from(raw, family, directory)
-    shape = _dense_shape(config, family, directory)
-    if is_pruned:
-        shape = shape.model_copy(update={"layers": _pruned_layers(raw, config.num_hidden_layers, directory)})
-    return Checkpoint(str(model), directory, family, config, shape, is_pruned)
-
-
-def _check_version(family: Family) -> None:
-    import transformers
-
-    found = transformers.__version__
-    if Version(found).release < Version(family.since).release:
-        raise ModelError(
-            f"{family.model_type} is supported from transformers {family.since} on, found {found}; "
-            f"pip install 'transformers>={family.since}'"
-        )
-    if family.model_type not in transformers.CONFIG_MAPPING:
-        raise ModelError(
-            f"transformers {found} does not know {family.model_type} yet; pip install --upgrade transformers"
-        )
-
-
-def _directory_of(model: str | Path) -> Path:
-    directory = Path(model)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise ModelError(f"'{model}' is a file; name the directory that holds config.json and the weights")
-    name = str(model)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no model directory at '{model}'")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    # The hub's client raises a wide range of its own, of requests' and of the standard library's exceptions.
-    except Exception as error:
-        raise ModelError(
-            f"'{name}' is neither a local directory nor could it be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
-        ) from error
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ModelError(f"'{directory}' holds no config.json; name a Hugging Face model directory")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"'{path}' is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"'{path}' must hold a JSON object")
-    return raw
-
-
-def config_from(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
-    """The family's transformers configuration with the values of a `config.json`.
-
-    Raises:
-        ModelError: transformers takes them for no valid configuration; the message names `directory`.
-    """
-    from transformers import AutoConfig
-
-    own = {"model_type", "pruned", "auto_map", "architectures", "transformers_version"}
-    try:
-        values = both_rope_forms({key: raw[key] for key in raw if key not in own}, family.rope_names)
-        return AutoConfig.for_model(family.model_type, **values)
-    # transformers validates configurations with exceptions of several libraries.
-    except Exception as error:
-        raise ModelError(
-            f"'{directory / 'config.json'}' is not a valid {family.model_type} configuration: {error}"
-        ) from error
-
-
-def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
-    path = directory / "config.json"
-    try:
-        check_config(config, family)
-        check_rope(config, family.rotary_fields)
-        return shape_from_config(config, family)
-    except ModelError as error:
-        raise ModelError(f"'{path}': {error}") from error
-    # Transformers 4.57 takes fields of any type.
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"'{path}' is not a valid {family.model_type} configuration: {error}") from error
-
-
-def _pruned_layers(raw: Mapping[str, Any], count: int, directory: Path) -> tuple[LayerShape, ...]:
-    try:
-        layers = tuple(LayerShape(**layer) for layer in raw["pruned"]["layers"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"'{directory / 'config.json'}' is a pruned model's but lacks valid pruned.layers") from error
-    if len(layers) != count:
-        raise ModelError(
-            f"'{directory / 'config.json'}' lists {len(layers)} pruned.layers but {count} num_hidden_layers; the "
-            "checkpoint is damaged, prune again"
-        )
-    return layers
 
 
 def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
@@ -246,7 +84,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         model = build_model(checkpoint, dtype)
     _compute_buffers(model, checkpoint)
     if dtype == torch.float64:
-        _keep_double_precision(model, checkpoint.family)
+        keep_double_precision(model, checkpoint.family)
     return model
 
 
@@ -271,7 +109,7 @@ class MetaLayers:
         section = pruned_section(family, dense.model_copy(update={"layers": layers}))
         resize_layer(layer, index, section, dense.hidden_size, dense.head_dim)
         if self._dtype == torch.float64:
-            _keep_double_precision(layer, family)
+            keep_double_precision(layer, family)
         return layer
 
 
@@ -430,57 +268,3 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: str = "cpu") -> 
         embedding = model.get_submodule(family.embedding)
         model.get_submodule(family.head).register_parameter("weight", embedding.get_parameter("weight"))
     return model.to(device)
-
-
-def _keep_double_precision(model: nn.Module, family: Family) -> None:
-    """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
-    for path, module in model.named_modules():
-        if family.norm.covers(module):
-            module.forward = partial(_double_norm, module, family.norm)
-        if family.rotary_in_float32 and path.endswith(family.attention) and hasattr(module, "head_dim"):
-            module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary_interleaved), module)
-        if type(module).__name__.endswith("TopKRouter"):
-            module.forward = partial(_double_router, module)
-
-
-def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), module.weight)
-    weights, experts = torch.topk(logits.softmax(dim=-1), module.top_k, dim=-1)
-    # Mixtral always does what Qwen3 asks its configuration about.
-    if getattr(module, "norm_topk_prob", True):
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return logits, weights, experts
-
-
-def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:
-    """An attention's `forward` that turns heads in the precision they have."""
-    own: Any = inspect.unwrap(forward)
-    rotate_half = own.__globals__["rotate_half"]
-
-    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (_by_pairs(values) if interleaved else values for values in (cosine, sine))
-        cosine, sine = (values.unsqueeze(1) for values in angles)
-        return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
-
-    seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
-    other = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
-    other.__kwdefaults__ = own.__kwdefaults__
-    return other
-
-
-def _by_pairs(values: Tensor) -> Tensor:
-    """Each pair's value [..., R] twice in a row: some rotary embeddings give it so, others one half after the other."""
-    first, second = values.chunk(2, dim=-1)
-    return first.repeat_interleave(2, dim=-1) if torch.equal(first, second) else values
-
-
-def _double_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    size, epsilon = hidden_states.shape[-1:], norm.epsilon_of(module)
-    normed = (
-        nn.functional.layer_norm(hidden_states, size, eps=epsilon)
-        if norm.is_centred
-        else nn.functional.rms_norm(hidden_states, size, eps=epsilon)
-    )
-    scaled = normed if weight is None else normed * (weight + norm.offset)
-    return scaled if bias is None else scaled + bias

@@ -26,8 +26,8 @@ from flap_export.elimination import RIDGE, Elimination, eliminate
 from flap_export.errors import check_choice
 from flap_export.ladders import HEAD_UNITS, HeadUnits, attention_costs, expert_elements, units_of_layer
 from flap_export.layerwise import LayerPass, LayerStream, Progress, no_progress, streamed
-from flap_export.loading import Checkpoint
 from flap_export.moments import RunningComoments
+from flap_export.opening import Checkpoint
 from flap_export.restoring import SiteInputs, check_finite, observed, replace, restoring_module
 from flap_export.rewriting import sites_of
 from flap_export.sensitivity import ModuleSensitivity, Sensitivity, interpolated_losses

@@ -17,9 +17,9 @@ from flap_export.evaluation import QUALITY_NAME, QualityReport
 from flap_export.exporting import cache_length
 from flap_export.ideal import Phase
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import open_checkpoint
 from flap_export.manifest import write_manifest
 from flap_export.methods import resolved
+from flap_export.opening import open_checkpoint
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report

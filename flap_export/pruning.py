@@ -20,9 +20,10 @@ from flap_export.evidence import CalibrationText, Evidence
 from flap_export.gathering import gather
 from flap_export.ladders import HeadUnits
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.loading import check_weights, meta_model
 from flap_export.manifest import write_manifest
 from flap_export.methods import MethodName, PruneOptions, resolved
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.rates import Rates
 from flap_export.restoring import cut_only, fitted_restorer, mean_restorer, restore

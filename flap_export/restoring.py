@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from flap_export.compensation import Restored, best_ridge, bias_compensation, complement, least_squares
 from flap_export.errors import ModelError
 from flap_export.layerwise import LayerPass, Progress, no_progress, streamed
-from flap_export.loading import Checkpoint
 from flap_export.moments import RunningComoments
+from flap_export.opening import Checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.rewriting import Restore, kept_channels, of_expert, sites_of
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics, Site

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flap_export.errors import ModelError
 from flap_export.families import Family, Projection, Space, expert_at, experts_of
-from flap_export.loading import Checkpoint
+from flap_export.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.shapes import DecoderShape
 from flap_export.statistics import CUT_SPACES, CutSpace, Site

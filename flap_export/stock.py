@@ -18,7 +18,8 @@ from torch import Tensor
 from flap_export.checkpoint import MAX_SHARD_BYTES, as_stored, read_config, write_beside_weights, write_shards
 from flap_export.errors import PlanError
 from flap_export.families import Family
-from flap_export.loading import Checkpoint, config_from, meta_model, parameter_names
+from flap_export.loading import meta_model, parameter_names
+from flap_export.opening import Checkpoint, config_from
 from flap_export.plan import PruningPlan
 from flap_export.rope import both_rope_forms
 from flap_export.shapes import DecoderShape, LayerShape

@@ -17,8 +17,8 @@ from flap_export.choosing import ladders_of
 from flap_export.compensation import CompensationName
 from flap_export.evidence import Evidence
 from flap_export.ladders import layer_plan
-from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import open_checkpoint
 from flap_export.rewriting import rewrite
 from flap_export.searching.fitness import FitnessName
 from flap_export.searching.fitting import fit_rankings

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, DynamicCache
 
 from flap_export.attention import ask_the_interface
 from flap_export.errors import ModelError
-from flap_export.loading import check_weights, meta_model, open_checkpoint
+from flap_export.loading import check_weights, meta_model
+from flap_export.opening import open_checkpoint
 
 NAME = "flap_export_test"
 

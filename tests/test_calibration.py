@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from flap_export.calibration import calibrate, compute_dtype, open_dense
 from flap_export.errors import InputError, ModelError, TextError
 from flap_export.families import FAMILIES
-from flap_export.loading import open_checkpoint
+from flap_export.opening import open_checkpoint
 from flap_export.statistics import CUT_SPACES, CalibrationStatistics
 
 

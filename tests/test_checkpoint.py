@@ -12,7 +12,8 @@ from tiny import SIZES, save_pruned, tiny_checkpoint, tiny_statistics, tokens_of
 from transformers import AutoConfig
 
 from flap_export.checkpoint import both_rope_forms, write_shards
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
+from flap_export.opening import open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.weights import INDEX_FILE, SINGLE_FILE, Weights
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flap_export.coupled import GRADIENT_SEQUENCES, magnitude_scores, random_scores, taylor_scores
 from flap_export.errors import ModelError
 from flap_export.families import FAMILIES
-from flap_export.loading import open_checkpoint
+from flap_export.opening import open_checkpoint
 from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape
 

@@ -15,8 +15,8 @@ from flap_export.choosing import make_plan
 from flap_export.errors import InputError, TextError
 from flap_export.evidence import CalibrationText, Evidence
 from flap_export.gathering import evidence_options, gather
-from flap_export.loading import open_checkpoint
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
+from flap_export.opening import open_checkpoint
 from flap_export.pruning import prune_with
 from flap_export.rewriting import kept_channels
 from flap_export.statistics import CUT_SPACES

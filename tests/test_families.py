@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from flap_export.errors import ModelError
 from flap_export.families import EVERY_EXPERT, FAMILIES, check_config, family_of, shape_from_config
-from flap_export.loading import open_checkpoint, pruned_section
+from flap_export.loading import pruned_section
 from flap_export.modeling_pruned import resize_decoder
+from flap_export.opening import open_checkpoint
 from flap_export.shapes import LayerShape
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tiny_pruned, tokens_of
 from torch import Tensor
 
-from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint, parameter_names
+from flap_export.loading import check_weights, load_model, meta_model, parameter_names
+from flap_export.opening import open_checkpoint
 from flap_export.weights import SINGLE_FILE
 
 PYTHIA = {

@@ -34,6 +34,8 @@ STAGES = (
     "tokenization",
     "text",
     "modeling_pruned",
+    "opening",
+    "double_precision",
     "loading",
     "attention",
     "products",

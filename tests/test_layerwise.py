@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flap_export import layerwise
 from flap_export.errors import ModelError, OutputError
 from flap_export.layerwise import streamed
-from flap_export.loading import Checkpoint, meta_model, open_checkpoint
+from flap_export.loading import meta_model
+from flap_export.opening import Checkpoint, open_checkpoint
 
 
 def streamed_outputs(

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config
 
 from flap_export.errors import ModelError
-from flap_export.loading import MetaLayers, check_weights, load_model, meta_model, open_checkpoint
+from flap_export.loading import MetaLayers, check_weights, load_model, meta_model
+from flap_export.opening import open_checkpoint
 from flap_export.weights import INDEX_FILE, SINGLE_FILE, Weights
 
 NEEDS_TRANSFORMERS_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="4.57 knows no Ministral")

@@ -13,8 +13,8 @@ from torch import Tensor
 from flap_export.elimination import RIDGE
 from flap_export.errors import InputError, ModelError
 from flap_export.ladders import HeadUnits
-from flap_export.loading import open_checkpoint
 from flap_export.measuring import measure
+from flap_export.opening import open_checkpoint
 from flap_export.sensitivity import Sensitivity
 from flap_export.statistics import CUT_SPACES, CutSpace
 

@@ -12,8 +12,9 @@ from tiny import plain_model, save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.errors import BudgetError, FlapExportError, InputError, PlanError
 from flap_export.exporting import export
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
+from flap_export.opening import open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune
 

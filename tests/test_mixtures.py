@@ -34,9 +34,10 @@ from flap_export.errors import BudgetError, InputError, ModelError, PlanError
 from flap_export.exporting import export
 from flap_export.ideal import call_flops, read_parameters
 from flap_export.ladders import ffn_ladder
-from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
+from flap_export.loading import check_weights, load_model, meta_model
 from flap_export.measuring import measure
 from flap_export.methods import METHODS
+from flap_export.opening import open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune
 from flap_export.restoring import fitted_restorer, restore

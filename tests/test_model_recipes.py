@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flap_export.allocation import allocate
-from flap_export.loading import meta_model, open_checkpoint
+from flap_export.loading import meta_model
+from flap_export.opening import open_checkpoint
 from flap_export.recipe import load_recipe
 from flap_export.scoring import LayerScores
 

@@ -25,8 +25,9 @@ from tiny import (
 
 from flap_export import modeling_pruned
 from flap_export.families import EVERY_EXPERT, FAMILIES
-from flap_export.loading import load_model, open_checkpoint, pruned_section
+from flap_export.loading import load_model, pruned_section
 from flap_export.modeling_pruned import PrunedConfig, PrunedForCausalLM
+from flap_export.opening import open_checkpoint
 
 FOREIGN_MACHINE = """
 import importlib.abc, json, sys, warnings

@@ -13,9 +13,10 @@ from tiny import ALL_FAMILIES, save_tokens, tiny_checkpoint, tiny_pruned, tiny_s
 from flap_export.errors import BudgetError, InputError, ModelError, OutputError
 from flap_export.evidence import Evidence
 from flap_export.exporting import export
-from flap_export.loading import check_weights, load_model, meta_model, open_checkpoint
+from flap_export.loading import check_weights, load_model, meta_model
 from flap_export.manifest import verify
 from flap_export.methods import PruneOptions
+from flap_export.opening import open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune, prune_with
 from flap_export.statistics import CalibrationStatistics

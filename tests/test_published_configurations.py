@@ -12,7 +12,8 @@ from tiny import ALL_FAMILIES
 
 from flap_export.exporting.dialect import rotary_modules
 from flap_export.ideal import stored_parameters
-from flap_export.loading import meta_model, open_checkpoint
+from flap_export.loading import meta_model
+from flap_export.opening import open_checkpoint
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -20,8 +20,9 @@ from flap_export.errors import BudgetError, InputError
 from flap_export.evidence import CalibrationText, Evidence
 from flap_export.gathering import evidence_options, gather
 from flap_export.ladders import HEAD_UNITS, LayerLadders
-from flap_export.loading import Checkpoint, load_model, open_checkpoint
+from flap_export.loading import load_model
 from flap_export.methods import METHODS, MethodName, PruneOptions, resolved
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune, prune_with
 from flap_export.rates import (

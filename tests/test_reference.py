@@ -18,8 +18,8 @@ from flap_export.choosing import make_plan
 from flap_export.errors import BudgetError
 from flap_export.evaluation import evaluate
 from flap_export.evidence import Evidence
-from flap_export.loading import open_checkpoint
 from flap_export.methods import PruneOptions
+from flap_export.opening import open_checkpoint
 from flap_export.pruning import prune, prune_with
 from flap_export.reference import ReferenceMoments
 from flap_export.statistics import CalibrationStatistics

@@ -28,7 +28,8 @@ from flap_export.calibration import calibrate
 from flap_export.compensation import DEFAULT_RIDGE, RIDGES
 from flap_export.errors import ModelError
 from flap_export.families import FAMILIES
-from flap_export.loading import Checkpoint, load_model, open_checkpoint
+from flap_export.loading import load_model
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune
 from flap_export.restoring import HELD_OUT_EVERY, SiteInputs, cut_only, fitted_restorer, mean_restorer, restore

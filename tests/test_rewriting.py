@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flap_export.errors import ModelError, PlanError
 from flap_export.families import FAMILIES, Family, Projection
-from flap_export.loading import Checkpoint, MetaLayers, load_model, materialize, open_checkpoint
+from flap_export.loading import MetaLayers, load_model, materialize
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.restoring import cut_only, mean_restorer
 from flap_export.rewriting import check_kind, cut, grouped_order, kept_channels, rewrite, rewrite_layer

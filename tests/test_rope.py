@@ -12,7 +12,8 @@ import torch
 from tiny import ALL_FAMILIES, LONGROPE, SIZES, tiny_checkpoint, tiny_pruned, tokens_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
+from flap_export.opening import open_checkpoint
 from flap_export.rope import both_rope_forms, table_positions
 
 PARAMETERS = LONGROPE["rope_parameters"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from flap_export.errors import PlanError
-from flap_export.loading import open_checkpoint
 from flap_export.moments import Moments
+from flap_export.opening import open_checkpoint
 from flap_export.scoring import METRICS, MetricName, head_means, score, standardised
 from flap_export.shapes import LayerShape
 from flap_export.statistics import CalibrationStatistics, SiteStatistics

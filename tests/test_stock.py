@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from flap_export.errors import InputError, PlanError
 from flap_export.exporting import export
 from flap_export.families import FAMILIES
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
+from flap_export.opening import open_checkpoint
 from flap_export.pruning import prune
 from flap_export.statistics import CUT_SPACES, CutSpace
 from flap_export.stock import EXPERT_ALIGNMENT

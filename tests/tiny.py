@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flap_export.calibration import calibrate
 from flap_export.checkpoint import MAX_SHARD_BYTES, write_checkpoint
 from flap_export.families import FAMILIES
-from flap_export.loading import Checkpoint, open_checkpoint
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.restoring import cut_only, mean_restorer
 from flap_export.rewriting import rewrite

@@ -10,7 +10,7 @@ from typing import Any
 from flap_export.building.record import is_runnable
 from flap_export.errors import ModelError
 from flap_export.generation import generate, stream_text
-from flap_export.loading import open_checkpoint
+from flap_export.opening import open_checkpoint
 from flap_export.runners import open_runner
 from flap_export.tokenization import load_tokenizer
 

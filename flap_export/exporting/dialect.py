@@ -27,8 +27,8 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from flap_export.attention import ask_the_interface
 from flap_export.families import EVERY_EXPERT, Family, Norm
-from flap_export.loading import Checkpoint
 from flap_export.modeling_pruned import Experts
+from flap_export.opening import Checkpoint
 
 NAME = "flap_export_onnx"
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past")

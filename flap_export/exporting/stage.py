@@ -16,8 +16,9 @@ from flap_export.errors import InputError, check_choice
 from flap_export.exporting.passes import keep_all_logits, optimize
 from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
 from flap_export.exporting.trace import OPSET, trace
-from flap_export.loading import Checkpoint, check_weights, meta_model, open_checkpoint
+from flap_export.loading import check_weights, meta_model
 from flap_export.manifest import write_manifest
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PLAN_NAME
 from flap_export.precision import PRECISIONS, DtypeName, torch_dtype
 from flap_export.rope import table_positions

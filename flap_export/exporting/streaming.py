@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flap_export.exporting.passes.values import lazy_initializer
 from flap_export.families import EVERY_EXPERT
-from flap_export.loading import Checkpoint
+from flap_export.opening import Checkpoint
 from flap_export.storage import writing_errors
 
 EXTERNAL_FROM_BYTES = 1024

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
 from flap_export.exporting.dialect import Decoding, rotary_tables, speaking_onnx
-from flap_export.loading import Checkpoint, build_model, meta_model
+from flap_export.loading import build_model, meta_model
+from flap_export.opening import Checkpoint
 from flap_export.shapes import DecoderShape
 
 OPSET = 24

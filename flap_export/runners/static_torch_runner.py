@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 from flap_export.attention import ask_the_interface
 from flap_export.devices import check_device
 from flap_export.exporting.dialect import hand_cache_on, rotary_modules, softcapped_attention
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
+from flap_export.opening import open_checkpoint
 from flap_export.precision import torch_dtype
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.sampling import Sampling, sampled

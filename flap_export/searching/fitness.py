@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from flap_export.errors import InputError
 from flap_export.layerwise import LayerStream, Progress, no_progress, streamed
-from flap_export.loading import Checkpoint
+from flap_export.opening import Checkpoint
 from flap_export.searching.space import Candidate, Space
 from flap_export.searching.supernet import Supernet
 

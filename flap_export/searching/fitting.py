@@ -20,7 +20,7 @@ from torch import Tensor
 from flap_export.compensation import NestedLeastSquares, Restored, best_ridge
 from flap_export.ladders import LayerLadders
 from flap_export.layerwise import LayerPass, Progress, no_progress, streamed
-from flap_export.loading import Checkpoint
+from flap_export.opening import Checkpoint
 from flap_export.restoring import SiteInputs, check_finite, observed, restoring_module
 from flap_export.rewriting import sites_of
 from flap_export.shapes import DecoderShape

@@ -20,9 +20,9 @@ from flap_export.evidence import EVIDENCE_NAME, CalibrationText, Evidence
 from flap_export.gathering import evidence_options, gather
 from flap_export.ladders import LayerLadders
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import Checkpoint, open_checkpoint
 from flap_export.manifest import verify, write_manifest
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import calibration_tokens
 from flap_export.searching.fitting import fit_rankings

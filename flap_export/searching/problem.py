@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flap_export.compensation import CompensationName
 from flap_export.layerwise import Progress, no_progress
-from flap_export.loading import Checkpoint, open_checkpoint
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.restoring import cut_only, mean_restorer
 from flap_export.rewriting import Restore
 from flap_export.searching.fitness import FitnessName, LocalLosses, open_losses

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.ladders import LayerLadders, layer_plan
-from flap_export.loading import Checkpoint, MetaLayers, materialize
+from flap_export.loading import MetaLayers, materialize
+from flap_export.opening import Checkpoint
 from flap_export.products import with_fast_linears
 from flap_export.rewriting import Restore, kept_channels, rewrite_layer
 from flap_export.statistics import CutSpace

@@ -19,7 +19,8 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rot
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from flap_export.exporting.dialect import Decoding, _xielu, rotary_tables, softcapped_attention, speaking_onnx
-from flap_export.loading import build_model, open_checkpoint
+from flap_export.loading import build_model
+from flap_export.opening import open_checkpoint
 
 LENGTH = 40
 

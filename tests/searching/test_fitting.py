@@ -18,8 +18,8 @@ from flap_export.compensation import RIDGES
 from flap_export.errors import ModelError
 from flap_export.evidence import Evidence
 from flap_export.ladders import LayerLadders, layer_plan
-from flap_export.loading import Checkpoint, open_checkpoint
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import Checkpoint, open_checkpoint
 from flap_export.restoring import HELD_OUT_EVERY
 from flap_export.rewriting import kept_channels, of_expert, sites_of
 from flap_export.searching import fitting

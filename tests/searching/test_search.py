@@ -20,9 +20,10 @@ from tiny import plain_model, save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.errors import BudgetError, InputError, ModelError, OutputError, TextError
 from flap_export.evidence import CalibrationText
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
 from flap_export.manifest import Manifest, verify
 from flap_export.methods import PruneOptions, resolved
+from flap_export.opening import open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.pruning import prune
 from flap_export.searching import fitting, preparing, sources

@@ -15,7 +15,8 @@ from tiny import ALL_FAMILIES, MIXTURES, plain_model
 
 from flap_export.errors import InputError, ModelError
 from flap_export.evaluation import perplexity
-from flap_export.loading import load_model, open_checkpoint
+from flap_export.loading import load_model
+from flap_export.opening import open_checkpoint
 from flap_export.runners.base import RunnerOptions
 from flap_export.runners.torch_runner import TorchRunner
 from flap_export.searching.fitness import fitness_value, open_losses, tokens_counted
