@@ -81,7 +81,15 @@ _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("apertus", "Apertus", _UNGATED_PROJECTIONS, ffn_matrices=2, bias_flags={"query": "attention_bias"}),
+        Family(
+            "apertus",
+            "Apertus",
+            _UNGATED_PROJECTIONS,
+            # Before, its activation could not be made without weights.
+            since="5",
+            ffn_matrices=2,
+            bias_flags={"query": "attention_bias"},
+        ),
         Family("arcee", "Arcee", _UNGATED_PROJECTIONS, ffn_matrices=2, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
             "cohere",
