@@ -54,7 +54,9 @@ def search(
     protect_first: Annotated[int, typer.Option(min=0, help="Layers that lose nothing.")] = 0,
     protect_last: Annotated[int, typer.Option(min=0, help="Layers that lose nothing.")] = 0,
     fitness: Annotated[str, typer.Option(help="kl (to the dense logits) or perplexity.")] = "kl",
-    fitness_samples: Annotated[int, typer.Option(min=1, help="Sequences that fitness is measured on.")] = 64,
+    fitness_samples: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that fitness is measured on (up to 64).")
+    ] = None,
     stage: Annotated[
         list[float] | None, typer.Option(help="Shares of them to look at in turn, the last 1; repeat (0.125 0.5 1).")
     ] = None,

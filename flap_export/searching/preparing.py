@@ -34,6 +34,7 @@ from flap_export.text import read_windows
 
 _logger = logging.getLogger(__name__)
 
+DEFAULT_FITNESS_SAMPLES: Final = 64
 EVIDENCE_FOLDER: Final = "evidence"
 FITS_FOLDER: Final = "fits"
 _OPTIONS_NAME: Final = "options.json"
@@ -218,7 +219,7 @@ def cut_points(plan: PruningPlan, ladders: Sequence[LayerLadders], dense: Checkp
 
 
 def fitness_tokens(
-    dense: Checkpoint, text: CalibrationText, calibrated: Tensor, samples: int, chunk: int
+    dense: Checkpoint, text: CalibrationText, calibrated: Tensor, samples: int | None, chunk: int
 ) -> tuple[Tensor, bool]:
     """Sequences to measure fitness on, other ones than those calibrated on where the text has enough.
 
@@ -226,7 +227,7 @@ def fitness_tokens(
         dense: the model, for its tokenizer.
         text: what was calibrated on.
         calibrated: int64 [sequences, length].
-        samples: how many are wanted; whole chunks are taken.
+        samples: how many are wanted; whole chunks are taken. None takes up to 64 of what there is.
         chunk: sequences of one.
 
     Returns:
@@ -240,9 +241,11 @@ def fitness_tokens(
     ).tokens
     used = {row.tobytes() for row in calibrated.numpy()}
     others = np.array([row for row in every if row.tobytes() not in used], dtype=np.int64)
-    wanted = samples - samples % chunk if samples >= chunk else samples
+    wanted = _whole_chunks(samples or DEFAULT_FITNESS_SAMPLES, chunk)
     shares = len(others) < wanted
     source = calibrated.numpy() if shares else others
+    if samples is None:
+        wanted = _whole_chunks(min(wanted, len(source)), chunk)
     if len(source) < wanted:
         raise TextError(
             f"fitness is measured on {wanted} sequences, and '{text.source}' has {len(source)} of this length; name a "
@@ -250,6 +253,10 @@ def fitness_tokens(
         )
     chosen = np.random.default_rng(text.seed).permutation(len(source))[:wanted]
     return torch.from_numpy(source[np.sort(chosen)]), shares
+
+
+def _whole_chunks(samples: int, chunk: int) -> int:
+    return samples - samples % chunk if samples >= chunk else samples
 
 
 def stage_sequences(shares: Sequence[float], sequences: int, chunk: int) -> tuple[int, ...]:

@@ -50,8 +50,9 @@ class SearchOptions(Value):
     protect_first: int = Field(default=0, ge=0)
     protect_last: int = Field(default=0, ge=0)
     fitness: FitnessName = "kl"
-    fitness_samples: int = Field(default=64, ge=1)
-    """Calibration sequences that fitness is measured on; those that units are ranked by are others."""
+    fitness_samples: int | None = Field(default=None, ge=1)
+    """Calibration sequences that fitness is measured on, others than those that units are ranked by; None: up to 64
+    of what the text holds."""
     stages: tuple[float, ...] = (0.125, 0.5, 1.0)
     """Shares of them that a candidate has been seen on after each look; the last is 1."""
     informed: bool = True

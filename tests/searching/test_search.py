@@ -570,6 +570,19 @@ def test_text_that_repeats_itself_is_not_taken_for_other_text(model: Path, tmp_p
     assert own.shape == (6, LENGTH)
 
 
+def test_without_a_number_fitness_takes_what_the_text_holds(model: Path, tmp_path: Path) -> None:
+    """Up to 64 sequences, whole chunks of them; a number that was asked for must be there."""
+    tokens = tokens_of(100, LENGTH)
+    checkpoint, source = open_checkpoint(model), save_tokens(tmp_path / "ids.npy", tokens)
+    text, short = CalibrationText(source=source), CalibrationText(source=save_tokens(tmp_path / "s.npy", tokens[:7]))
+    others, shares = preparing.fitness_tokens(checkpoint, text, tokens[:10], None, 5)
+    assert (len(others), shares) == (60, False)
+    own, shares = preparing.fitness_tokens(checkpoint, short, tokens[:7], None, 5)
+    assert (len(own), shares) == (5, True)
+    with pytest.raises(TextError, match=r"fitness is measured on 60 sequences, and .* has 7 of this length"):
+        preparing.fitness_tokens(checkpoint, short, tokens[:7], 64, 5)
+
+
 @pytest.mark.parametrize(
     ("shares", "sequences", "chunk", "expected"),
     [
