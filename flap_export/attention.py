@@ -1,28 +1,37 @@
-"""Attention through transformers' interface, for families whose own classes compute it themselves.
+"""Attention through transformers' interface, whatever a family's own class does with it.
 
-What the ONNX dialect and the static runner register there takes the place of an attention's arithmetic. Falcon's class
-asks nobody, hands on no further arguments, and repeats the keys of a group for each of its queries before it caches
-them.
+What the ONNX dialect and the static runner register there takes the place of an attention's arithmetic, and needs the
+cache of the call. Not every family hands on to attention what else its model is called with; and Falcon's class asks
+nobody, and repeats the keys of a group for each of its queries before it caches them.
 """
 
 from __future__ import annotations
 
 import importlib
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from flap_export.families import Family
 
-def ask_the_interface(model: nn.Module) -> None:
-    """Let the attentions of `model` that compute by themselves call the implementation that its configuration names.
+_CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past")
+"""What families call the cache that they hand to an attention."""
 
-    They cache K heads each, and hand the cache on as `step_cache`.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "FalconAttention":
-            module.forward = partial(_falcon, module)
+
+def ask_the_interface(model: nn.Module, family: Family) -> None:
+    """Let every attention call the implementation that the configuration names, and hand it the cache as `step_cache`."""
+    for layer in model.get_submodule(family.layers).children():
+        attention: Any = layer.get_submodule(family.attention)
+        attention.register_forward_pre_hook(_with_cache, with_kwargs=True)
+        if type(attention).__name__ == "FalconAttention":
+            attention.forward = partial(_falcon, attention)
+
+
+def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    cache = next(named[name] for name in _CACHE_ARGUMENTS if name in named)
+    return given, {**named, "step_cache": cache}
 
 
 def _falcon(
@@ -30,19 +39,20 @@ def _falcon(
     hidden_states: Tensor,
     *,
     attention_mask: Tensor | None,
-    layer_past: Any,
+    step_cache: Any,
     position_embeddings: tuple[Any, Any],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Falcon's attention of tokens [B, n, H], as its class calls it."""
+    """Falcon's attention of tokens [B, n, H], as its class calls it; K heads are cached."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     modeling = importlib.import_module(type(module).__module__)
     query, key, value = _heads(module.query_key_value(hidden_states), module.num_kv_heads, module.head_dim)
     query, key = modeling.apply_rotary_pos_emb(query, key, *position_embeddings)
-    key, value = layer_past.update(key, value, module.layer_idx)
+    key, value = step_cache.update(key, value, module.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    output, _ = attend(module, query, key, value, attention_mask, scaling=module.inv_norm_factor, step_cache=layer_past)
+    scaling = module.inv_norm_factor
+    output, _ = attend(module, query, key, value, attention_mask, scaling=scaling, step_cache=step_cache)
     return module.dense(output.flatten(2)), None
 
 

@@ -36,8 +36,7 @@ def read_parameters(shape: DecoderShape) -> int:
     are parallel and not both of them empty), the last norm and the head, V H. Of a mixture the router, E H, and all
     experts: the exported graph computes every one of them and weighs those that were not chosen with zero, because
     standard operators can read no expert by its number without copying it for every token. The embedding is not among
-    them: a call reads n rows of it. A tied head is the
-    embedding's own matrix and is read whole, once.
+    them: a call reads n rows of it. A tied head is the embedding's own matrix and is read whole, once.
     """
     vectors = sum(_vectors(layer, shape.parallel_blocks) for layer in shape.layers) + 1
     return shape.decoder_parameters + shape.head_parameters + vectors * shape.hidden_size

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from flap_export.attention import ask_the_interface
 from flap_export.errors import ModelError
+from flap_export.families import FAMILIES
 from flap_export.loading import check_weights, meta_model
 from flap_export.opening import open_checkpoint
 
@@ -46,7 +47,7 @@ def test_falcon_asks_and_caches_every_key_once(overrides: dict[str, Any], kv_hea
         expected = model(input_ids=tokens).logits
         AttentionInterface.register(NAME, attention)
         model.config._attn_implementation = NAME
-        ask_the_interface(model)
+        ask_the_interface(model, FAMILIES["falcon"])
         cache = DynamicCache()
         found = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -26,13 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
 from flap_export.attention import ask_the_interface
-from flap_export.families import EVERY_EXPERT, Family, Norm
+from flap_export.families import EVERY_EXPERT, Norm
 from flap_export.modeling_pruned import Experts
 from flap_export.opening import Checkpoint
 
 NAME = "flap_export_onnx"
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-"""What families call the cache that they hand to an attention."""
 
 
 def _symbolic(operator: str, inputs: tuple[Tensor | None, ...], like: Tensor, since: int, **attributes: Any) -> Tensor:
@@ -283,7 +281,7 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     model.config._attn_implementation = NAME  # type: ignore[union-attr]
-    ask_the_interface(model)
+    ask_the_interface(model, checkpoint.family)
     for module in model.modules():
         if checkpoint.family.norm.covers(module):
             module.forward = partial(_norm, module, checkpoint.family.norm)
@@ -291,7 +289,6 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
             module.forward = partial(gelu, approximate="tanh")
         if type(module).__name__ == "XIELUActivation":
             module.forward = partial(_xielu, module)
-    hand_cache_on(model, checkpoint.family)
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(path, JoinedExperts(module))
@@ -312,20 +309,6 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
             del modeling.apply_rotary_pos_emb
         else:
             modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
-
-
-def hand_cache_on(model: nn.Module, family: Family) -> None:
-    """Let every attention give its attention function the cache it is called with, as `step_cache`.
-
-    Not every family hands on to attention whatever else its model is called with.
-    """
-
-    def with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = next(named[name] for name in _CACHE_ARGUMENTS if name in named)
-        return given, {**named, "step_cache": cache}
-
-    for layer in model.get_submodule(family.layers).children():
-        layer.get_submodule(family.attention).register_forward_pre_hook(with_cache, with_kwargs=True)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Family:
 
     model_type: str
     class_stem: str
-    """`<stem>ForCausalLM` and `<stem>Config` are the classes."""
+    """`<stem>Config` is the configuration's class, and the causal LM's begins with it."""
     projections: tuple[Projection, ...]
     config_stem: str | None = None
     """Stem of the configuration's class where it is another one."""

@@ -57,8 +57,7 @@ _GPT_BIGCODE_PROJECTIONS = (
 _GPT_NEOX_PROJECTIONS = (
     Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
     Projection("attention.dense", "query", ("hidden",)),
-    Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
-    Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
+    *_FALCON_PROJECTIONS[2:],
 )
 
 
@@ -274,11 +273,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             "nemotron",
             "Nemotron",
-            (*_SEPARATE_PROJECTIONS[:4], *_SEPARATE_PROJECTIONS[5:]),
+            _UNGATED_PROJECTIONS,
+            since="5",
             ffn_matrices=2,
             norm=Norm(epsilon="eps", offset=1.0, is_centred=True, suffix="LayerNorm1P"),
-            bias_flags={"query": "attention_bias", "ffn": "mlp_bias"},
-            since="5",
+            bias_flags=_LLAMA_BIAS_FLAGS,
         ),
         Family(
             "olmo",
@@ -338,11 +337,11 @@ FAMILIES: dict[str, Family] = {
             "stablelm",
             "StableLm",
             _SEPARATE_PROJECTIONS,
+            since="5",
             head_dim_follows=True,
             has_parallel_blocks="use_parallel_residual",
             # A norm of its own for every head.
             requires={"qk_layernorm": (False,)},
-            since="5",
         ),
         Family(
             "starcoder2",

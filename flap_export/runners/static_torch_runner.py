@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from flap_export.attention import ask_the_interface
 from flap_export.devices import check_device
-from flap_export.exporting.dialect import hand_cache_on, rotary_modules, softcapped_attention
+from flap_export.exporting.dialect import rotary_modules, softcapped_attention
 from flap_export.loading import load_model
 from flap_export.opening import open_checkpoint
 from flap_export.precision import torch_dtype
@@ -156,10 +156,9 @@ class StaticTorchRunner(Runner):
         AttentionMaskInterface.register(NAME, _no_mask)
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         model.config._attn_implementation = NAME
-        ask_the_interface(model)
+        ask_the_interface(model, checkpoint.family)
         if self.max_length <= checkpoint.config.max_position_embeddings:
             _hold_frequencies(model)
-        hand_cache_on(model, checkpoint.family)
         self._model: Any = model
         self._caches: Caches = {}
         self._graph: Any = None
