@@ -21,7 +21,7 @@ _CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past")
 
 
 def ask_the_interface(model: nn.Module, family: Family) -> None:
-    """Let every attention call the implementation that the configuration names, and hand it the cache as `step_cache`."""
+    """Let every attention call the implementation that the configuration names, and give it the cache: `step_cache`."""
     for layer in model.get_submodule(family.layers).children():
         attention: Any = layer.get_submodule(family.attention)
         attention.register_forward_pre_hook(_with_cache, with_kwargs=True)

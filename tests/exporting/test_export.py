@@ -57,7 +57,7 @@ NODES = {
     "gemma3_text": (25, 19),
     "glm": (23, 11),
     "glm4": (25, 11),
-    "gpt2": (28, 15),
+    "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
     "gpt_neox": (22, 13),
     "granite": (24, 13),
