@@ -107,8 +107,8 @@ def random_pruned_checkpoint(directory: Path, dense: Path, ratio: float, *, mult
         multiple: FFN channels are rounded to a multiple of this.
         seed: of scores and weights.
     """
-    from flap_export.checkpoint import write_checkpoint
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.opening import open_checkpoint
+    from flap_export.rewriting.checkpoint import write_checkpoint
 
     if (directory / "config.json").is_file():
         return directory
@@ -124,7 +124,7 @@ def random_plan(opened: Any, ratio: float, multiple: int, seed: int) -> Any:
     """A plan from random scores whose mean differs from layer to layer."""
     import torch
 
-    from flap_export.allocation import allocate
+    from flap_export.allocation.stage import allocate
     from flap_export.plan import PruningPlan
     from flap_export.scoring import LayerScores
 
@@ -149,7 +149,7 @@ def random_tensors(opened: Any, shape: Any, seed: int) -> Iterator[tuple[str, An
     """Tensors of the pruned model, one at a time: norms are one, all else is normal with deviation 0.02."""
     import torch
 
-    from flap_export.loading import meta_model, parameter_names
+    from flap_export.models.loading import meta_model, parameter_names
 
     resized = dataclasses.replace(opened, shape=shape, is_pruned=True)
     model, generator = meta_model(resized, torch.float32), torch.Generator().manual_seed(seed)

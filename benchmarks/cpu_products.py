@@ -1,4 +1,4 @@
-"""Matrix products of decoder layers on this CPU: PyTorch's own against those of `flap_export.products`.
+"""Matrix products of decoder layers on this CPU: PyTorch's own against those of `flap_export.calibration.products`.
 
 Both by turns in one process, in single precision, with one thread and with all; medians of many rounds. Where
 `onednn_is_faster` says no, the two are the same.
@@ -16,7 +16,7 @@ import common
 import torch
 from torch import nn
 
-from flap_export.products import onednn_is_faster, with_fast_linears
+from flap_export.calibration.products import onednn_is_faster, with_fast_linears
 
 TOKENS: Final = 512
 MODELS: Final = ("demo", "160m", "7b")

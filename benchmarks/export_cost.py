@@ -81,8 +81,8 @@ def write_sparse_weights(directory: Path, dtype: str) -> None:
     """All tensors of the configuration in one safetensors file whose data is a hole."""
     import torch
 
-    from flap_export.loading import meta_model, parameter_names
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.loading import meta_model, parameter_names
+    from flap_export.models.opening import open_checkpoint
 
     opened = open_checkpoint(directory)
     model = meta_model(opened, torch.float32)
@@ -103,7 +103,7 @@ def measured(kind: str, model: str, dtype: str, work: Path) -> dict[str, Any]:
     from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory
     from flap_export.exporting.stage import export
     from flap_export.ideal import stored_parameters
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.opening import open_checkpoint
 
     directory = checkpoint_directory(kind, model, work)
     opened = open_checkpoint(directory)

@@ -233,7 +233,7 @@ class Made:
 
     @property
     def shape(self) -> Any:
-        from flap_export.opening import open_checkpoint
+        from flap_export.models.opening import open_checkpoint
 
         return open_checkpoint(self.checkpoint).shape
 
@@ -291,8 +291,8 @@ def fast_checkpoint(directory: Path, config: str, ratio: float, arguments: argpa
     import torch
     from transformers import LlamaConfig
 
-    from flap_export.checkpoint import write_checkpoint, write_shards
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.opening import open_checkpoint
+    from flap_export.rewriting.checkpoint import write_checkpoint, write_shards
 
     if (directory / "config.json").is_file():
         return directory
@@ -315,7 +315,7 @@ def pooled_tensors(opened: Any, shape: Any, dtype: Any, seed: int) -> Iterator[t
     """Tensors of a model of `shape`: norms are one, all else has deviation 0.02."""
     import torch
 
-    from flap_export.loading import meta_model, parameter_names
+    from flap_export.models.loading import meta_model, parameter_names
 
     resized = replace(opened, shape=shape, is_pruned=shape != opened.shape)
     model, generator = meta_model(resized, torch.float32), torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import common
 
 from flap_export.comparison import PLOT_NAME, ComparisonReport, compare, markdown_table
-from flap_export.evidence import CalibrationText
+from flap_export.evidence.record import CalibrationText
 
 DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"
 VARIANTS: Final = (

@@ -67,8 +67,8 @@ def made_model(name: str, work: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from flap_export.loading import meta_model, parameter_names
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.loading import meta_model, parameter_names
+    from flap_export.models.opening import open_checkpoint
 
     directory = work / name
     if (directory / "model.safetensors.index.json").is_file():

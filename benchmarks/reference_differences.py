@@ -1,7 +1,7 @@
 """What each difference between the default and the official FLAP code does to the pruned model.
 
-The official code's own test case (multi-head attention, 8 layers; `tests/data/flap_reference`) is pruned as that code
-does, then with one difference at a time, then with all of them, which is the default.
+The official code's own test case (multi-head attention, 8 layers; `tests/calibration/flap_reference`) is pruned as that
+code does, then with one difference at a time, then with all of them, which is the default.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, Final
 import common
 import numpy as np
 
-from flap_export.allocation import Selection, allocate
-from flap_export.calibration import calibrate
-from flap_export.checkpoint import write_checkpoint
+from flap_export.allocation.stage import Selection, allocate
+from flap_export.calibration.stage import calibrate
+from flap_export.calibration.statistics import CalibrationStatistics, StatisticsName
 from flap_export.evaluation import evaluate
-from flap_export.opening import Checkpoint, open_checkpoint
+from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PruningPlan
-from flap_export.restoring import mean_restorer
-from flap_export.rewriting import rewrite
+from flap_export.rewriting.checkpoint import write_checkpoint
+from flap_export.rewriting.cutting import rewrite
+from flap_export.rewriting.restoring import mean_restorer
 from flap_export.scoring import score
-from flap_export.statistics import CalibrationStatistics, StatisticsName
 
-DATA: Final = Path(__file__).parent.parent / "tests" / "data" / "flap_reference"
+DATA: Final = Path(__file__).parent.parent / "tests" / "calibration" / "flap_reference"
 
 
 @dataclass(frozen=True)

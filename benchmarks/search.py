@@ -27,17 +27,18 @@ from typing import Any, Final, final
 import common
 import torch
 
-from flap_export.checkpoint import write_checkpoint
-from flap_export.choosing import make_plan
+from flap_export.allocation.rates import LayerRate, rates_of_steps
+from flap_export.calibration.statistics import Site
 from flap_export.evaluation import evaluate
-from flap_export.evidence import CalibrationText, Evidence
-from flap_export.layerwise import no_progress
-from flap_export.loading import load_model
-from flap_export.methods import PruneOptions, resolved
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import CalibrationText, Evidence
+from flap_export.models.loading import load_model
 from flap_export.plan import PruningPlan
-from flap_export.pruning import prune_with
-from flap_export.rates import LayerRate, rates_of_steps
-from flap_export.rewriting import Restore, rewrite
+from flap_export.progress import no_progress
+from flap_export.pruning.choosing import make_plan
+from flap_export.pruning.stage import prune_with
+from flap_export.rewriting.checkpoint import write_checkpoint
+from flap_export.rewriting.cutting import Restore, rewrite
 from flap_export.searching import SearchOptions, SearchReport, search
 from flap_export.searching.fitness import LocalLosses, Losses
 from flap_export.searching.fitting import NestedFits
@@ -48,7 +49,6 @@ from flap_export.searching.preparing import EVIDENCE_FOLDER, Prepared, prepared,
 from flap_export.searching.space import Candidate
 from flap_export.searching.strategies import OFFSPRING, StrategyName, Task, evolutionary, seeded
 from flap_export.searching.table import SHARES, lines_of, strategy_name
-from flap_export.statistics import Site
 from flap_export.storage import digest_of_json, write_text
 
 DEMO: Final = Path(__file__).parent.parent / "pipelines" / "demo"

@@ -15,16 +15,15 @@ if TYPE_CHECKING:
     from flap_export.artifact import Artifact
     from flap_export.benchmarking import LatencyReport, bench
     from flap_export.building import BuildOptions, EngineRecord, build
-    from flap_export.calibration import calibrate
+    from flap_export.calibration import CalibrationStatistics, calibrate
     from flap_export.comparison import compare
     from flap_export.errors import FlapExportError
     from flap_export.evaluation import QualityReport, evaluate
-    from flap_export.evidence import CalibrationText
+    from flap_export.evidence import CalibrationText, PruneOptions
     from flap_export.exporting import export
     from flap_export.generation import generate
-    from flap_export.loading import load_model
     from flap_export.manifest import verify
-    from flap_export.methods import PruneOptions
+    from flap_export.models.loading import load_model
     from flap_export.pipeline import run
     from flap_export.plan import PruningPlan
     from flap_export.prediction import predict
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from flap_export.reporting import report
     from flap_export.runners import open_runner
     from flap_export.searching import SearchOptions, SearchReport, search
-    from flap_export.statistics import CalibrationStatistics
     from flap_export.validation import ParityReport, validate
 
 __version__ = "0.1.0"
@@ -41,13 +39,13 @@ __version__ = "0.1.0"
 _MODULES = {
     "Artifact": "artifact",
     "BuildOptions": "building",
-    "CalibrationStatistics": "statistics",
+    "CalibrationStatistics": "calibration",
     "CalibrationText": "evidence",
     "EngineRecord": "building",
     "FlapExportError": "errors",
     "LatencyReport": "benchmarking",
     "ParityReport": "validation",
-    "PruneOptions": "methods",
+    "PruneOptions": "evidence",
     "PruningPlan": "plan",
     "QualityReport": "evaluation",
     "Recipe": "recipe",
@@ -60,7 +58,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "export": "exporting",
     "generate": "generation",
-    "load_model": "loading",
+    "load_model": "models.loading",
     "load_recipe": "recipe",
     "open_runner": "runners",
     "predict": "prediction",

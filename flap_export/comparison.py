@@ -14,16 +14,15 @@ from typing import Any, ClassVar, Final
 
 from pydantic import Field
 
-from flap_export.calibration import open_dense
+from flap_export.calibration.stage import open_dense
 from flap_export.errors import BudgetError, InputError, MissingRequirementError
 from flap_export.evaluation import QualityReport, evaluate
-from flap_export.evidence import CalibrationText, Evidence
-from flap_export.gathering import ANY_RATIO, evidence_options, gather
-from flap_export.layerwise import Progress, no_progress
-from flap_export.methods import PruneOptions, resolved
-from flap_export.opening import open_checkpoint
-from flap_export.pruning import prune_with
-from flap_export.sources import digest_of_source
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import CalibrationText, Evidence
+from flap_export.evidence.stage import ANY_RATIO, evidence_options, gather
+from flap_export.models.opening import open_checkpoint
+from flap_export.progress import Progress, no_progress
+from flap_export.pruning.stage import prune_with
 from flap_export.storage import (
     SCRATCH_PREFIX,
     Record,
@@ -35,6 +34,7 @@ from flap_export.storage import (
     validated,
     write_text,
 )
+from flap_export.text.sources import digest_of_source
 
 COMPARISON_NAME: Final = "comparison.json"
 TABLE_NAME: Final = "comparison.md"
@@ -129,10 +129,10 @@ def compare(
     Args:
         model: a dense model directory or hub name.
         output: directory for `comparison.json`, `.md` and `.svg`; finished rows of the same comparison are kept.
-        variants: methods, each as `METHOD[,KEY=VALUE]...` with the options of `flap_export.methods.PruneOptions`.
+        variants: methods, each as `METHOD[,KEY=VALUE]...` with the options of `flap_export.PruneOptions`.
         ratios: shares of the decoder's attention and FFN weights that go.
         calibration: what all are calibrated on.
-        sources: texts to evaluate on, see `flap_export.sources`.
+        sources: texts to evaluate on, see `flap_export.text.sources`.
         samples: windows per source; None means all of them.
         sequence_length: tokens of a window.
         plot: whether to draw; needs matplotlib.

@@ -26,7 +26,7 @@ from flap_export.building.record import is_runnable, record_file
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, ModelError, TextError
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.storage import Record, Value, digest_of_file
-from flap_export.text import TokenWindows, read_windows
+from flap_export.text.windows import TokenWindows, read_windows
 
 if TYPE_CHECKING:
     from flap_export.runners.base import Runner
@@ -165,7 +165,7 @@ def evaluate(
 
     Args:
         target: directory of a checkpoint or an artifact, or a hub name.
-        sources: text sources, see `flap_export.sources`.
+        sources: text sources, see `flap_export.text.sources`.
         sequence_length: tokens of a window; None means 128, or as shaped for sources of token ids.
         samples: windows per source; None means all of them.
         batch_size: windows run at once.
@@ -226,7 +226,7 @@ def _identify(target: str | Path) -> tuple[Path, dict[str, str]]:
     path = Path(target)
     if is_runnable(path):
         return path, {"artifact": digest_of_file(record_file(path))}
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.opening import open_checkpoint
 
     checkpoint = open_checkpoint(target)
     return checkpoint.directory, {"weights": checkpoint.weights.digest}

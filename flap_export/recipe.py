@@ -11,12 +11,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from flap_export.allocation.rates import Rates
 from flap_export.building.flavours import Flavour
 from flap_export.errors import InputError, RecipeError
-from flap_export.evidence import CalibrationText
-from flap_export.methods import PruneOptions
+from flap_export.evidence.methods import PruneOptions
+from flap_export.evidence.record import CalibrationText
 from flap_export.precision import DtypeName
-from flap_export.rates import Rates
 from flap_export.searching import SearchOptions
 
 

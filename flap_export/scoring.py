@@ -13,9 +13,9 @@ from typing import Final, Literal, final
 import torch
 from torch import Tensor
 
+from flap_export.calibration.statistics import CalibrationStatistics, CutSpace, SiteStatistics
 from flap_export.errors import PlanError, check_choice
 from flap_export.shapes import DecoderShape, LayerShape
-from flap_export.statistics import CalibrationStatistics, CutSpace, SiteStatistics
 
 MetricName = Literal["wifv", "ifv", "wifn"]
 ALIKE_WITHIN: Final = 1e-12

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from flap_export.families import family_of, shape_from_config
-from flap_export.loading import pruned_section
-from flap_export.modeling_pruned import PrunedConfig, PrunedForCausalLM
+from flap_export.models.loading import pruned_section
+from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
 from flap_export.shapes import DecoderShape, LayerShape
 
 VOCABULARY = 96

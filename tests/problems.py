@@ -11,15 +11,15 @@ import torch
 from tiny import plan_of, save_tokens, tiny_checkpoint, tokens_of
 from torch import Tensor
 
-from flap_export.calibration import calibrate
-from flap_export.checkpoint import write_checkpoint
-from flap_export.choosing import ladders_of
-from flap_export.compensation import CompensationName
-from flap_export.evidence import Evidence
-from flap_export.ladders import layer_plan
-from flap_export.methods import PruneOptions, resolved
-from flap_export.opening import open_checkpoint
-from flap_export.rewriting import rewrite
+from flap_export.allocation.ladders import layer_plan
+from flap_export.calibration.stage import calibrate
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import Evidence
+from flap_export.models.opening import open_checkpoint
+from flap_export.pruning.choosing import ladders_of
+from flap_export.rewriting.checkpoint import write_checkpoint
+from flap_export.rewriting.compensation import CompensationName
+from flap_export.rewriting.cutting import rewrite
 from flap_export.searching.fitness import FitnessName
 from flap_export.searching.fitting import fit_rankings
 from flap_export.searching.problem import Problem

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from flap_export.calibration.statistics import CutSpace
 from flap_export.families import FAMILIES
-from flap_export.statistics import CutSpace
 
 
 def site(model: Any, family: str, layer: int, space: CutSpace) -> nn.Linear:
-    path = f"{FAMILIES[family].layers}.{layer}.{FAMILIES[family].restoring(space).path}"
+    path = f"{FAMILIES[family].modules.layers}.{layer}.{FAMILIES[family].restoring(space).path}"
     found = model.get_submodule(path)
     if isinstance(found, Conv1D):
         # GPT-2's are transposed; one that is not takes its place.

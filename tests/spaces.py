@@ -10,9 +10,9 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from flap_export.allocation.ladders import HEAD_UNITS, HeadUnits, LayerLadders, ladders_from_scores
+from flap_export.allocation.rates import SPLITTINGS
 from flap_export.errors import BudgetError
-from flap_export.ladders import HEAD_UNITS, HeadUnits, LayerLadders, ladders_from_scores
-from flap_export.rates import SPLITTINGS
 from flap_export.scoring import LayerScores
 from flap_export.searching.space import GRANULARITIES, Space
 from flap_export.shapes import DecoderShape, LayerShape

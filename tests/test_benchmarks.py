@@ -19,8 +19,8 @@ from flap_export.benchmarking.worker import Sample
 from flap_export.benchmarking.workload import Workload
 from flap_export.errors import FlapExportError
 from flap_export.ideal import Roofline
-from flap_export.loading import load_model
-from flap_export.opening import open_checkpoint
+from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
 
 SCRIPTS = (
     "cpu_products",

@@ -19,9 +19,9 @@ from flap_export.comparison import (
 )
 from flap_export.errors import BudgetError, InputError, MissingRequirementError, ModelError, OutputError
 from flap_export.evaluation import evaluate
-from flap_export.evidence import CalibrationText
-from flap_export.methods import PruneOptions
-from flap_export.pruning import prune
+from flap_export.evidence.methods import PruneOptions
+from flap_export.evidence.record import CalibrationText
+from flap_export.pruning.stage import prune
 
 VARIANTS = ("flap", "flap,compensation=least-squares", "random,seed=3")
 RATIOS = (0.2, 0.4)

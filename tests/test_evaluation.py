@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from flap_export.artifact import Artifact
 from flap_export.errors import ArtifactError, InputError, ModelError, TextError
 from flap_export.evaluation import QualityReport, evaluate, perplexity, perplexity_of, window_nll
+from flap_export.models.weights import Weights
 from flap_export.plan import PruningPlan, Ratio
 from flap_export.shapes import DecoderShape
 from flap_export.storage import digest_of_bytes, digest_of_file
-from flap_export.text import TokenWindows
-from flap_export.weights import Weights
+from flap_export.text.windows import TokenWindows
 
 VOCABULARY = 11
 

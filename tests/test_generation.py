@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from flap_export.errors import ArtifactError, InputError, TextError
 from flap_export.exporting import export
 from flap_export.generation import generate, pick_token, stream_text
-from flap_export.pruning import prune
+from flap_export.pruning.stage import prune
 from flap_export.runners import Logits, Runner, TokenIds, open_runner
 
 VOCABULARY = 10

@@ -19,8 +19,8 @@ from flap_export.ideal import (
     ideal_speedup,
     read_parameters,
 )
-from flap_export.loading import pruned_section
-from flap_export.modeling_pruned import resize_decoder
+from flap_export.models.loading import pruned_section
+from flap_export.models.modeling_pruned import resize_decoder
 from flap_export.shapes import DecoderShape, LayerShape
 
 TOKENS = 7

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from flap_export.allocation import allocate
-from flap_export.loading import meta_model
-from flap_export.opening import open_checkpoint
+from flap_export.allocation.stage import allocate
+from flap_export.models.loading import meta_model
+from flap_export.models.opening import open_checkpoint
 from flap_export.recipe import load_recipe
 from flap_export.scoring import LayerScores
 

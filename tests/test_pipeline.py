@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
-from flap_export import pipeline, running, stages
-from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
+from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import BudgetError, OutputError, RecipeError, TextError
 from flap_export.manifest import Manifest, verify
+from flap_export.pipeline import resuming, running, stages
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
 from flap_export.reporting import report
@@ -26,7 +26,7 @@ from flap_export.searching.fitness import LocalLosses
 from flap_export.searching.space import Candidate
 from flap_export.storage import locked
 
-STAGE_NAMES = [stage.name for stage in pipeline.STAGES if stage.name not in ("search", "build-dense", "build", "align")]
+STAGE_NAMES = [stage.name for stage in running.STAGES if stage.name not in ("search", "build-dense", "build", "align")]
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,14 @@ def performed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the stages whose action ran, in order."""
     names: list[str] = []
 
-    def noting(stage: running.Stage) -> running.Stage:
-        def action(current: running.Run) -> None:
+    def noting(stage: resuming.Stage) -> resuming.Stage:
+        def action(current: resuming.Run) -> None:
             names.append(stage.name)
             stage.action(current)
 
         return dataclasses.replace(stage, action=action)
 
-    monkeypatch.setattr(pipeline, "STAGES", tuple(noting(stage) for stage in pipeline.STAGES))
+    monkeypatch.setattr(running, "STAGES", tuple(noting(stage) for stage in running.STAGES))
     return names
 
 
@@ -79,7 +79,7 @@ def digest_in(directory: Path, name: str) -> str:
 
 def performed_by(names: list[str], recipe: Recipe, directory: Path) -> list[str]:
     names.clear()
-    pipeline.run(recipe, directory)
+    running.run(recipe, directory)
     return list(names)
 
 
@@ -99,7 +99,7 @@ def test_lengths_that_cannot_fit_are_refused_before_anything_is_done(
     section: str, values: dict[str, Any], recipe_of: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=f"section '{section}' of the recipe: "):
-        pipeline.run(recipe_of(**{section: values}), tmp_path / "run")
+        running.run(recipe_of(**{section: values}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -107,7 +107,7 @@ def test_a_run_does_every_stage_and_a_second_one_only_what_changed(
     tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
 ) -> None:
     directory = tmp_path / "run"
-    result = pipeline.run(recipe_of(), directory)
+    result = running.run(recipe_of(), directory)
     assert performed == STAGE_NAMES
     assert result.breaches == ()
     assert result.parity.passed
@@ -132,7 +132,7 @@ def test_changed_rates_redo_what_depends_on_them(
     tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
 ) -> None:
     directory = tmp_path / "run"
-    result = pipeline.run(recipe_of(prune={"rates": [0.4, 0.2]}), directory)
+    result = running.run(recipe_of(prune={"rates": [0.4, 0.2]}), directory)
     assert result.plan.ratio.requested == pytest.approx(0.3)
     assert "rates" in result.plan.digests
     assert performed_by(performed, recipe_of(prune={"rates": [0.4, 0.2]}), directory) == []
@@ -148,7 +148,7 @@ def test_a_run_searches_rates_and_prunes_at_them(
 ) -> None:
     monkeypatch.setattr(preparing, "gather", None)  # what the run has gathered must do
     directory = tmp_path / "run"
-    result = pipeline.run(recipe_of(search=SEARCH), directory)
+    result = running.run(recipe_of(search=SEARCH), directory)
     assert performed == ["calibrate", "search", *STAGE_NAMES[1:]]
     assert result.search is not None
     assert result.plan.ratio.achieved == pytest.approx(0.3, abs=0.02)
@@ -181,25 +181,25 @@ def test_a_search_that_was_killed_goes_on_and_one_of_another_text_begins_anew(
     text = save_tokens(tmp_path / "calibration.npy", tokens_of(6, 12, seed=1))
     recipe = recipe_of(calibrate={"source": text}, search=SEARCH)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(recipe, tmp_path / "run")
-    resumed = pipeline.run(recipe, tmp_path / "run").search
+        running.run(recipe, tmp_path / "run")
+    resumed = running.run(recipe, tmp_path / "run").search
     in_two_parts, lost = sum(asked), asked[2]
     asked[3:] = []
-    whole = pipeline.run(recipe, tmp_path / "other").search
+    whole = running.run(recipe, tmp_path / "other").search
     assert resumed is not None
     assert whole is not None
     assert resumed.runs[0].best == whole.runs[0].best
     assert in_two_parts == sum(asked[3:]) + lost, "a loss was measured twice"
 
     save_tokens(tmp_path / "calibration.npy", tokens_of(6, 12, seed=3))
-    again = pipeline.run(recipe, tmp_path / "run").search
+    again = running.run(recipe, tmp_path / "run").search
     assert again is not None
     assert again.digests["calibration"] != whole.digests["calibration"]
 
 
 def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:
     directory = tmp_path / "run"
-    pipeline.run(recipe_of(), directory)
+    running.run(recipe_of(), directory)
     data = directory / "onnx/pruned/model.onnx.data"
     content = bytearray(data.read_bytes())
     content[100] ^= 0xFF
@@ -217,7 +217,7 @@ def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[...,
     verify(directory)
     # A manifest of other texts has no say in the page, and a page made again none in whether the run is whole.
     (directory / "manifest.json").write_text(stale.replace(digest_in(directory, "model"), "f" * 64), encoding="utf-8")
-    page = pipeline.run(recipe_of(), directory).report
+    page = running.run(recipe_of(), directory).report
     assert "f" * 64 not in page.read_text(encoding="utf-8")
     page.write_text("older", encoding="utf-8")
     report(directory)
@@ -229,7 +229,7 @@ def test_a_changed_calibration_text_redoes_what_depends_on_it(
 ) -> None:
     source = save_tokens(tmp_path / "text.npy", tokens_of(6, 12, seed=3))
     recipe = recipe_of(calibrate={"source": source})
-    pipeline.run(recipe, tmp_path / "run")
+    running.run(recipe, tmp_path / "run")
     save_tokens(tmp_path / "text.npy", tokens_of(6, 12, seed=4))
     again = performed_by(performed, recipe, tmp_path / "run")
     assert again[:2] == ["calibrate", "prune"]
@@ -240,7 +240,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
     tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "run"
-    pipeline.run(recipe_of(), directory)
+    running.run(recipe_of(), directory)
     assert (directory / "latency.json").is_file()
     export = stages.export
 
@@ -254,7 +254,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
 
     monkeypatch.setattr(stages, "export", broken_export)
     performed.clear()
-    result = pipeline.run(recipe_of(export={"max_length": 44}), directory)
+    result = running.run(recipe_of(export={"max_length": 44}), directory)
     assert performed[-1] == "validate"
     assert [breach.gate for breach in result.breaches] == ["parity"]
     assert result.latency is None
@@ -265,7 +265,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
 
 def test_gates_name_what_they_measured(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     gates = {"maximum_perplexity_ratio": 1.0000001, "minimum_decode_speedup": 1e6}
-    result = pipeline.run(recipe_of(gates=gates, prune={"ratio": 0.8}), tmp_path / "run")
+    result = running.run(recipe_of(gates=gates, prune={"ratio": 0.8}), tmp_path / "run")
     found = {breach.gate: str(breach) for breach in result.breaches}
     assert "speedup" in found
     assert "1e+06" in found["speedup"]
@@ -281,7 +281,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(by_alias=True))
     command = [sys.executable, "-m", "flap_export", "run", str(tmp_path / "recipe.yaml"), "--output", str(directory)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    marker, deadline = directory / running.STAGES_FOLDER / "prune.json", time.monotonic() + 120
+    marker, deadline = directory / resuming.STAGES_FOLDER / "prune.json", time.monotonic() + 120
     while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -299,13 +299,13 @@ def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     directory = tmp_path / "run"
     with locked(directory), pytest.raises(OutputError, match="another run is at work"):
-        pipeline.run(recipe_of(), directory)
+        running.run(recipe_of(), directory)
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="holds something else"):
-        pipeline.run(recipe_of(), tmp_path)
+        running.run(recipe_of(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -325,12 +325,12 @@ def test_wrong_input_is_found_before_any_stage(
     error: type[Exception],
 ) -> None:
     with pytest.raises(error):
-        pipeline.run(recipe_of(**sections), tmp_path / "run")
+        running.run(recipe_of(**sections), tmp_path / "run")
     assert performed == []
 
 
 def test_the_result_as_json_is_json(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
-    result = pipeline.run(recipe_of(evaluate={"sources": []}), tmp_path / "run")
+    result = running.run(recipe_of(evaluate={"sources": []}), tmp_path / "run")
     value = json.loads(json.dumps(result.as_json()))
     assert value["quality"] is None
     assert value["passed"] is True
@@ -347,7 +347,7 @@ def test_engines_are_built_and_reported(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     section = {"backend": "tensorrt-rtx", "targets": ["sm80"], "max_prompt": 16}
-    result = pipeline.run(recipe_of(build=section), tmp_path / "run")
+    result = running.run(recipe_of(build=section), tmp_path / "run")
     verdicts = {(found.candidate, found.passed) for found in result.parity.comparisons}
     assert verdicts == {("onnxruntime", True), ("tensorrt-rtx", None)}
     for model in ("dense", "pruned"):
@@ -367,7 +367,7 @@ def test_alignment_is_held_against_the_same_budget_without(
     tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
 ) -> None:
     aligned = recipe_of(prune={"ratio": 0.3, "align_channels": 8, "method": "obs"})
-    result = pipeline.run(aligned, tmp_path / "run")
+    result = running.run(aligned, tmp_path / "run")
     assert all(len(layer.ffn_channels) % 8 == 0 for layer in result.plan.layers)
     found = AlignmentReport.load(tmp_path / "run" / ALIGNMENT_NAME)
     assert found.align_channels == 8

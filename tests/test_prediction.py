@@ -11,7 +11,7 @@ from tiny import layer_plan, plan_of, tiny_checkpoint
 
 from flap_export.errors import InputError
 from flap_export.ideal import Roofline, ideal_speedup, weight_bytes
-from flap_export.opening import open_checkpoint
+from flap_export.models.opening import open_checkpoint
 from flap_export.prediction import GPUS, Assumptions, estimate, kernels_of, predict
 from flap_export.shapes import DecoderShape, LayerShape
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from flap_export.errors import RecipeError
-from flap_export.methods import resolved
+from flap_export.evidence.methods import resolved
 from flap_export.recipe import Recipe, load_recipe, recipe_from
 from flap_export.searching import SearchOptions
 

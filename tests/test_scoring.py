@@ -9,12 +9,12 @@ from tiny import tiny_checkpoint, tiny_statistics, tokens_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from flap_export.calibration.moments import Moments
+from flap_export.calibration.statistics import CalibrationStatistics, SiteStatistics
 from flap_export.errors import PlanError
-from flap_export.moments import Moments
-from flap_export.opening import open_checkpoint
+from flap_export.models.opening import open_checkpoint
 from flap_export.scoring import METRICS, MetricName, head_means, score, standardised
 from flap_export.shapes import LayerShape
-from flap_export.statistics import CalibrationStatistics, SiteStatistics
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,16 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flap_export.calibration import calibrate
-from flap_export.checkpoint import MAX_SHARD_BYTES, write_checkpoint
+from flap_export.calibration.stage import calibrate
+from flap_export.calibration.statistics import CalibrationStatistics
 from flap_export.families import FAMILIES
-from flap_export.opening import Checkpoint, open_checkpoint
+from flap_export.families.rope import as_read
+from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
-from flap_export.restoring import cut_only, mean_restorer
-from flap_export.rewriting import rewrite
-from flap_export.rope import both_rope_forms
+from flap_export.rewriting.checkpoint import MAX_SHARD_BYTES, write_checkpoint
+from flap_export.rewriting.cutting import rewrite
+from flap_export.rewriting.restoring import cut_only, mean_restorer
 from flap_export.shapes import LayerShape
-from flap_export.statistics import CalibrationStatistics
 
 VOCABULARY = 89
 SIZES: dict[str, Any] = {
@@ -176,7 +176,7 @@ ALL_FAMILIES = sorted(
 )
 ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
-MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].experts]
+MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].ffn.experts_field]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
 OLD_FALCON: dict[str, Any] = {"new_decoder_architecture": False, "num_kv_heads": ...}
@@ -214,7 +214,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     sizes = {**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}
     values = {name: value for name, value in sizes.items() if value is not ...}
     listed = {name: value(sizes["num_hidden_layers"]) for name, value in values.items() if callable(value)}
-    return AutoConfig.for_model(family, **both_rope_forms({**values, **listed}, FAMILIES[family].rope_names))
+    names, generation = FAMILIES[family].rotary.names_in_4, int(transformers.__version__.partition(".")[0])
+    return AutoConfig.for_model(family, **as_read({**values, **listed}, names, generation=generation))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
@@ -244,7 +245,7 @@ def tiny_checkpoint(
 def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers loads it, with an attention that leaves nothing out (4.57's sdpa has no softcap)."""
     family = open_checkpoint(path).family
-    experts = {"experts_implementation": "eager"} if family.experts else {}
+    experts = {"experts_implementation": "eager"} if family.ffn.experts_field else {}
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=family.attention_kernel, **experts
     )

@@ -96,7 +96,7 @@ def build(
         MissingRequirementError: the flavour's package or a GPU is not there.
         OutputError: `output` holds something else, or the disk is full.
     """
-    from flap_export.checkpoint import copy_companions
+    from flap_export.rewriting.checkpoint import copy_companions
 
     source, opened, chosen = Path(artifact), load_artifact(Path(artifact)), options or BuildOptions()
     kinds = _kinds(logits, opened, source)

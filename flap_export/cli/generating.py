@@ -10,9 +10,9 @@ from typing import Any
 from flap_export.building.record import is_runnable
 from flap_export.errors import ModelError
 from flap_export.generation import generate, stream_text
-from flap_export.opening import open_checkpoint
+from flap_export.models.opening import open_checkpoint
 from flap_export.runners import open_runner
-from flap_export.tokenization import load_tokenizer
+from flap_export.text.tokenization import load_tokenizer
 
 
 def generated_text(target: str, prompt: str, *, device: str, threads: int | None, **sampling: Any) -> Iterator[str]:

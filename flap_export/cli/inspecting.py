@@ -12,7 +12,7 @@ from rich.markup import escape
 from flap_export.artifact import is_artifact, load_artifact
 from flap_export.building.record import is_engine, load_engine
 from flap_export.cli.summaries import of_shape
-from flap_export.opening import open_checkpoint
+from flap_export.models.opening import open_checkpoint
 from flap_export.shapes import DecoderShape
 
 

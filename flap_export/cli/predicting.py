@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from flap_export.cli.console import table
-from flap_export.opening import open_checkpoint
+from flap_export.models.opening import open_checkpoint
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.prediction import Prediction, predict
 

@@ -76,8 +76,8 @@ def search(
 ) -> None:
     """Search one pruning rate per layer under an exact budget. Goes on where it was interrupted."""
     console.configure_logging(verbose)
-    from flap_export.evidence import CalibrationText
-    from flap_export.methods import PruneOptions
+    from flap_export.evidence.methods import PruneOptions
+    from flap_export.evidence.record import CalibrationText
     from flap_export.searching import SearchOptions
     from flap_export.searching import search as search_rates
     from flap_export.storage import validated

@@ -24,7 +24,7 @@ def run(
     """Every stage of a recipe; resumes where it stopped."""
     console.configure_logging(verbose)
     from flap_export.cli import summaries
-    from flap_export.pipeline import run as run_recipe
+    from flap_export.pipeline.running import run as run_recipe
     from flap_export.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -77,16 +77,16 @@ def prune(
 ) -> None:
     """Prune a model: a smaller checkpoint and its plan."""
     console.configure_logging(verbose)
-    from flap_export.allocation import STRUCTURES
-    from flap_export.calibration import ACCUMULATORS
+    from flap_export.allocation.ladders import HEAD_UNITS
+    from flap_export.allocation.stage import STRUCTURES
+    from flap_export.calibration.stage import ACCUMULATORS
     from flap_export.cli import summaries
-    from flap_export.compensation import COMPENSATIONS
-    from flap_export.ladders import HEAD_UNITS
-    from flap_export.methods import METHODS
+    from flap_export.evidence.methods import METHODS
     from flap_export.precision import COMPUTE_DTYPES
-    from flap_export.pruning import prune as prune_model
+    from flap_export.pruning.stage import prune as prune_model
+    from flap_export.rewriting.compensation import COMPENSATIONS
+    from flap_export.rewriting.stock import LAYOUTS
     from flap_export.scoring import METRICS
-    from flap_export.stock import LAYOUTS
 
     with console.progress_bars() as progress:
         plan = prune_model(
@@ -139,8 +139,8 @@ def compare(
     console.configure_logging(verbose)
     from flap_export.cli import summaries
     from flap_export.comparison import compare as compare_methods
-    from flap_export.evidence import CalibrationText
-    from flap_export.methods import METHODS
+    from flap_export.evidence.methods import METHODS
+    from flap_export.evidence.record import CalibrationText
 
     variants, ratios = method or list(METHODS), ratio or [0.1, 0.2, 0.3, 0.5]
     with console.progress_bars() as progress:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flap_export.building import EngineRecord
     from flap_export.comparison import ComparisonReport
     from flap_export.evaluation import QualityReport
-    from flap_export.pipeline import RunResult
+    from flap_export.pipeline.running import RunResult
     from flap_export.plan import PruningPlan
     from flap_export.searching import SearchReport
     from flap_export.shapes import DecoderShape

@@ -11,17 +11,17 @@ from typing import Final
 import torch
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact, LogitsKind
-from flap_export.checkpoint import copy_companions
 from flap_export.errors import InputError, check_choice
 from flap_export.exporting.passes import keep_all_logits, optimize
 from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
 from flap_export.exporting.trace import OPSET, trace
-from flap_export.loading import check_weights, meta_model
+from flap_export.families.rope import table_positions
 from flap_export.manifest import write_manifest
-from flap_export.opening import Checkpoint, open_checkpoint
+from flap_export.models.loading import check_weights, meta_model
+from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PLAN_NAME
 from flap_export.precision import PRECISIONS, DtypeName, torch_dtype
-from flap_export.rope import table_positions
+from flap_export.rewriting.checkpoint import copy_companions
 from flap_export.storage import new_directory
 
 logger = logging.getLogger(__name__)

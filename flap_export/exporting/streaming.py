@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flap_export.exporting.passes.values import lazy_initializer
 from flap_export.families import EVERY_EXPERT
-from flap_export.opening import Checkpoint
+from flap_export.models.opening import Checkpoint
 from flap_export.storage import writing_errors
 
 EXTERNAL_FROM_BYTES = 1024
@@ -29,7 +29,7 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
     A tied head is the embedding. Where a family's norms add to their weights, the sum is stored, as `<norm>.scale`.
     """
     graph, family = ir_model.graph, checkpoint.family
-    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    head, embedding = f"{family.modules.head}.weight", f"{family.modules.embedding}.weight"
     if checkpoint.shape.tied_embeddings and head in graph.initializers:
         if embedding in graph.initializers:
             ir.convenience.replace_all_uses_with(graph.initializers[head], graph.initializers[embedding])
@@ -60,10 +60,10 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) 
 
 def _joined(checkpoint: Checkpoint, name: str) -> Tensor:
     """The tensor of every expert in one: side by side along F, and biases [E, H] one below the other."""
-    path, _, kind = name.removeprefix(f"{checkpoint.family.layers}.").partition(".")[2].rpartition(".")
+    path, _, kind = name.removeprefix(f"{checkpoint.family.modules.layers}.").partition(".")[2].rpartition(".")
     projection = checkpoint.family.projection(path)
     assert projection is not None, name
-    layer = checkpoint.shape.layers[int(name.removeprefix(f"{checkpoint.family.layers}.").partition(".")[0])]
+    layer = checkpoint.shape.layers[int(name.removeprefix(f"{checkpoint.family.modules.layers}.").partition(".")[0])]
     parts = [checkpoint.weights.finite(name.replace(EVERY_EXPERT, str(expert))) for expert in range(layer.experts)]
     if kind == "bias":
         return torch.stack(parts)

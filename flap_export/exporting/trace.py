@@ -12,37 +12,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.cache_utils import Cache
 
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
-from flap_export.exporting.dialect import Decoding, rotary_tables, speaking_onnx
-from flap_export.loading import build_model, meta_model
-from flap_export.opening import Checkpoint
+from flap_export.exporting.dialect import ScatterCache, rotary_tables, speaking_onnx
+from flap_export.models.loading import build_model, meta_model
+from flap_export.models.opening import Checkpoint
 from flap_export.shapes import DecoderShape
 
 OPSET = 24
-
-
-class ScatterCache(Cache):  # type: ignore[misc]
-    """Transformers' cache interface over the caches of one traced step."""
-
-    counts_empty_layers = False
-
-    def __init__(self, decoding: Decoding) -> None:
-        self.decoding = decoding
-        self.layers: list[Any] = []
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new rows and return the whole caches."""
-        return self.decoding.update(key, value, layer_idx)
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Unused: positions are always given."""
-        return 0
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        """Unused: the dialect makes no mask."""
-        return self.decoding.max_length, 0
 
 
 class DecoderStep(nn.Module):
@@ -57,14 +34,14 @@ class DecoderStep(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Run the causal LM on n new tokens; shapes as in `flap_export.artifact`."""
         past_of_layer = dict(zip(self.cache_layers, past, strict=True))
-        decoding = Decoding(past_of_layer, write_indices, input_ids.shape[1], self.max_length)
+        cache = ScatterCache(past_of_layer, write_indices, input_ids.shape[1], self.max_length)
         output = self.model(
             input_ids=input_ids,
-            position_ids=decoding.position_ids,
-            past_key_values=ScatterCache(decoding),
+            position_ids=cache.position_ids,
+            past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, [decoding.present[layer] for layer in self.cache_layers]
+        return output.logits, [cache.present[layer] for layer in self.cache_layers]
 
 
 def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: LogitsKind) -> ir.Model:
@@ -77,7 +54,7 @@ def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: L
         fake_tables = {name: mode.from_tensor(table.to(dtype)) for name, table in tables.items()}
         with speaking_onnx(model, checkpoint, fake_tables):
             if logits == "last":
-                model.get_submodule(checkpoint.family.head).register_forward_pre_hook(_last_token)
+                model.get_submodule(checkpoint.family.modules.head).register_forward_pre_hook(_last_token)
             step = DecoderStep(model, cache_layers, max_length).eval()
             arguments, axes = _example(shape, cache_layers, max_length, dtype)
             with _quiet_exporter():

@@ -58,11 +58,11 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
     heads, kv_heads = config.num_attention_heads, _kv_heads(config, family)
-    head_dim = None if family.derived_head_dim else getattr(config, "head_dim", None)
+    head_dim = None if family.heads.derived_size else getattr(config, "head_dim", None)
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     head_dim = head_dim or config.hidden_size // heads
-    if family.square_output and heads * head_dim != config.hidden_size:
+    if family.heads.square_output and heads * head_dim != config.hidden_size:
         raise ModelError(
             f"{family.model_type}'s output projection is square: num_attention_heads times head_dim must be "
             f"hidden_size ({config.hidden_size}), got {heads} times {head_dim}"
@@ -73,7 +73,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         ffn_channels=_ffn_channels(config, family),
         attention_bias=family.has_bias("query", config),
         ffn_bias=family.has_bias("ffn", config),
-        experts=getattr(config, family.experts) if family.experts else 0,
+        experts=getattr(config, family.ffn.experts_field) if family.ffn.experts_field else 0,
     )
     return DecoderShape(
         hidden_size=config.hidden_size,
@@ -81,7 +81,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         vocabulary_size=config.vocab_size,
         ffn_matrices=family.ffn_matrices,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        parallel_blocks=_is_set(config, family.has_parallel_blocks),
+        parallel_blocks=_is_set(config, family.parallel_blocks),
         layers=(layer,) * config.num_hidden_layers,
     )
 
@@ -93,9 +93,9 @@ def _is_set(config: Any, flag: bool | str) -> bool:
 
 def _kv_heads(config: Any, family: Family) -> int:
     heads: int = config.num_attention_heads
-    if family.multi_query is not None and _holds(config, family.multi_query):
+    if family.heads.multi_query is not None and _holds(config, family.heads.multi_query):
         return 1
-    field = None if family.plain_heads else family.kv_heads
+    field = None if family.heads.plain else family.heads.kv_field
     stated: int | None = None if field is None else getattr(config, field, None)
     return heads if stated is None else stated
 
@@ -106,6 +106,6 @@ def _holds(config: Any, settings: Mapping[str, object]) -> bool:
 
 
 def _ffn_channels(config: Any, family: Family) -> int:
-    stated = getattr(config, family.ffn_width)
-    width: int = config.hidden_size * family.ffn_multiple if stated is None and family.ffn_multiple else stated
+    stated = getattr(config, family.ffn.width_field)
+    width: int = config.hidden_size * family.ffn.multiple if stated is None and family.ffn.multiple else stated
     return width

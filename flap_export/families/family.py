@@ -75,67 +75,111 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row: module paths relative to the causal LM (or to one layer), and class names inside transformers."""
+class Modules:
+    """Where modules are, as paths relative to the causal LM; attention relative to its layer."""
 
-    model_type: str
-    class_stem: str
-    """`<stem>Config` is the configuration's class, and the causal LM's begins with it."""
-    projections: tuple[Projection, ...]
-    config_stem: str | None = None
-    """Stem of the configuration's class where it is another one."""
-    inside: tuple[str, ...] = ()
-    """Model types that see images too and whose text model this is, beside the one that it is the `_text` of."""
-    language_model: str = "ForCausalLM"
-    """What follows the stem in the name of the causal LM's class."""
-    since: str = "4.57"
-    """Version of transformers from which on the family is supported."""
-    attention: str = "self_attn"
     decoder: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
-    ffn_matrices: int = 3
-    ffn_width: str = "intermediate_size"
+    attention: str = "self_attn"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a configuration's numbers mean for attention: Q query heads and K KV heads of D channels, H hidden ones."""
+
+    plain: bool = False
+    """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
+    kv_field: str | None = "num_key_value_heads"
+    """Configuration field that holds K; Q where there is no such field, or nothing in it."""
+    multi_query: Mapping[str, bool] | None = None
+    """What configuration fields hold where all query heads share one KV head, in families that decide it so; D is
+    H / Q in them."""
+    size_follows: bool = False
+    """Whether D is H / Q, whatever else a configuration states; so it is with plain heads."""
+    size_follows_in_4: bool = False
+    """Whether that holds in transformers 4 only; 5 takes what a configuration states."""
+    square_output: bool = False
+    """Whether the class makes its output projection [H, H] whatever the heads are, so that Q D must be H. No class of
+    its own then holds fewer heads."""
+    norms: Mapping[str, Space] = field(default_factory=dict)
+    """Norms below a layer, where a configuration has them, with weights [heads, D]: a row for every head of a space."""
+
+    @property
+    def derived_size(self) -> bool:
+        """Whether D is H / Q, whatever a configuration states."""
+        return self.plain or self.size_follows or self.multi_query is not None
+
+    @property
+    def are_fixed(self) -> bool:
+        """Whether the family's own class takes the dense number of heads only, at the dense head size."""
+        return self.derived_size or self.square_output or self.size_follows_in_4
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How heads turn with their positions."""
+
+    interleaved: bool = False
+    """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
+    in_float32: bool = False
+    """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
+    required_fields: tuple[str, ...] = ()
+    """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
+    names_in_4: Mapping[str, str] = field(default_factory=dict)
+    """What transformers 4 called rotary parameters of this family, where that is something else."""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """What a configuration's numbers mean for the FFN: F channels, in each of E experts where it is a mixture."""
+
+    width_field: str = "intermediate_size"
     """Configuration field that holds F."""
-    ffn_multiple: int | None = None
+    multiple: int | None = None
     """F in units of H where that field holds nothing."""
-    experts: str | None = None
+    experts_field: str | None = None
     """Configuration field that holds E, in mixtures of experts."""
-    stored_names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How checkpoints differ from the model that is made of them."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
     """Parts of tensors' names in checkpoints, and what the model calls them."""
     buffers: tuple[str, ...] = ()
     """Ends of the names of what old checkpoints hold beside parameters, and the model computes."""
     transposed: bool = False
     """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
-    plain_heads: bool = False
-    """Whether every query head has a KV head of its own and D is H / Q, whatever else a configuration states."""
-    square_output: bool = False
-    """Whether the class makes its output projection [H, H] whatever the heads are, so that Q D must be H. No class of
-    its own then holds fewer heads."""
-    head_dim_follows: bool = False
-    """Whether D is H / Q, whatever else a configuration states; so it is with plain heads."""
-    head_dim_follows_in_4: bool = False
-    """Whether that holds in transformers 4 only; 5 takes what a configuration states."""
-    head_norms: Mapping[str, Space] = field(default_factory=dict)
-    """Norms below a layer, where a configuration has them, with weights [heads, D]: a row for every head of a space."""
-    has_parallel_blocks: bool | str = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table."""
+
+    model_type: str
+    class_stem: str
+    """`<stem>Config` is the configuration's class inside transformers, and the causal LM's begins with it."""
+    projections: tuple[Projection, ...]
+    config_stem: str | None = None
+    """Stem of the configuration's class where it is another one."""
+    language_model: str = "ForCausalLM"
+    """What follows the stem in the name of the causal LM's class."""
+    inside: tuple[str, ...] = ()
+    """Model types that see images too and whose text model this is, beside the one that it is the `_text` of."""
+    since: str = "4.57"
+    """Version of transformers from which on the family is supported."""
+    modules: Modules = Modules()
+    heads: Heads = Heads()
+    ffn: FeedForward = FeedForward()
+    rotary: Rotary = Rotary()
+    stored: Stored = Stored()
+    norm: Norm = Norm()
+    parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""
-    multi_query: Mapping[str, bool] | None = None
-    """What configuration fields hold where all query heads share one KV head, in families that decide it so; D is
-    H / Q in them."""
-    kv_heads: str | None = "num_key_value_heads"
-    """Configuration field that holds K otherwise; Q where there is no such field, or nothing in it."""
-    rope_names: Mapping[str, str] = field(default_factory=dict)
-    """What transformers 4.x called rotary parameters of this family, where that is something else."""
-    norm: Norm = Norm()
-    rotary_interleaved: bool = False
-    """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
-    rotary_in_float32: bool = False
-    """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
-    rotary_fields: tuple[str, ...] = ()
-    """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
     bias_flags: Mapping[Space, str | None] = field(default_factory=dict)
@@ -147,19 +191,15 @@ class Family:
     """Values of several fields that the family's own class cannot compute together."""
 
     @property
-    def derived_head_dim(self) -> bool:
-        """Whether D is H / Q, whatever a configuration states."""
-        return self.plain_heads or self.head_dim_follows or self.multi_query is not None
-
-    @property
-    def fixed_heads(self) -> bool:
-        """Whether its own class takes the dense number of heads only, at the dense head size."""
-        return self.derived_head_dim or self.square_output or self.head_dim_follows_in_4
-
-    @property
     def class_name(self) -> str:
         """The causal LM's class."""
         return self.class_stem + self.language_model
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Matrices [H, F] that an FFN is made of: two, or three where it is gated."""
+        spaces = [space for projection in self.projections for space in (projection.inputs, *projection.outputs)]
+        return spaces.count("ffn")
 
     def has_bias(self, space: Space, config: Any) -> bool:
         """Whether the projection that maps `space` back to the residual stream has a bias, by a configuration."""
@@ -179,14 +219,14 @@ class Family:
 
     def stored_name(self, name: str) -> str:
         """What checkpoints of the family's own class call a tensor."""
-        for stored, called in self.stored_names.items():
+        for stored, called in self.stored.names.items():
             name = name.replace(called, stored)
         return name
 
     def stores_transposed(self, name: str) -> bool:
         """Whether checkpoints hold the tensor of this name as [in, out]: in some families, the projections' weights."""
-        path, _, kind = name.removeprefix(f"{self.layers}.").partition(".")[2].rpartition(".")
-        return self.transposed and kind == "weight" and self.projection(path) is not None
+        path, _, kind = name.removeprefix(f"{self.modules.layers}.").partition(".")[2].rpartition(".")
+        return self.stored.transposed and kind == "weight" and self.projection(path) is not None
 
     def restoring(self, space: Space) -> Projection:
         """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from flap_export.alignment import AlignmentReport
+from flap_export.benchmarking.alignment import AlignmentReport
 from flap_export.evaluation import QualityReport
 from flap_export.reporting import formats
 

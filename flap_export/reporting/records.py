@@ -9,8 +9,8 @@ from typing import Any, Final, TypeVar, final
 
 from pydantic import ValidationError
 
-from flap_export.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.artifact import ARTIFACT_NAME, Artifact
+from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.benchmarking.report import LATENCY_NAME, LatencyReport
 from flap_export.building.record import EngineRecord
 from flap_export.errors import InputError, PlanError

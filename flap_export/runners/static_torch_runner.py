@@ -14,13 +14,11 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
-from flap_export.attention import ask_the_interface
 from flap_export.devices import check_device
-from flap_export.exporting.dialect import rotary_modules, softcapped_attention
-from flap_export.loading import load_model
-from flap_export.opening import open_checkpoint
+from flap_export.models.attention import StepCache, attend_by, rotary_modules, softcapped_attention
+from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
 from flap_export.precision import torch_dtype
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.sampling import Sampling, sampled
@@ -31,17 +29,13 @@ _WARMUP_CALLS: Final = 2
 Caches = Mapping[int, tuple[Tensor, Tensor]]
 
 
-class StaticCache(Cache):  # type: ignore[misc]
-    """Transformers' cache interface over the first L rows of caches, one call long; each layer has its own K."""
-
-    counts_empty_layers = False
+@final
+class StaticCache(StepCache):
+    """The first `length` rows of caches that stay where they are."""
 
     def __init__(self, caches: Caches, write_indices: Tensor, new_tokens: int, length: int) -> None:
-        self.caches, self.length = caches, length
-        self.layers: list[Any] = []
-        steps = torch.arange(new_tokens, device=write_indices.device)
-        self.position_ids = write_indices.unsqueeze(1) + steps
-        self._masks: dict[int | None, Tensor] = {}
+        super().__init__(write_indices, new_tokens, length)
+        self.caches = caches
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new rows [B, K, n, D] and return what is seen of the caches, [B, K, L, D] each."""
@@ -49,24 +43,6 @@ class StaticCache(Cache):  # type: ignore[misc]
         past_key, past_value = self.caches[layer_idx]
         present = past_key.scatter_(2, rows, key), past_value.scatter_(2, rows, value)
         return present[0][:, :, : self.length], present[1][:, :, : self.length]
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p, or all up to p."""
-        if window not in self._masks:
-            query = self.position_ids[:, None, :, None]
-            key = torch.arange(self.length, device=query.device)
-            hidden = key > query if window is None else (key > query) | (key <= query - window)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=query.device)
-            self._masks[window] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        return self._masks[window]
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Unused: positions are always given."""
-        return 0
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        """Unused: the attention below makes its own mask."""
-        return self.length, 0
 
 
 def _attention(
@@ -113,10 +89,6 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     return output.reshape(query.shape)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Transformers' mask interface: the cache knows the mask."""
-
-
 def _hold_frequencies(model: nn.Module) -> None:
     """Let dynamic rotary embeddings not ask whether a position is beyond the model's own.
 
@@ -140,9 +112,6 @@ class StaticTorchRunner(Runner):
     name = "torch-static"
 
     def __init__(self, path: Path, options: RunnerOptions) -> None:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-
         checkpoint = open_checkpoint(path)
         self._dtype = torch_dtype(options.dtype or "float32")
         check_device(options.device)
@@ -152,11 +121,8 @@ class StaticTorchRunner(Runner):
             logits=options.logits,
         )
         self._device, self._threads, self._shape = torch.device(options.device), options.threads, checkpoint.shape
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, _no_mask)
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
-        model.config._attn_implementation = NAME
-        ask_the_interface(model, checkpoint.family)
+        attend_by(_attention, NAME, model, checkpoint.family)
         if self.max_length <= checkpoint.config.max_position_embeddings:
             _hold_frequencies(model)
         self._model: Any = model

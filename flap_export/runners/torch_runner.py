@@ -30,8 +30,8 @@ class TorchRunner(Runner):
     name = "torch"
 
     def __init__(self, path: Path, options: RunnerOptions) -> None:
-        from flap_export.loading import load_model
-        from flap_export.opening import open_checkpoint
+        from flap_export.models.loading import load_model
+        from flap_export.models.opening import open_checkpoint
 
         checkpoint = open_checkpoint(path)
         dtype = torch_dtype(options.dtype or "float32")

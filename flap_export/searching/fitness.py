@@ -25,9 +25,10 @@ from typing import Final, Literal, Protocol, TypeVar, final
 import torch
 from torch import Tensor, nn
 
+from flap_export.calibration.layerwise import LayerStream, streamed
 from flap_export.errors import InputError
-from flap_export.layerwise import LayerStream, Progress, no_progress, streamed
-from flap_export.opening import Checkpoint
+from flap_export.models.opening import Checkpoint
+from flap_export.progress import Progress, no_progress
 from flap_export.searching.space import Candidate, Space
 from flap_export.searching.supernet import Supernet
 

@@ -1,8 +1,9 @@
 """One pass over the layers that makes least squares ready for any cut point of any ranking.
 
 What is kept per projection is a factor of the covariance of its inputs, in the order in which they stay (see
-`flap_export.compensation.NestedLeastSquares`); a block at any cut point then takes one triangular solve. Memory holds
-one layer and one covariance per projection; the factors lie in files, which every process that searches maps.
+`flap_export.rewriting.compensation.NestedLeastSquares`); a block at any cut point then takes one triangular solve.
+Memory holds one layer and one covariance per projection; the factors lie in files, which every process that searches
+maps.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flap_export.compensation import NestedLeastSquares, Restored, best_ridge
-from flap_export.ladders import LayerLadders
-from flap_export.layerwise import LayerPass, Progress, no_progress, streamed
-from flap_export.opening import Checkpoint
-from flap_export.restoring import SiteInputs, check_finite, observed, restoring_module
-from flap_export.rewriting import sites_of
+from flap_export.allocation.ladders import LayerLadders
+from flap_export.calibration.layerwise import LayerPass, streamed
+from flap_export.calibration.statistics import Site
+from flap_export.models.opening import Checkpoint
+from flap_export.progress import Progress, no_progress
+from flap_export.rewriting.compensation import NestedLeastSquares, Restored, best_ridge
+from flap_export.rewriting.cutting import sites_of
+from flap_export.rewriting.restoring import SiteInputs, check_finite, observed, restoring_module
 from flap_export.shapes import DecoderShape
-from flap_export.statistics import Site
 from flap_export.storage import new_file, writing_errors
 
 RIDGE_SHARE: Final = 0.7
@@ -55,7 +57,7 @@ class NestedFits:
         return all(self._path(site).is_file() for site in sites)
 
     def restored(self, site: Site, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a projection becomes when the channels `kept` stay; see `flap_export.rewriting.Restore`.
+        """What a projection becomes when the channels `kept` stay; see `flap_export.rewriting.cutting.Restore`.
 
         Rounded to the weight's dtype before its bias makes up for the mean, as it will be saved.
         """

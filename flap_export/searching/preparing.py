@@ -13,24 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flap_export.calibration import compute_dtype
-from flap_export.choosing import ladders_of, make_plan, splitting_of
+from flap_export.allocation.ladders import LayerLadders
+from flap_export.calibration.stage import compute_dtype
 from flap_export.errors import BudgetError, FlapExportError, InputError, TextError
-from flap_export.evidence import EVIDENCE_NAME, CalibrationText, Evidence
-from flap_export.gathering import evidence_options, gather
-from flap_export.ladders import LayerLadders
-from flap_export.layerwise import Progress, no_progress
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import EVIDENCE_NAME, CalibrationText, Evidence
+from flap_export.evidence.stage import evidence_options, gather
 from flap_export.manifest import verify, write_manifest
-from flap_export.methods import PruneOptions, resolved
-from flap_export.opening import Checkpoint, open_checkpoint
+from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PruningPlan
-from flap_export.pruning import calibration_tokens
+from flap_export.progress import Progress, no_progress
+from flap_export.pruning.choosing import ladders_of, make_plan, splitting_of
+from flap_export.pruning.stage import calibration_tokens
 from flap_export.searching.fitting import fit_rankings
 from flap_export.searching.problem import Problem
 from flap_export.searching.record import SearchOptions
 from flap_export.searching.space import Candidate, Space
 from flap_export.storage import new_directory
-from flap_export.text import read_windows
+from flap_export.text.windows import read_windows
 
 _logger = logging.getLogger(__name__)
 

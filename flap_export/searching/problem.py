@@ -11,16 +11,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from flap_export.compensation import CompensationName
-from flap_export.layerwise import Progress, no_progress
-from flap_export.opening import Checkpoint, open_checkpoint
-from flap_export.restoring import cut_only, mean_restorer
-from flap_export.rewriting import Restore
+from flap_export.calibration.statistics import CalibrationStatistics
+from flap_export.models.opening import Checkpoint, open_checkpoint
+from flap_export.progress import Progress, no_progress
+from flap_export.rewriting.compensation import CompensationName
+from flap_export.rewriting.cutting import Restore
+from flap_export.rewriting.restoring import cut_only, mean_restorer
 from flap_export.searching.fitness import FitnessName, LocalLosses, open_losses
 from flap_export.searching.fitting import NestedFits
 from flap_export.searching.space import Space
 from flap_export.searching.supernet import Supernet
-from flap_export.statistics import CalibrationStatistics
 
 
 @final

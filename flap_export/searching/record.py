@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Final
 
 from pydantic import Field
 
-from flap_export.evidence import CalibrationText
-from flap_export.methods import PruneOptions
+from flap_export.evidence.methods import PruneOptions
+from flap_export.evidence.record import CalibrationText
 from flap_export.plan import Ratio
 from flap_export.searching.fitness import FitnessName
 from flap_export.searching.judging import CurvePoint
@@ -21,7 +21,7 @@ REQUEST_NAME: Final = "request.json"
 
 
 class SearchOptions(Value):
-    """How rates are searched; how units are ranked and restored, `flap_export.methods.PruneOptions` says."""
+    """How rates are searched; how units are ranked and restored, `flap_export.evidence.methods.PruneOptions` says."""
 
     strategy: StrategyName = "evolutionary"
     proposer: str | None = None

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from flap_export.evidence import CalibrationText
-from flap_export.ladders import layer_plan
-from flap_export.layerwise import Progress
-from flap_export.methods import PruneOptions
+from flap_export.allocation.ladders import layer_plan
+from flap_export.allocation.rates import rates_of_steps
+from flap_export.evidence.methods import PruneOptions
+from flap_export.evidence.record import CalibrationText
 from flap_export.prediction import expected_ms
-from flap_export.rates import rates_of_steps
+from flap_export.progress import Progress
 from flap_export.searching.fitness import Losses
 from flap_export.searching.journal import JOURNAL_NAME, Journal
 from flap_export.searching.judging import Judge

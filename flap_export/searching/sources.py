@@ -12,7 +12,7 @@ from functools import partial
 from typing import final
 
 from flap_export.errors import InputError, check_choice
-from flap_export.layerwise import Progress
+from flap_export.progress import Progress
 from flap_export.searching.fitness import Losses
 from flap_export.searching.preparing import Prepared
 from flap_export.searching.space import Candidate

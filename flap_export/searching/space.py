@@ -16,11 +16,11 @@ from typing import Final, Literal, final
 
 import numpy as np
 
-from flap_export.allocation import Steps
+from flap_export.allocation.ladders import LayerLadders
+from flap_export.allocation.rates import LayerCosts, Splitting, split
+from flap_export.allocation.ratios import check_ratio
+from flap_export.allocation.stage import Steps
 from flap_export.errors import BudgetError, check_choice
-from flap_export.ladders import LayerLadders
-from flap_export.rates import LayerCosts, Splitting, split
-from flap_export.ratios import check_ratio
 
 Granularity = Literal["layers", "modules"]
 GRANULARITIES: Final[tuple[Granularity, ...]] = ("layers", "modules")

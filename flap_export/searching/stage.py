@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from flap_export.calibration import open_dense
-from flap_export.choosing import make_plan
+from flap_export.allocation.rates import RATES_NAME, Rates, rates_of_steps
+from flap_export.calibration.stage import open_dense
 from flap_export.errors import InputError, OtherSearchError, check_choice
-from flap_export.evidence import CalibrationText, Evidence
-from flap_export.layerwise import Progress, no_progress
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import CalibrationText, Evidence
 from flap_export.manifest import write_manifest
-from flap_export.methods import PruneOptions, resolved
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.prediction import GPUS
-from flap_export.rates import RATES_NAME, Rates, rates_of_steps
+from flap_export.progress import Progress, no_progress
+from flap_export.pruning.choosing import make_plan
 from flap_export.searching.language.opening import check_proposer
 from flap_export.searching.preparing import FITS_FOLDER, Prepared, prepared, stage_sequences
 from flap_export.searching.record import REQUEST_NAME, SEARCH_NAME, SearchOptions, SearchReport, SearchRequest

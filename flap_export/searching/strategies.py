@@ -14,7 +14,7 @@ from typing import Final, Literal, final
 
 import numpy as np
 
-from flap_export.layerwise import Progress, no_progress
+from flap_export.progress import Progress, no_progress
 from flap_export.searching.judging import Judge, narrowed
 from flap_export.searching.operators import Conventional, Operators, Scored
 from flap_export.searching.selection import best_first

@@ -14,12 +14,12 @@ from typing import Final, final
 import torch
 from torch import Tensor, nn
 
-from flap_export.ladders import LayerLadders, layer_plan
-from flap_export.loading import MetaLayers, materialize
-from flap_export.opening import Checkpoint
-from flap_export.products import with_fast_linears
-from flap_export.rewriting import Restore, kept_channels, rewrite_layer
-from flap_export.statistics import CutSpace
+from flap_export.allocation.ladders import LayerLadders, layer_plan
+from flap_export.calibration.products import with_fast_linears
+from flap_export.calibration.statistics import CutSpace
+from flap_export.models.loading import MetaLayers, materialize
+from flap_export.models.opening import Checkpoint
+from flap_export.rewriting.cutting import Restore, kept_channels, rewrite_layer
 
 BLOCK_BYTES: Final = 4 << 30
 """Memory for blocks on a CPU; what was used longest ago goes first, and is made again when it is asked for."""
@@ -92,7 +92,7 @@ class Supernet:
         attention, ffn = (steps, 0) if part == "query" else (0, steps)
         plan = layer_plan(index, self._dense.shape, self._ladders[index], attention, ffn)
         kept = kept_channels(plan, self._dense.shape)
-        prefix = f"{self._dense.family.layers}.{index}."
+        prefix = f"{self._dense.family.modules.layers}.{index}."
         return {
             name.removeprefix(prefix): tensor.to(device=self._device, dtype=self._dtype)
             for name, tensor in rewrite_layer(self._dense, index, kept, self._restore, (part,))

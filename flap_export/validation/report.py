@@ -6,11 +6,11 @@ from typing import ClassVar, Final, Literal, Self
 
 from pydantic import Field
 
-from flap_export import errormetrics
-from flap_export.errormetrics import Array
 from flap_export.errors import GateBreachedError, MissingRequirementError
 from flap_export.precision import DtypeName
 from flap_export.storage import Record, Value
+from flap_export.validation import errormetrics
+from flap_export.validation.errormetrics import Array
 from flap_export.validation.tolerance import SAFETY_FACTOR, tolerance_from
 
 PARITY_NAME: Final = "parity.json"

@@ -65,7 +65,7 @@ def validate(
         InputError: the cache is too short for what was asked.
         ModelError: the checkpoint is not usable.
     """
-    from flap_export.opening import open_checkpoint
+    from flap_export.models.opening import open_checkpoint
 
     path, checkpoint = Path(artifact), open_checkpoint(reference)
     opened = load_runnable(path)

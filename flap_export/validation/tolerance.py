@@ -18,9 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from flap_export import errormetrics
-from flap_export.errormetrics import Array
 from flap_export.precision import PRECISIONS, DtypeName
+from flap_export.validation import errormetrics
+from flap_export.validation.errormetrics import Array
 
 SAFETY_FACTOR: Final = 8.0
 FLOOR_ULPS: Final = 4.0

@@ -153,7 +153,7 @@ def test_tensorrt_reads_which_channels_turn_together(family: str, tmp_path: Path
     assert rotaries
     for layer in rotaries:
         layer.__class__ = trt.IRotaryEmbeddingLayer
-        assert layer.interleaved == FAMILIES[family].rotary_interleaved
+        assert layer.interleaved == FAMILIES[family].rotary.interleaved
 
 
 def test_a_float32_projection_in_a_half_graph_is_refused(copy: Path, tmp_path: Path) -> None:

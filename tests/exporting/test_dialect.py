@@ -18,9 +18,11 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
-from flap_export.exporting.dialect import Decoding, _xielu, rotary_tables, softcapped_attention, speaking_onnx
-from flap_export.loading import build_model
-from flap_export.opening import open_checkpoint
+from flap_export.exporting.dialect import ScatterCache, rotary_tables, speaking_onnx
+from flap_export.exporting.dialect.activations import xielu
+from flap_export.models.attention import softcapped_attention
+from flap_export.models.loading import build_model
+from flap_export.models.opening import open_checkpoint
 
 LENGTH = 40
 
@@ -129,8 +131,8 @@ def test_softcapped_attention_is_transformers_own(heads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_window_mask_shows_the_last_keys_only(window: int, dtype: torch.dtype) -> None:
     """Two sequences at different rows of the cache: query p sees keys p - window < j <= p."""
-    decoding = Decoding({}, torch.tensor([0, 4]), 3, 8)
-    mask = decoding.mask(window, dtype)
+    cache = ScatterCache({}, torch.tensor([0, 4]), 3, 8)
+    mask = cache.mask(window, dtype)
     assert mask.shape == (2, 1, 3, 8)
     assert mask.dtype == dtype
     for sequence, start in enumerate((0, 4)):
@@ -139,23 +141,23 @@ def test_the_window_mask_shows_the_last_keys_only(window: int, dtype: torch.dtyp
             visible = {key for key in range(8) if mask[sequence, 0, query, key] == 0}
             assert visible == {key for key in range(8) if position - window < key <= position}
     assert set(mask.unique().tolist()) == {torch.finfo(dtype).min, 0.0}
-    assert decoding.mask(window, dtype) is mask
+    assert cache.mask(window, dtype) is mask
 
 
 def test_positions_and_valid_keys_follow_from_the_write_indices() -> None:
-    decoding = Decoding({}, torch.tensor([0, 4]), 3, 8)
-    assert decoding.position_ids.tolist() == [[0, 1, 2], [4, 5, 6]]
-    assert decoding.valid_keys.tolist() == [3, 7]
+    cache = ScatterCache({}, torch.tensor([0, 4]), 3, 8)
+    assert cache.position_ids.tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert cache.valid_keys.tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_xielu_is_no_worse_than_transformers_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Near zero, where it is a difference of nearly equal numbers, too; the reference is the formula in float64."""
-    monkeypatch.setattr("flap_export.exporting.dialect._softplus", torch.nn.functional.softplus)
+    monkeypatch.setattr("flap_export.exporting.dialect.activations.softplus", torch.nn.functional.softplus)
     activation = ACT2CLS["xielu"](alpha_p_init=0.3, alpha_n_init=1.1, dtype=dtype)
     values = torch.cat([sign * torch.logspace(-5, 1, 200) for sign in (-1, 1)]).to(dtype)
     with torch.no_grad():
-        own, found = activation(values), _xielu(activation, values)
+        own, found = activation(values), xielu(activation, values)
         expected = activation.double()(values.double())
     assert found.dtype == dtype
     assert (found - expected).abs().max() <= (own - expected).abs().max()

@@ -36,9 +36,9 @@ from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact, past_na
 from flap_export.errors import InputError, ModelError, OutputError
 from flap_export.exporting import export
 from flap_export.exporting.dialect import rotary_tables
-from flap_export.loading import load_model
-from flap_export.opening import open_checkpoint
-from flap_export.weights import Weights
+from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
+from flap_export.models.weights import Weights
 
 MAX_LENGTH = 20
 PROMPT = 9

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flap_export.ladders import ladders_from_scores
+from flap_export.allocation.ladders import ladders_from_scores
 from flap_export.scoring import LayerScores
 from flap_export.searching.journal import Journal
 from flap_export.searching.language.language_model import LanguageModel

@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from refitting import inputs_of, site
 from tiny import MIXTURES, PLAIN_FAMILIES, plain_model, save_tokens, tiny_checkpoint, tokens_of
 
-from flap_export.calibration import calibrate
-from flap_export.choosing import ladders_of
-from flap_export.compensation import RIDGES
+from flap_export.allocation.ladders import LayerLadders, layer_plan
+from flap_export.calibration.stage import calibrate
+from flap_export.calibration.statistics import Site
 from flap_export.errors import ModelError
-from flap_export.evidence import Evidence
-from flap_export.ladders import LayerLadders, layer_plan
-from flap_export.methods import PruneOptions, resolved
-from flap_export.opening import Checkpoint, open_checkpoint
-from flap_export.restoring import HELD_OUT_EVERY
-from flap_export.rewriting import kept_channels, of_expert, sites_of
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import Evidence
+from flap_export.models.opening import Checkpoint, open_checkpoint
+from flap_export.pruning.choosing import ladders_of
+from flap_export.rewriting.compensation import RIDGES
+from flap_export.rewriting.cutting import kept_channels, of_expert, sites_of
+from flap_export.rewriting.restoring import HELD_OUT_EVERY
 from flap_export.searching import fitting
 from flap_export.searching.fitting import RIDGE_SHARE, NestedFits, fit_rankings, staying_order
-from flap_export.statistics import Site
 
 LENGTH = 8
 

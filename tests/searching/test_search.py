@@ -19,13 +19,13 @@ from refitting import kl, log_probabilities
 from tiny import plain_model, save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.errors import BudgetError, InputError, ModelError, OutputError, TextError
-from flap_export.evidence import CalibrationText
-from flap_export.loading import load_model
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import CalibrationText
 from flap_export.manifest import Manifest, verify
-from flap_export.methods import PruneOptions, resolved
-from flap_export.opening import open_checkpoint
+from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
 from flap_export.plan import PruningPlan
-from flap_export.pruning import prune
+from flap_export.pruning.stage import prune
 from flap_export.searching import fitting, preparing, sources
 from flap_export.searching.fitness import LocalLosses
 from flap_export.searching.record import SearchOptions, SearchReport
@@ -285,8 +285,8 @@ def test_a_process_that_is_really_killed(
     script = textwrap.dedent(
         """
         import os, signal, sys
-        from flap_export.evidence import CalibrationText
-        from flap_export.methods import PruneOptions
+        from flap_export.evidence.record import CalibrationText
+        from flap_export.evidence.methods import PruneOptions
         from flap_export.searching import preparing
         from flap_export.searching.journal import Journal
         from flap_export.searching.record import SearchOptions

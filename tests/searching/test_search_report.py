@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flap_export.evidence import CalibrationText
-from flap_export.methods import PruneOptions, resolved
+from flap_export.evidence.methods import PruneOptions, resolved
+from flap_export.evidence.record import CalibrationText
 from flap_export.plan import Ratio
 from flap_export.reporting import report
 from flap_export.reporting.searches import search_page

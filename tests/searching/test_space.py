@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spaces import ladders_of, layer_of, shape_of, spaces
 
-from flap_export.allocation import Steps
+from flap_export.allocation.rates import SPLITTINGS, LayerCosts, Splitting
+from flap_export.allocation.stage import Steps
 from flap_export.errors import BudgetError, InputError
-from flap_export.rates import SPLITTINGS, LayerCosts, Splitting
 from flap_export.searching.space import GRANULARITIES, Candidate, Granularity, Space
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flap_export.ladders import Ladder, LayerLadders
+from flap_export.allocation.ladders import Ladder, LayerLadders
 from flap_export.searching.journal import Journal
 from flap_export.searching.judging import Judge, narrowed
 from flap_export.searching.operators import Conventional, Scored

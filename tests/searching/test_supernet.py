@@ -15,15 +15,15 @@ from tiny import ALL_FAMILIES, MIXTURES, plain_model
 
 from flap_export.errors import InputError, ModelError
 from flap_export.evaluation import perplexity
-from flap_export.loading import load_model
-from flap_export.opening import open_checkpoint
+from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
 from flap_export.runners.base import RunnerOptions
 from flap_export.runners.torch_runner import TorchRunner
 from flap_export.searching.fitness import fitness_value, open_losses, tokens_counted
 from flap_export.searching.problem import Problem
 from flap_export.searching.space import Candidate
 from flap_export.searching.supernet import Supernet
-from flap_export.text import TokenWindows
+from flap_export.text.windows import TokenWindows
 
 SHARES = {
     "uneven": [(0.5, 0.3), (0.0, 0.62), (0.5, 0.0)],

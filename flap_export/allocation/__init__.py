@@ -1,0 +1,1 @@
+"""Stage `allocate`: rankings and a budget, or rates per layer, become a pruning plan. Pure."""

@@ -1,0 +1,132 @@
+"""Attention over caches of a fixed length, through transformers' interfaces, whatever a family's own class does.
+
+Who traces or runs a model step by step gives two things: a `StepCache`, which holds the caches of one call, and an
+attention function, which is called in place of transformers' own and finds that cache in its keyword `step_cache`.
+
+Notation: B sequences, n new tokens, L rows of cache, Q query heads, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from flap_export.families import Family
+from flap_export.models.own_attention import OWN_ATTENTION
+
+_CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past")
+"""What families call the cache that they hand to an attention."""
+
+
+class StepCache(Cache):  # type: ignore[misc]
+    """Transformers' cache interface for one call, over caches whose layers each have their own K.
+
+    Args:
+        write_indices: int64 [B], the row of the first new token.
+        new_tokens: n.
+        length: rows of the caches that attention sees.
+    """
+
+    counts_empty_layers = False
+
+    def __init__(self, write_indices: Tensor, new_tokens: int, length: int) -> None:
+        self.layers: list[Any] = []
+        self.length = length
+        steps = torch.arange(new_tokens, device=write_indices.device)
+        self.position_ids = write_indices.unsqueeze(1) + steps.unsqueeze(0)
+        """[B, n]"""
+        self._masks: dict[int | None, Tensor] = {}
+
+    @abstractmethod
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write new rows [B, K, n, D] and return what is seen of the layer's caches, [B, K, L, D] each."""
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p, or all up to p.
+
+        Made once per window size and shared by all layers.
+        """
+        if window not in self._masks:
+            query = self.position_ids.unsqueeze(1).unsqueeze(-1)
+            key = torch.arange(self.length, device=query.device).view(1, 1, 1, -1)
+            visible = key <= query if window is None else (key <= query) & (key > query - window)
+            seen, hidden = (torch.full((), x, dtype=dtype, device=query.device) for x in (0, torch.finfo(dtype).min))
+            self._masks[window] = torch.where(visible, seen, hidden)
+        return self._masks[window]
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Unused: positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        """Unused: attention makes its own mask."""
+        return self.length, 0
+
+
+def attend_by(attention: Callable[..., tuple[Tensor, None]], name: str, model: nn.Module, family: Family) -> None:
+    """Let every attention of `model` call `attention`, which gets the cache of the call as `step_cache`.
+
+    Not every family hands on to attention what else its model is called with, and some ask nobody.
+
+    Args:
+        attention: as transformers' attention interface has it: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D].
+        name: what it is registered as.
+        model: a causal LM; its calls need a `StepCache` from now on.
+        family: its row.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, _no_mask)
+    model.config._attn_implementation = name  # type: ignore[union-attr]
+    for layer in model.get_submodule(family.modules.layers).children():
+        module: Any = layer.get_submodule(family.modules.attention)
+        module.register_forward_pre_hook(_with_cache, with_kwargs=True)
+        if own := OWN_ATTENTION.get(type(module).__name__):
+            module.forward = partial(own, module)
+
+
+def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    cache = next(named[name] for name in _CACHE_ARGUMENTS if name in named)
+    return given, {**named, "step_cache": cache}
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Transformers' mask interface: what is seen is the attention's own business."""
+
+
+def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:
+    """Attention whose scores s become softcap tanh(s / softcap), in plain operators: TensorRT refuses the one.
+
+    The query heads of a KV head stand one below the other, g n rows, so that caches are neither repeated nor read
+    more than once.
+
+    Args:
+        query: scaled, [B, Q, n, D].
+        key: [B, K, L, D]
+        value: [B, K, L, D]
+        mask: additive, [B, 1, n, L].
+        softcap: bound of the scores.
+    """
+    (batch, heads, tokens, size), (_, kv_heads, length, _) = query.shape, key.shape
+    group = heads // kv_heads
+    rows = (batch, kv_heads, group * tokens)
+    scores = query.reshape(*rows, size) @ key.transpose(-1, -2)
+    capped = torch.tanh(scores / softcap) * softcap
+    masked = capped.reshape(batch, kv_heads, group, tokens, length) + mask.unsqueeze(1)
+    probabilities = masked.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return (probabilities.reshape(*rows, length) @ value).reshape(query.shape)
+
+
+def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every rotary embedding."""
+    for path, module in model.named_modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            yield path, module

@@ -1,0 +1,67 @@
+"""Models in float64: what transformers computes in float32, whatever a model's precision, computed in full instead."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flap_export.families import Family, Norm
+
+
+def keep_double_precision(model: nn.Module, family: Family) -> None:
+    """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
+    for path, module in model.named_modules():
+        if family.norm.covers(module):
+            module.forward = partial(_double_norm, module, family.norm)
+        if family.rotary.in_float32 and path.endswith(family.modules.attention) and hasattr(module, "head_dim"):
+            module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary.interleaved), module)
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = partial(_double_router, module)
+
+
+def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), module.weight)
+    weights, experts = torch.topk(logits.softmax(dim=-1), module.top_k, dim=-1)
+    # Mixtral always does what Qwen3 asks its configuration about.
+    if getattr(module, "norm_topk_prob", True):
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return logits, weights, experts
+
+
+def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:
+    """An attention's `forward` that turns heads in the precision they have."""
+    own: Any = inspect.unwrap(forward)
+    rotate_half = own.__globals__["rotate_half"]
+
+    def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (_by_pairs(values) if interleaved else values for values in (cosine, sine))
+        cosine, sine = (values.unsqueeze(1) for values in angles)
+        return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
+
+    seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
+    other = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+    other.__kwdefaults__ = own.__kwdefaults__
+    return other
+
+
+def _by_pairs(values: Tensor) -> Tensor:
+    """Each pair's value [..., R] twice in a row: some rotary embeddings give it so, others one half after the other."""
+    first, second = values.chunk(2, dim=-1)
+    return first.repeat_interleave(2, dim=-1) if torch.equal(first, second) else values
+
+
+def _double_norm(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    size, epsilon = hidden_states.shape[-1:], norm.epsilon_of(module)
+    normed = (
+        nn.functional.layer_norm(hidden_states, size, eps=epsilon)
+        if norm.is_centred
+        else nn.functional.rms_norm(hidden_states, size, eps=epsilon)
+    )
+    scaled = normed if weight is None else normed * (weight + norm.offset)
+    return scaled if bias is None else scaled + bias

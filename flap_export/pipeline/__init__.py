@@ -1,0 +1,7 @@
+"""`run`: every stage of a recipe in order, resumed where it stopped."""
+
+from __future__ import annotations
+
+from flap_export.pipeline.running import run
+
+__all__ = ["run"]

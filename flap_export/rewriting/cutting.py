@@ -1,0 +1,234 @@
+"""Stage `rewrite`: cut every weight to what the plan keeps, and add the compensation. Reads one tensor at a time.
+
+A projection's axes belong to spaces (`flap_export.families`); a plan says which channels of each space stay. Kept
+weights are copied bit for bit; compensation is added to a bias that is there, never put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flap_export.calibration.statistics import CUT_SPACES, CutSpace, Site
+from flap_export.errors import ModelError
+from flap_export.families import Family, Projection, Space, expert_at, experts_of
+from flap_export.models.opening import Checkpoint
+from flap_export.plan import LayerPlan, PruningPlan
+from flap_export.shapes import DecoderShape
+
+Restore = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""What becomes of a restoring projection: from its site, weight [H, C] and kept channels int64 [K] to its weight [H, K]
+and what is added to its bias, [H] or None."""
+Kept = Mapping[Space, Tensor | None]
+"""Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; None where all stay."""
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    restore: Restore,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the pruned model's tensors by name, in the checkpoint's dtypes.
+
+    Args:
+        checkpoint: the dense model; its weights are read from disk one at a time.
+        plan: what every layer keeps.
+        restore: what the projections that lose inputs become, see `flap_export.rewriting.compensation`.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ModelError: a tensor is missing or holds NaN.
+    """
+    plan.check(checkpoint.shape)
+    prefix = f"{checkpoint.family.modules.layers}."
+    for name in checkpoint.weights:
+        if not name.startswith(prefix):
+            yield name, checkpoint.weights.finite(name)
+    for index, layer_plan in enumerate(plan.layers):
+        kept = kept_channels(layer_plan, checkpoint.shape)
+        yield from rewrite_layer(checkpoint, index, kept, restore)
+
+
+def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
+    """The channels of every space that one layer keeps; a head is D consecutive channels."""
+    dense = shape.layers[plan.layer]
+
+    def of_heads(heads: tuple[int, ...], available: int) -> Tensor | None:
+        if len(heads) == available:
+            return None
+        starts = torch.tensor(heads, dtype=torch.int64) * shape.head_dim
+        return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
+
+    all_channels = plan.ffn_width == dense.ffn_channels
+    return {
+        "hidden": None,
+        "query": of_heads(plan.query_heads, dense.query_heads),
+        "kv": of_heads(plan.kv_heads, dense.kv_heads),
+        "ffn": None if all_channels else torch.tensor(plan.experts or plan.ffn_channels, dtype=torch.int64),
+    }
+
+
+def of_expert(channels: Tensor | None, expert: int | None) -> Tensor | None:
+    """One expert's part of what stays of a space, int64 [K]; all of it where there are no experts."""
+    return channels if channels is None or expert is None else channels[expert]
+
+
+def rewrite_layer(
+    checkpoint: Checkpoint, index: int, kept: Kept, restore: Restore, parts: Collection[CutSpace] = CUT_SPACES
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield one layer's tensors by name; see `rewrite`.
+
+    Args:
+        checkpoint: the dense model.
+        index: of the layer.
+        kept: the channels of every space that stay.
+        restore: what the projections that lose inputs become.
+        parts: attention (`query`), the FFN, or both; norms around them and routers come with attention.
+    """
+    prefix = f"{checkpoint.family.modules.layers}.{index}."
+    weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
+    groups = checkpoint.shape.layers[index].kv_heads
+    for name in [name for name in weights if name.startswith(prefix)]:
+        path, _, kind = name.removeprefix(prefix).rpartition(".")
+        projection = checkpoint.family.projection(path)
+        if projection is None:
+            block = _block_of(path, checkpoint.family)
+            if (block or "query") in parts and not (block and _is_emptied(kept[block])):
+                heads = _kept_heads(path, checkpoint, kept)
+                tensor = weights.finite(name)
+                yield name, tensor if heads is None else tensor[heads]
+            continue
+        check_kind(projection, kind)
+        if projection.restores or projection.part not in parts:
+            continue
+        own = {**kept, "ffn": of_expert(kept["ffn"], expert_at(path))}
+        tensor = cut(weights.finite(name), projection, kind, own, widths, groups)
+        if tensor.numel():
+            yield name, tensor
+    for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
+        path = f"{prefix}{checkpoint.family.restoring(site.space).at(site.expert)}"
+        yield from _restoring(checkpoint, path, site, of_expert(kept[site.space], site.expert), restore)
+
+
+def sites_of(checkpoint: Checkpoint, index: int) -> Iterator[Site]:
+    """Every restoring projection of one layer."""
+    layer = checkpoint.shape.layers[index]
+    for space in CUT_SPACES:
+        yield from (Site(index, space, expert) for expert in experts_of(space, layer))
+
+
+def _restoring(
+    checkpoint: Checkpoint, path: str, site: Site, channels: Tensor | None, restore: Restore
+) -> Iterator[tuple[str, Tensor]]:
+    """A projection back to the residual stream; its bias is the dense one plus what is added."""
+    weights = checkpoint.weights
+    weight = weights.finite(f"{path}.weight")
+    bias = weights.finite(f"{path}.bias") if f"{path}.bias" in weights else None
+    if channels is not None:
+        dtype = weight.dtype
+        restored, added = restore(site, weight, channels)
+        weight = restored.to(dtype)
+        if added is not None:
+            bias = (added if bias is None else bias.to(torch.float64) + added).to(dtype)
+    if weight.numel():
+        yield f"{path}.weight", weight.contiguous()
+    if bias is not None:
+        yield f"{path}.bias", bias
+
+
+def check_kind(projection: Projection, kind: str) -> None:
+    """Whether a projection's tensor is a weight or a bias.
+
+    Raises:
+        ModelError: it is neither (a quantised checkpoint).
+    """
+    if kind not in ("weight", "bias"):
+        raise ModelError(
+            f"projection '{projection.path}' has a tensor '{kind}' beside weight and bias; quantised checkpoints "
+            "cannot be pruned, start from the full-precision one"
+        )
+
+
+def _block_of(path: str, family: Family) -> CutSpace | None:
+    """The block that `path`, no projection, is inside of and leaves with: query and key norms, an activation."""
+    for space in CUT_SPACES:
+        module = family.restoring(space).path.rpartition(".")[0]
+        if module and path.startswith(f"{module}."):
+            return space
+    return None
+
+
+def _is_emptied(channels: Tensor | None) -> bool:
+    return channels is not None and channels.numel() == 0
+
+
+def _kept_heads(path: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
+    """The heads that stay of a norm with a row for every head, int64; None where all of it stays."""
+    space = checkpoint.family.heads.norms.get(path)
+    channels = kept[space] if space is not None else None
+    size = checkpoint.shape.head_dim
+    return None if channels is None else channels[::size] // size
+
+
+def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:
+    layer = shape.layers[index]
+    return {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
+
+
+def cut(
+    tensor: Tensor, projection: Projection, kind: str, kept: Kept, widths: Mapping[Space, int], groups: int = 1
+) -> Tensor:
+    """Keep the plan's channels of one weight [out, in] or bias [out].
+
+    Args:
+        tensor: the dense weight or bias.
+        projection: the spaces of its axes; several output spaces are stacked along the outputs.
+        kind: "weight" or "bias".
+        kept: channels that stay, per space.
+        widths: dense size of every space.
+        groups: KV groups K of the layer, for outputs that stand group after group.
+    """
+    sizes = [widths[space] for space in projection.outputs]
+    rows = _stacked([kept[space] for space in projection.outputs], sizes)
+    if rows is not None and projection.by_group:
+        rows = torch.nonzero(torch.isin(grouped_order(sizes, groups), rows)).flatten()
+    if rows is not None:
+        tensor = tensor[rows]
+    columns = kept[projection.inputs]
+    if kind == "weight" and columns is not None:
+        tensor = tensor[:, columns]
+    return tensor.contiguous()
+
+
+def _stacked(kept: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Indices into fused outputs that stand one space after another; None where all stay."""
+    if all(channels is None for channels in kept):
+        return None
+    starts = [sum(widths[:position]) for position in range(len(widths))]
+    return torch.cat(
+        [
+            (torch.arange(width) if channels is None else channels) + start
+            for channels, width, start in zip(kept, widths, starts, strict=True)
+        ]
+    )
+
+
+def grouped_order(widths: Sequence[int], groups: int) -> Tensor:
+    """Of outputs that stand KV group after KV group, where each would be if they stood space after space.
+
+    Args:
+        widths: of the spaces, in their order within a group.
+        groups: KV groups K, each with a K-th of every space.
+
+    Returns:
+        int64 [sum of widths], a permutation.
+    """
+    stacked = torch.split(torch.arange(sum(widths)), list(widths))
+    return torch.cat([part.view(groups, -1) for part in stacked], dim=1).flatten()

@@ -1,0 +1,141 @@
+"""Pruned checkpoints in a family's own classes: the same counts in every layer, so that every serving stack loads them.
+
+A plan can take this layout when all layers kept as many heads and channels, the number of heads divides the hidden
+size, which transformers checks, and the family's classes have a place for every bias that compensation adds. Where a
+configuration's flag gives all projections around a space a bias, those that need none get zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from flap_export.calibration.statistics import CUT_SPACES, CutSpace
+from flap_export.errors import PlanError
+from flap_export.families import Family
+from flap_export.models.loading import meta_model, parameter_names
+from flap_export.models.opening import Checkpoint, config_from
+from flap_export.plan import PruningPlan
+from flap_export.rewriting.checkpoint import MAX_SHARD_BYTES, as_stored, read_config, write_beside_weights, write_shards
+from flap_export.shapes import DecoderShape, LayerShape
+
+Layout = Literal["uneven", "stock"]
+LAYOUTS: Final[tuple[Layout, ...]] = ("uneven", "stock")
+EXPERT_ALIGNMENT: Final = 8
+"""Rows of experts' weights must be multiples of 16 bytes in transformers' grouped products, in half precision too."""
+
+
+def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
+    """Numbers of query heads that the family's own class takes."""
+    heads = dense.shape.layers[0].query_heads
+    if dense.family.heads.are_fixed:
+        return (heads,)
+    return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
+
+
+def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) -> None:
+    """Whether the family's own class can take any plan of such options, before anything is computed for one.
+
+    Raises:
+        PlanError: it has no place for the FFN's bias, or experts of any width would not run in it.
+    """
+    family = dense.family
+    without_place = [space for space in CUT_SPACES if not family.can_hold_bias(space)]
+    # A plan may leave attention whole; one that leaves every FFN whole is not to be expected.
+    if compensated and "ffn" in without_place:
+        raise _no_place_for_bias(family, without_place[0])
+    if family.ffn.experts_field and align_channels % EXPERT_ALIGNMENT:
+        raise PlanError(
+            f"--layout stock: transformers multiplies the experts of {family.model_type} in groups, which fails for "
+            f"widths that are no multiple of {EXPERT_ALIGNMENT}; set --align-channels {EXPERT_ALIGNMENT}, or --layout "
+            "uneven"
+        )
+
+
+def _no_place_for_bias(family: Family, space: CutSpace) -> PlanError:
+    return PlanError(
+        f"--layout stock: {family.model_type}'s class has no place for a bias of {family.restoring(space).path}; "
+        "use --compensation none, or --layout uneven"
+    )
+
+
+def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
+    """The dense configuration with the pruned counts, and the flags for the biases that were added.
+
+    Raises:
+        PlanError: layers differ, lost everything, or the family's class has no place for a bias.
+    """
+    family, layer = dense.family, shape.layers[0]
+    if any(other != layer for other in shape.layers):
+        raise PlanError(
+            "--layout stock needs the same counts in every layer; use --structure ul-um or ul-mm, or --layout uneven"
+        )
+    if not layer.query_heads or not layer.ffn_channels:
+        raise PlanError("--layout stock needs heads and FFN channels in every layer; ask for a lower ratio")
+    if layer.query_heads not in allowed_heads(dense):
+        raise PlanError(
+            f"--layout stock: {family.model_type}'s class takes {', '.join(map(str, allowed_heads(dense)))} query "
+            f"heads at a hidden size of {shape.hidden_size}, the plan keeps {layer.query_heads}; keep one of these"
+        )
+    config = {**read_config(dense), **_counts(dense, layer)}
+    biases: tuple[tuple[CutSpace, bool, bool], ...] = (
+        ("query", layer.attention_bias, dense.shape.layers[0].attention_bias),
+        ("ffn", layer.ffn_bias, dense.shape.layers[0].ffn_bias),
+    )
+    for space, added, there in biases:
+        if added and not there:
+            flag = family.bias_flags.get(space)
+            if flag is None:
+                raise _no_place_for_bias(family, space)
+            config[flag] = True
+    return config
+
+
+def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
+    counts = {dense.family.ffn.width_field: layer.ffn_channels}
+    if dense.family.heads.are_fixed:
+        return counts
+    heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
+    return {**counts, **heads, "head_dim": dense.shape.head_dim}
+
+
+def write_stock_checkpoint(
+    directory: Path,
+    dense: Checkpoint,
+    plan: PruningPlan,
+    shape: DecoderShape,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a checkpoint of the family's own class into an empty directory; see `write_checkpoint`.
+
+    Raises:
+        PlanError: the plan does not fit that class.
+    """
+    config = stock_config(dense, shape)
+    target = dataclasses.replace(dense, config=config_from(config, dense.family, directory), shape=shape)
+    whole = _with_zero_biases(target, tensors)
+    stored = ((dense.family.stored_name(name), tensor) for name, tensor in as_stored(dense.family, whole))
+    write_shards(directory, stored, max_shard_bytes)
+    write_beside_weights(directory, dense, plan, config)
+
+
+def _with_zero_biases(target: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, and zeros for the biases that only the flags ask for."""
+    written: set[str] = set()
+    dtype = torch.float32
+    for name, tensor in tensors:
+        written.add(name)
+        dtype = tensor.dtype
+        yield name, tensor
+    model = meta_model(target, torch.float32)
+    for name in parameter_names(model, target):
+        if name not in written:
+            assert name.endswith(".bias"), name
+            yield name, torch.zeros(model.get_parameter(name).shape, dtype=dtype)

@@ -1,0 +1,206 @@
+"""The table against transformers: every row's paths exist, and nothing in a layer is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import ALL_FAMILIES, MIXTURES, tiny_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from flap_export.errors import ModelError
+from flap_export.families import EVERY_EXPERT, FAMILIES, check_config, family_of, shape_from_config
+from flap_export.models.loading import pruned_section
+from flap_export.models.modeling_pruned import resize_decoder
+from flap_export.models.opening import open_checkpoint
+from flap_export.shapes import LayerShape
+
+
+def dense_model(family: str, **overrides: Any) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    return model
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
+    row, model = FAMILIES[family], dense_model(family)
+    layers = model.get_submodule(row.modules.layers)
+    assert isinstance(layers, nn.ModuleList)
+    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    plain = {projection.path for projection in row.projections if EVERY_EXPERT not in projection.path}
+    assert plain == linears
+    assert bool(row.ffn.experts_field) == (len(plain) < len(row.projections))
+    for path in (row.modules.decoder, row.modules.embedding, row.modules.head):
+        model.get_submodule(path)
+    assert type(model).__name__ == row.class_name
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
+    row, model = FAMILIES[family], dense_model(family)
+    shape = shape_from_config(model.config, row)
+    layer = shape.layers[0]
+    widths = {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
+    for projection in row.projections:
+        if EVERY_EXPERT in projection.path:
+            continue
+        linear = model.get_submodule(f"{row.modules.layers}.0.{projection.path}")
+        found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+        assert found == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+        assert isinstance(linear, Conv1D) == row.stored.transposed
+    assert shape.vocabulary_size == model.get_submodule(row.modules.embedding).weight.shape[0]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> None:
+    row = FAMILIES[family]
+    model = dense_model(family, **{flag: biased for flag in row.bias_flags.values() if flag is not None})
+    layer = shape_from_config(model.config, row).layers[0]
+    for space, stated in (("query", layer.attention_bias), ("ffn", layer.ffn_bias)):
+        if space == "ffn" and row.ffn.experts_field:
+            assert not stated
+            continue
+        bias = model.get_submodule(f"{row.modules.layers}.0.{row.restoring(space).path}").bias
+        always = row.bias_flags.get(space, "never") is None
+        assert (bias is not None) == stated == (always or (biased and space in row.bias_flags))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
+    """Gate and up rows one below the other, in every expert."""
+    row, model = FAMILIES[family], dense_model(family)
+    shape = shape_from_config(model.config, row)
+    layer, experts = shape.layers[0], model.get_submodule(f"{row.modules.layers}.0.mlp.experts")
+    assert layer.experts == {"mixtral": 3, "qwen3_moe": 5}[family]
+    assert experts.get_parameter("gate_up_proj").shape == (layer.experts, 2 * layer.ffn_channels, shape.hidden_size)
+    assert experts.get_parameter("down_proj").shape == (layer.experts, shape.hidden_size, layer.ffn_channels)
+
+
+def test_an_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(
+        ModelError, match=r"'mamba' is not in the family table; supported are .*llama, .*families/table\.py"
+    ):
+        family_of("mamba")
+
+
+def test_a_multimodal_model_is_told_where_its_text_model_is() -> None:
+    with pytest.raises(
+        ModelError, match=r"'gemma3' models see images too; only their text models, gemma3_text, .*; save"
+    ):
+        family_of("gemma3")
+
+
+def test_head_counts_that_do_not_divide() -> None:
+    config = tiny_config("llama")
+    for kv_heads in (3, 0, 8):
+        config.num_key_value_heads = kv_heads
+        with pytest.raises(ModelError, match=f"got 4 and {kv_heads}"):
+            shape_from_config(config, FAMILIES["llama"])
+
+
+def test_heads_that_do_not_fill_a_square_output() -> None:
+    """Helium's o_proj is [H, H] whatever the heads are, and its class fails in the first product."""
+    config = tiny_config("helium")
+    assert shape_from_config(config, FAMILIES["helium"]).head_dim == 8
+    config.head_dim = 12
+    with pytest.raises(
+        ModelError, match=r"helium's output projection is square: .* hidden_size \(32\), got 4 times 12"
+    ):
+        shape_from_config(config, FAMILIES["helium"])
+
+
+def test_older_configurations_without_kv_heads_and_head_size() -> None:
+    config = tiny_config("llama")
+    config.num_key_value_heads = config.head_dim = None
+    shape = shape_from_config(config, FAMILIES["llama"])
+    assert shape.head_dim == 8
+    assert shape.layers == (LayerShape(query_heads=4, kv_heads=4, ffn_channels=40),) * 2
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_plain_configurations_are_accepted(family: str) -> None:
+    check_config(tiny_config(family), FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", sorted(family for family, row in FAMILIES.items() if row.since != "4.57"))
+def test_a_family_that_needs_a_newer_transformers_says_so(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here, and in the file that pruned checkpoints carry."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    shape, since = (
+        shape_from_config(tiny_config("llama"), FAMILIES["llama"]),
+        FAMILIES[family].since.replace(".", r"\."),
+    )
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    monkeypatch.setattr("flap_export.models.modeling_pruned.transformers.__version__", "4.57.6")
+    with pytest.raises(
+        ModelError, match=rf"{family} is supported from transformers {since} on, found 4\.57\.6; pip install"
+    ):
+        open_checkpoint(tmp_path)
+    model = SimpleNamespace(config=SimpleNamespace(model_type=f"flap_{family}"))
+    with pytest.raises(ImportError, match=rf"{family} needs transformers {since}, this is 4\.57\.6; install it"):
+        resize_decoder(model, "layers", pruned_section(FAMILIES[family], shape), 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("llama", {"quantization_config": {"quant_method": "awq"}}, r"quantised.*full-precision"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"\['chunked_attention'\]; supported are"),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [1]},
+            r"qwen3_moe is .* mlp_only_layers equal to \[\] only, got \[1",
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
+        ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
+        ("falcon", {"alibi": True}, r"falcon is supported with alibi equal to False only, got True"),
+        (
+            "falcon",
+            {"parallel_attn": False},
+            r"new_decoder_architecture=True and parallel_attn=False together",
+        ),
+        ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
+        (
+            "gpt_bigcode",
+            {"add_cross_attention": True},
+            r"gpt_bigcode is .*add_cross_attention equal to False only, got",
+        ),
+        ("gemma2", {"use_bidirectional_attention": True}, r"gemma2 is .*use_bidirectional_attention.*False.*got True"),
+        ("gemma", {"use_bidirectional_attention": True}, r"gemma is .*use_bidirectional_attention.*False.*got True"),
+        ("internlm3", {"attention_bias": True}, r"internlm3 is supported with attention_bias equal to False only"),
+        ("ministral", {"sliding_window": None}, r"layer_types holds sliding_attention, but sliding_window is None; .*"),
+        ("ministral3", {"layer_types": ["full_attention"] * 2}, r"ministral3 is .* layer_types equal to None only"),
+        (
+            "smollm3",
+            {"use_sliding_window": False},
+            r"sliding_attention, but sliding_window is 6 and use_sliding_window is false; .* correct the fields",
+        ),
+        (
+            "cohere2",
+            {"sliding_window": None},
+            r"layer_types holds sliding_attention, but sliding_window is None; .*",
+        ),
+        ("stablelm", {"qk_layernorm": True}, r"stablelm is supported with qk_layernorm equal to False only, got True"),
+    ],
+)
+def test_configurations_that_ask_for_something_else(family: str, fields: dict[str, Any], message: str) -> None:
+    if family not in ALL_FAMILIES:
+        pytest.skip("this version of transformers does not know the family")
+    config = tiny_config(family)
+    for name, value in fields.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(ModelError, match=message):
+        check_config(config, FAMILIES[family])

@@ -1,0 +1,371 @@
+"""What sets mixtures of experts apart: whose channels go, whose tokens count, and what an expert leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from refitting import fitted
+from safetensors.torch import load_file, save_file
+from tiny import (
+    MIXTURES,
+    keep_all_plan,
+    layer_plan,
+    plain_model,
+    plan_of,
+    save_tokens,
+    tiny_checkpoint,
+    tiny_pruned,
+    tokens_of,
+    uneven_plan,
+)
+from torch import Tensor
+
+from flap_export import validate
+from flap_export.allocation.ladders import ffn_ladder
+from flap_export.allocation.stage import STRUCTURES, StructureName, allocate
+from flap_export.calibration.stage import calibrate
+from flap_export.errors import BudgetError, InputError, ModelError, PlanError
+from flap_export.evidence.coupled import magnitude_scores, taylor_scores
+from flap_export.evidence.measuring import measure
+from flap_export.evidence.methods import METHODS
+from flap_export.exporting import export
+from flap_export.ideal import call_flops, read_parameters
+from flap_export.models.loading import check_weights, load_model, meta_model
+from flap_export.models.opening import open_checkpoint
+from flap_export.models.weights import Weights
+from flap_export.plan import PruningPlan
+from flap_export.pruning.stage import prune
+from flap_export.rewriting.cutting import rewrite
+from flap_export.rewriting.restoring import fitted_restorer, restore
+from flap_export.runners import open_runner
+from flap_export.scoring import LayerScores
+from flap_export.shapes import DecoderShape, LayerShape
+
+SHAPE = DecoderShape(
+    hidden_size=4,
+    head_dim=2,
+    vocabulary_size=11,
+    ffn_matrices=3,
+    tied_embeddings=False,
+    layers=(LayerShape(query_heads=2, kv_heads=1, ffn_channels=5, experts=3),) * 3,
+)
+pytestmark = pytest.mark.skipif(not MIXTURES, reason="transformers 4.57 keeps experts in other classes")
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def routed_inputs(path: Path, tokens: Tensor) -> dict[tuple[int, int], list[Tensor]]:
+    """What enters every expert's down projection by transformers' own stacked weights, token by token, in float64."""
+    model = plain_model(path)
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for index, layer in enumerate(model.model.layers):
+
+        def note(module: Any, arguments: Any, index: int = index) -> None:
+            hidden_states, top_k_index, _ = arguments
+            for token, chosen in zip(hidden_states, top_k_index.tolist(), strict=True):
+                for expert in chosen:
+                    gate, up = (module.gate_up_proj[expert] @ token).chunk(2)
+                    found.setdefault((index, expert), []).append((module.act_fn(gate) * up).double())
+
+        layer.mlp.experts.register_forward_pre_hook(note)
+    model(input_ids=tokens, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_statistics_are_of_the_tokens_an_expert_was_sent(family: str, tmp_path: Path) -> None:
+    dense, tokens = tiny_checkpoint(family, tmp_path / "dense"), tokens_of(7, 12)
+    statistics = calibrate(dense, save_tokens(tmp_path / "ids.npy", tokens), chunk_sequences=3)
+    down = "w2" if family == "mixtral" else "down_proj"
+    weights = open_checkpoint(dense).weights
+    inputs = routed_inputs(dense, tokens)
+    counts = {len(values) for values in inputs.values()}
+    assert len(counts) > 1, "routing is even, the test shows little"
+    for (index, expert), values in inputs.items():
+        site, together = statistics.sites[index, "ffn"], torch.stack(values)
+        torch.testing.assert_close(site.mean[expert], together.mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(site.variance[expert], together.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
+        weight = weights[f"model.layers.{index}.mlp.experts.{expert}.{down}.weight"].double()
+        torch.testing.assert_close(site.weight_square_norm[expert], weight.square().sum(0))
+
+
+def last_of_three_experts_is_never_chosen(dense: Path) -> dict[str, Tensor]:
+    """What the router gives it lies between what the other two get, and one expert sees each token."""
+    tensors = load_file(dense / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("block_sparse_moe.gate.weight")]:
+        tensors[name][2] = (tensors[name][0] + tensors[name][1]) / 2
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("method", ["flap", "obs", "llm-pruner"])
+def test_an_expert_without_tokens(method: Any, tmp_path: Path) -> None:
+    """Nothing is known of it; its channels go as many as the others', and nothing is NaN."""
+    dense = tiny_checkpoint("mixtral", tmp_path / "dense", num_experts_per_tok=1)
+    last_of_three_experts_is_never_chosen(dense)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    site = calibrate(dense, source).sites[0, "ffn"]
+    assert site.mean[:2].all()
+    assert not site.mean[2].any()
+    assert not site.variance[2].any()
+    for compensation in (None, "least-squares"):
+        out = tmp_path / str(compensation)
+        options: dict[str, Any] = {"method": method, "compensation": compensation}
+        prune(dense, out, ratio=0.4, calibration=source, **options)
+        assert logits_of(load_model(out, dtype=torch.float32), tokens_of(2, 9)).isfinite().all()
+
+
+def scores_of(shape: DecoderShape, seed: int = 0) -> tuple[LayerScores, ...]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    return tuple(LayerScores(drawn(layer.query_heads), drawn(*layer.ffn_scores)) for layer in shape.layers)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("align_channels", [1, 2])
+def test_every_expert_loses_its_own_lowest_and_as_many(structure: StructureName, align_channels: int) -> None:
+    scores = scores_of(SHAPE)
+    layers, ratio = allocate(scores, SHAPE, 0.4, structure, align_channels=align_channels)
+    plan = PruningPlan(model="m", family="mixtral", ratio=ratio, layers=layers)
+    plan.check(SHAPE)
+    kept = 0
+    for layer, own in zip(layers, scores, strict=True):
+        assert not layer.ffn_channels
+        for channels, values in zip(layer.experts, own.ffn_channels, strict=True):
+            assert set(channels) == set(values.argsort()[5 - layer.ffn_width :].tolist())
+        kept += 8 * (2 * len(layer.query_heads) + 2 * len(layer.kv_heads)) + 3 * 4 * 3 * layer.ffn_width
+        assert layer.ffn_width % align_channels == 0 or layer.ffn_width == 5
+    assert ratio.achieved == pytest.approx(1 - kept / SHAPE.decoder_parameters)
+    assert 0.2 < ratio.achieved < 0.6
+
+
+def test_a_step_costs_a_channel_of_every_expert() -> None:
+    scores = torch.tensor([[5.0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], dtype=torch.float64)
+    ladder = ffn_ladder(scores.numpy(), SHAPE)
+    assert ladder.costs.tolist() == [3 * 3 * 4] * 5
+    assert ladder.gone.tolist() == [3, 6, 9, 12, 15]
+    assert ladder.order[:6].tolist() == [1, 5, 14, 2, 6, 13]
+    np.testing.assert_allclose(ladder.scores, scores.sort(dim=1).values.mean(dim=0).numpy())
+    assert ladder.kept(4) == (0, 9, 10)
+
+
+def test_a_plan_states_experts_instead_of_channels(tmp_path: Path) -> None:
+    dense = open_checkpoint(tiny_checkpoint("mixtral", tmp_path / "dense", num_hidden_layers=4))
+    plan = uneven_plan(dense)
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    layer = json.loads((tmp_path / "plan.json").read_text())["layers"][1]
+    assert set(layer) == {"layer", "query_heads", "kv_heads", "experts"}
+    assert layer["experts"][0] != layer["experts"][1]
+    assert [len(channels) for channels in layer["experts"]] == [13] * 3
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (((0, 1), (0,), (0, 1)), r"layer 0: every expert must keep the same number of channels, got \[1, 2\]"),
+        (((0, 1), (1, 0), (0, 1)), "layer 0: channels of expert 1 must be ascending"),
+        (((0, 5), (0, 1), (0, 1)), r"layer 0: channels of expert 0 must lie in 0\.\.4"),
+        (((0,), (0,)), "layer 0: the plan must list the channels of each of the model's 3 experts, got 2 experts"),
+        ((), "layer 0: the plan must list .* 3 experts, got ffn_channels alone"),
+    ],
+)
+def test_plans_that_do_not_fit(experts: tuple[tuple[int, ...], ...], message: str) -> None:
+    layers, ratio = allocate(scores_of(SHAPE), SHAPE, 0.4)
+    wrong = layers[0].model_copy(update={"experts": experts})
+    plan = PruningPlan(model="m", family="mixtral", ratio=ratio, layers=(wrong, *layers[1:]))
+    with pytest.raises(PlanError, match=message):
+        plan.check(SHAPE)
+
+
+def test_experts_in_a_plan_for_a_plain_model_are_refused(tmp_path: Path) -> None:
+    plain = open_checkpoint(tiny_checkpoint("llama", tmp_path / "llama"))
+    mixture = open_checkpoint(tiny_checkpoint("mixtral", tmp_path / "mixtral"))
+    with pytest.raises(PlanError, match="layer 0: the plan lists experts, and this model has none"):
+        keep_all_plan(mixture).check(plain.shape)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(family: str, method: Any, tmp_path: Path) -> None:
+    """Plan, checkpoint and counted weights agree."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=3)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    plan = prune(dense, tmp_path / "pruned", ratio=0.3, calibration=source, method=method)
+    pruned = open_checkpoint(tmp_path / "pruned")
+    check_weights(meta_model(pruned, torch.float32), pruned)
+    assert plan.ratio.achieved == pytest.approx(0.3, abs=0.02)
+    before = open_checkpoint(dense).shape.decoder_parameters
+    assert 1 - pruned.shape.decoder_parameters / before == pytest.approx(plan.ratio.achieved)
+    assert logits_of(load_model(pruned.directory, dtype=torch.float32), tokens_of(2, 9)).isfinite().all()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_least_squares_come_closer_than_the_bias_and_the_bias_than_nothing(family: str, tmp_path: Path) -> None:
+    """On the calibration tokens, with the same channels gone: the weighted biases of experts do their work."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=1)
+    tokens = tokens_of(40, 11)
+    source = save_tokens(tmp_path / "ids.npy", tokens)
+    expected, errors = logits_of(load_model(dense, dtype=torch.float32), tokens), []
+    for compensation in ("none", "bias", "least-squares"):
+        out = tmp_path / compensation
+        options: dict[str, Any] = {"structure": "al-mm", "compensation": compensation}
+        prune(dense, out, ratio=0.4, calibration=source, **options)
+        found = logits_of(load_model(out, dtype=torch.float32), tokens)
+        errors.append(float((found - expected).square().mean()))
+    assert errors[0] > 1.02 * errors[1] > 1.02 * 1.02 * errors[2], errors
+
+
+def test_losses_are_measured_channel_by_channel_of_every_expert(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("qwen3_moe", tmp_path / "dense")
+    found = measure(dense, save_tokens(tmp_path / "ids.npy", tokens_of(6, 11)))
+    module = found.modules[0, "ffn"]
+    assert sorted(module.order.tolist()) == list(range(5 * 40))
+    assert module.gone.tolist() == list(range(5, 201, 5))
+    assert sorted(element // 40 for element in module.order[:5].tolist()) == list(range(5))
+    ladder = found.ladders(open_checkpoint(dense).shape)[0].ffn
+    assert ladder.costs.sum() == 3 * 32 * 5 * 40
+
+
+def test_magnitudes_are_counted_expert_by_expert(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("mixtral", tmp_path / "dense")
+    checkpoint = open_checkpoint(dense)
+    rows = []
+    for expert in range(3):
+        prefix = f"model.layers.0.mlp.experts.{expert}"
+        gate, up, down = (checkpoint.weights[f"{prefix}.{n}.weight"].double().square() for n in ("w1", "w3", "w2"))
+        rows.append(gate.sum(1) + up.sum(1) + down.sum(0))
+    expected = torch.stack(rows)
+    expected = (expected - expected.mean()) / expected.std()
+    torch.testing.assert_close(magnitude_scores(checkpoint)[0].ffn_channels, expected)
+
+
+def test_an_experts_least_squares_are_those_of_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, from what transformers' stacked experts see; 0.02 stands for whatever ridge would be chosen."""
+    monkeypatch.setattr("flap_export.rewriting.restoring.best_ridge", lambda *_: 0.02)
+    dense, tokens = tiny_checkpoint("mixtral", tmp_path / "dense"), tokens_of(40, 11)
+    checkpoint = open_checkpoint(dense)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, i, range(2), range(0, 40, 2 + i)) for i in range(2)])
+    (tmp_path / "restored").mkdir()
+    found = dict(rewrite(checkpoint, plan, fitted_restorer(restore(checkpoint, plan, tokens, tmp_path / "restored"))))
+    for (index, expert), values in routed_inputs(dense, tokens).items():
+        name, kept = f"model.layers.{index}.mlp.experts.{expert}.w2", list(plan.layers[index].experts[expert])
+        weight = checkpoint.weights[f"{name}.weight"].double().numpy()
+        expected, bias = fitted(weight, torch.stack(values).numpy(), kept, 0.02)
+        np.testing.assert_allclose(found[f"{name}.weight"].numpy(), expected[:, kept], atol=1e-3)
+        np.testing.assert_allclose(found[f"{name}.bias"].numpy(), bias, atol=1e-3)
+
+
+def test_taylor_scores_are_those_of_transformers_stacked_weights(tmp_path: Path) -> None:
+    dense, tokens = tiny_checkpoint("qwen3_moe", tmp_path / "dense"), tokens_of(4, 7)
+    model = plain_model(dense)
+    for sequence in tokens:
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, sequence[1:]).backward()  # type: ignore[no-untyped-call]
+    for scores, layer in zip(taylor_scores(open_checkpoint(dense), tokens), model.model.layers, strict=True):
+        experts = layer.mlp.experts
+        gate_up = (experts.gate_up_proj * experts.gate_up_proj.grad).abs().sum(2).double()
+        down = (experts.down_proj * experts.down_proj.grad).abs().sum(1).double()
+        expected = (gate_up[:, :40] + gate_up[:, 40:] + down).detach()
+        expected = (expected - expected.mean()) / expected.std()
+        torch.testing.assert_close(scores.ffn_channels, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_pruned_artifacts_pass_validation(family: str, tmp_path: Path) -> None:
+    pruned = tiny_pruned(family, tmp_path)
+    export(pruned, tmp_path / "onnx", max_length=64)
+    validate(tmp_path / "onnx", reference=pruned).raise_if_breached()
+
+
+def test_what_overflows_in_an_expert_that_was_not_chosen_does_not_matter(tmp_path: Path) -> None:
+    """The graph computes every expert for every token, and infinity times a routing weight of zero would be NaN."""
+    dense = tiny_checkpoint("mixtral", tmp_path / "dense", num_experts_per_tok=1)
+    tensors = last_of_three_experts_is_never_chosen(dense)
+    expected = logits_of(load_model(dense, dtype=torch.float32), tokens_of(2, 9))
+    for name in [name for name in tensors if name.endswith("experts.2.w3.weight")]:
+        tensors[name] = tensors[name].sign() * 3e38
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    export(dense, tmp_path / "onnx", max_length=20)
+    with open_runner(tmp_path / "onnx", threads=1) as runner:
+        found = runner.prefill(tokens_of(2, 9).tolist())
+    np.testing.assert_allclose(found, expected[:, -1].numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_experts_are_stored_as_the_family_stores_them(tmp_path: Path) -> None:
+    """A plan of equal layers, in the family's own classes: transformers stacks what it finds under the old names."""
+    dense = tiny_checkpoint("mixtral", tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    options: dict[str, Any] = {"ratio": 0.5, "calibration": source, "layout": "stock"}
+    prune(dense, tmp_path / "stock", compensation="none", align_channels=8, **options)
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in Weights(tmp_path / "stock")
+    found = logits_of(plain_model(tmp_path / "stock"), tokens_of(2, 9))
+    torch.testing.assert_close(found, logits_of(load_model(tmp_path / "stock", dtype=torch.float32), tokens_of(2, 9)))
+    with pytest.raises(PlanError, match=r"mixtral's class has no place for a bias of self_attn\.o_proj"):
+        prune(dense, tmp_path / "biased", **options)
+    with pytest.raises(PlanError, match=r"experts of mixtral .* no multiple of 8; set --align-channels 8"):
+        prune(dense, tmp_path / "odd", compensation="none", align_channels=4, **options)
+
+
+def test_the_reference_code_knows_no_experts(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("mixtral", tmp_path / "dense", num_key_value_heads=4)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(3, 11))
+    with pytest.raises(InputError, match=r"--statistics reference .* knows no mixtures .*use --statistics welford"):
+        calibrate(dense, source, statistics="reference")
+    with pytest.raises(BudgetError, match="the reference code knows no mixtures"):
+        allocate(scores_of(SHAPE), SHAPE, 0.4, selection="reference")
+
+
+def test_older_transformers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = tiny_pruned("mixtral", tmp_path)
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(ModelError, match=r"mixtral is supported from transformers 5 on, found 4\.57\.6; pip install"):
+        open_checkpoint(pruned)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("qwen3_moe", tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 'model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight'"):
+        load_model(dense, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_expert_is_read_and_computed(family: str, tmp_path: Path) -> None:
+    """As the exported graph does, which asks for every stored parameter but the embedding."""
+    pruned = open_checkpoint(tiny_pruned(family, tmp_path))
+    stored = sum(pruned.weights[name].numel() for name in pruned.weights if "embed_tokens" not in name)
+    heads = sum(pruned.weights[name].numel() for name in pruned.weights if "q_norm" in name or "k_norm" in name)
+    # Norms before emptied attention are stored and not read.
+    assert read_parameters(pruned.shape) == stored - heads - 2 * pruned.shape.hidden_size
+    one, two = (call_flops(pruned.shape, batch_size=1, new_tokens=n) for n in (1, 2))
+    assert two - one >= 2 * pruned.shape.decoder_parameters
+
+
+def test_a_graph_holds_the_joined_experts_bit_for_bit(tmp_path: Path) -> None:
+    pruned = tiny_pruned("mixtral", tmp_path)
+    export(pruned, tmp_path / "onnx", max_length=20)
+    weights, layer = open_checkpoint(pruned).weights, "model.layers.1.mlp.experts"
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for name, axis in (("w1", 0), ("w3", 0), ("w2", 1)):
+        expected = torch.cat([weights[f"{layer}.{expert}.{name}.weight"] for expert in range(3)], dim=axis).numpy()
+        found = stored[f"{layer}.*.{name}.weight"]
+        assert np.array_equal(found, expected) or np.array_equal(found, expected.T)
+    biases = torch.stack([weights[f"{layer}.{expert}.w2.bias"] for expert in range(3)])
+    assert np.array_equal(stored[f"{layer}.*.w2.bias"], biases.numpy())

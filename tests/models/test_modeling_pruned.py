@@ -1,0 +1,224 @@
+"""The modelling file that travels with a checkpoint, where flap_export is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import (
+    ALL_FAMILIES,
+    PLAIN_FAMILIES,
+    keep_all_plan,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_pruned,
+    tiny_statistics,
+    tokens_of,
+)
+
+from flap_export.families import EVERY_EXPERT, FAMILIES
+from flap_export.models import modeling_pruned
+from flap_export.models.loading import load_model, pruned_section
+from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
+from flap_export.models.opening import open_checkpoint
+
+FOREIGN_MACHINE = """
+import importlib.abc, json, sys, warnings
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "flap_export":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import flap_export
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("flap_export can be imported")
+
+import torch
+from transformers import AutoModelForCausalLM
+
+warnings.simplefilter("error")
+results = {}
+for name, directory in json.load(sys.stdin).items():
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    tokens = torch.load(sys.argv[1])
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+        # In two pieces, by the cache alone: positions and mask follow from the length it tells.
+        start = model(input_ids=tokens[:, :4], use_cache=True)
+        rest = model(input_ids=tokens[:, 4:], past_key_values=start.past_key_values)
+        pieces = torch.cat([start.logits, rest.logits], dim=1)
+    generated = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    torch.save((logits, generated.sequences, torch.stack(generated.logits, dim=1), pieces), f"{directory}/found.pt")
+    results[name] = {
+        "flap_export": "flap_export" in sys.modules,
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+    }
+json.dump(results, sys.stdout)
+"""
+
+
+def test_it_needs_transformers_only(tmp_path: Path) -> None:
+    """Same logits, and the same tokens with a cache as without; layer 0 has no attention in every one of them."""
+    variants = {
+        **{family: {} for family in ALL_FAMILIES},
+        **{f"{family}-tied": {"tie_word_embeddings": True} for family in ("llama", "qwen3")},
+    }
+    directories = {
+        name: tiny_pruned(name.removesuffix("-tied"), tmp_path / name, **overrides)
+        for name, overrides in variants.items()
+    }
+    tokens = tokens_of(2, 9)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    answer = subprocess.run(
+        [sys.executable, "-c", FOREIGN_MACHINE, tmp_path / "tokens.pt"],
+        input=json.dumps({name: str(directory) for name, directory in directories.items()}),
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    clean = {"flap_export": False, "missing": [], "unexpected": []}
+    assert json.loads(answer.stdout) == dict.fromkeys(directories, clean)
+    for name, directory in directories.items():
+        model = load_model(directory, dtype=torch.float32)
+        logits, generated, step_logits, pieces = torch.load(directory / "found.pt")
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5, msg=name)
+            torch.testing.assert_close(pieces, logits, atol=1e-4, rtol=1e-4, msg=name)
+            # Every step with the cache against all tokens so far without one.
+            whole = model(input_ids=generated[:, :-1], use_cache=False).logits[:, tokens.shape[1] - 1 :]
+        assert whole.std() > 0.5
+        torch.testing.assert_close(step_logits, whole, atol=1e-4, rtol=1e-4, msg=name)
+        assert torch.equal(generated[:, tokens.shape[1] :], whole.argmax(-1)), name
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> None:
+    pruned = tiny_pruned(family, tmp_path)
+    checkpoint, model = open_checkpoint(pruned), load_model(pruned, dtype=torch.float32)
+    size, row = checkpoint.shape.head_dim, checkpoint.family
+    for index, shape in enumerate(checkpoint.shape.layers):
+        layer = model.get_submodule(f"{row.modules.layers}.{index}")
+        query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
+        widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
+        rows = {"query": shape.query_heads, "kv": shape.kv_heads} if row.heads.norms and shape.query_heads else {}
+        head_norms = {f"{path}.weight": (rows[space], size) for path, space in row.heads.norms.items() if rows}
+        router = {"mlp.gate.weight": (shape.experts, 32)} if shape.experts else {}
+        found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
+        assert found == router | head_norms | {
+            f"{p.at(expert)}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
+            for p in row.projections
+            if widths["query" if p.path.startswith(row.modules.attention) else "ffn"]
+            for expert in (range(shape.experts) if EVERY_EXPERT in p.path else [None])
+        }
+        norms = {
+            name
+            for name, _ in layer.named_parameters()
+            if type(layer.get_submodule(name.rpartition(".")[0])).__name__.endswith(("Norm", "LayerNorm1P"))
+            and not name.startswith(f"{row.modules.attention}.")
+        }
+        norms |= set(router)
+        left = {name for name, _ in layer.named_parameters()} - norms
+        if shape.query_heads:
+            groups = shape.query_heads // shape.kv_heads
+            counts = {
+                "num_heads": shape.query_heads,
+                "num_key_value_heads": shape.kv_heads,
+                "num_key_value_groups": groups,
+            }
+            attention = layer.get_submodule(row.modules.attention)
+            stated = {name: getattr(attention, name) for name in counts if hasattr(attention, name)}
+            assert stated or family == "gpt_neox", "which reads them off its weights"
+            assert stated == {name: counts[name] for name in stated}
+        else:
+            bias = f"{row.restoring('query').path}.bias"
+            assert {name for name in left if name.startswith(f"{row.modules.attention}.")} == {bias}
+        if not shape.ffn_channels:
+            biases = {f"{path}.bias" for path in row.restoring_paths("ffn", shape)}
+            assert {name for name in left if not name.startswith(f"{row.modules.attention}.")} == biases
+        elif hasattr(layer, "mlp"):
+            assert getattr(layer.mlp, "intermediate_size", shape.ffn_channels) == shape.ffn_channels
+
+
+def test_it_saves_and_loads_through_transformers(tmp_path: Path) -> None:
+    """`save_pretrained` of the class gives what it was loaded from."""
+    pruned = tiny_pruned("llama", tmp_path)
+    checkpoint, model = open_checkpoint(pruned), load_model(pruned, dtype=torch.float32)
+    raw = checkpoint.config.to_dict()
+    config = PrunedConfig(pruned=pruned_section(checkpoint.family, checkpoint.shape), **raw)
+    copy = PrunedForCausalLM(config).eval()
+    copy.load_state_dict(model.state_dict(), strict=True)
+    copy.save_pretrained(tmp_path / "copy")
+    again = PrunedForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    tokens = tokens_of(2, 9)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense")
+    checkpoint = open_checkpoint(dense)
+    same = save_pruned(dense, keep_all_plan(checkpoint), tmp_path / "same", tiny_statistics(dense, tmp_path))
+    source = (same / "modeling_pruned.py").read_text()
+    name, config_name = FAMILIES[family].class_name, type(checkpoint.config).__name__
+    assert f"from transformers import {config_name} as BaseConfig" in source
+    assert f"from transformers import {name} as BaseForCausalLM" in source
+    assert "flap_export" not in source
+
+
+@pytest.mark.parametrize(
+    ("version", "since", "needed"),
+    [
+        ("4.57.6", "5", True),
+        ("5.0.0", "5", False),
+        ("5.9.1", "5.14", True),
+        ("5.14.0.dev0", "5.14", False),
+        ("6.0.0", "5.14", False),
+    ],
+)
+def test_a_transformers_that_is_too_old_says_so(
+    version: str, since: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny_pruned("llama", tmp_path))
+    section = {**pruned_section(checkpoint.family, checkpoint.shape), "since": since}
+    config = PrunedConfig(pruned=section, **checkpoint.config.to_dict())
+    monkeypatch.setattr(modeling_pruned, "transformers", SimpleNamespace(__version__=version))
+    refused = pytest.raises(ImportError, match=f"llama needs transformers {since}, this is {version}; install it")
+    with refused if needed else nullcontext():
+        PrunedForCausalLM(config)
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_resized_projections_are_the_familys_own_modules(family: str, tmp_path: Path) -> None:
+    """Falcon's add their bias to a rounded product."""
+    checkpoint = open_checkpoint(tiny_pruned(family, tmp_path))
+    models = [load_model(tmp_path / name, dtype=torch.float32) for name in ("dense", "pruned")]
+    for projection in checkpoint.family.projections:
+        path = f"{checkpoint.family.modules.layers}.1.{projection.path}"
+        dense, resized = (model.get_submodule(path) for model in models)
+        assert type(resized) is type(dense)

@@ -1,0 +1,387 @@
+"""The rewritten model against the dense one with removed channels held at their calibration mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    ALL_FAMILIES,
+    MIXTURES,
+    OLD_FALCON,
+    assert_same_logits,
+    grouped_rows,
+    keep_all_plan,
+    layer_plan,
+    plain_model,
+    plan_of,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_statistics,
+    tokens_of,
+    uneven_plan,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics
+from flap_export.errors import ModelError, PlanError
+from flap_export.families import FAMILIES, Family, Projection
+from flap_export.models.loading import MetaLayers, load_model, materialize
+from flap_export.models.opening import Checkpoint, open_checkpoint
+from flap_export.plan import LayerPlan, PruningPlan
+from flap_export.rewriting.cutting import check_kind, cut, grouped_order, kept_channels, rewrite, rewrite_layer
+from flap_export.rewriting.restoring import cut_only, mean_restorer
+
+RESTORING = {
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+}
+"""What families call the projections back to the residual stream, where it is not as in Llama."""
+NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
+NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
+WIDENING = ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
+_VARIANTS = [
+    *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
+    *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("falcon", {**OLD_FALCON, "bias": True}, id="falcon-mqa"),
+    pytest.param("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False}, id="falcon-mha"),
+    pytest.param("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1}, id="falcon-groups-of-four"),
+    pytest.param("gpt_bigcode", {"multi_query": False}, id="gpt_bigcode-mha"),
+    pytest.param("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, id="gpt_neox-one-by-one"),
+    pytest.param("llama", LLAMA_BIASES, id="llama-biases"),
+    pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
+    pytest.param("llama", {"num_key_value_heads": 1, "mlp_bias": True}, id="llama-mqa"),
+    pytest.param("qwen3", {"attention_bias": True}, id="qwen3-biases"),
+    pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biases"),
+    pytest.param("opt", {"enable_bias": False, "do_layer_norm_before": False}, id="opt-no-biases-norms-after"),
+    pytest.param("starcoder2", {"use_bias": False}, id="starcoder2-no-biases"),
+    pytest.param("cohere", {"use_qk_norm": False, "attention_bias": True}, id="cohere-plain-heads"),
+    pytest.param("cohere", {"num_key_value_heads": 4}, id="cohere-mha"),
+    pytest.param("phi", {"qk_layernorm": True}, id="phi-norms"),
+]
+VARIANTS = [variant for variant in _VARIANTS if variant.values[0] in ALL_FAMILIES]
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def masked_dense_logits(
+    dense: Path, plan: PruningPlan, tokens: Tensor, statistics: CalibrationStatistics | None
+) -> Tensor:
+    """Logits of the dense model, by transformers alone, whose removed channels stay at their mean (or at zero)."""
+    checkpoint = open_checkpoint(dense)
+    model = plain_model(dense)
+    for index, kept_units in enumerate(plan.layers):
+        layer = model.get_submodule(f"{checkpoint.family.modules.layers}.{index}")
+        for space in CUT_SPACES:
+            if space == "ffn" and kept_units.experts:
+                means = statistics.sites[index, space].mean.float() if statistics else None
+                hold_experts(layer.mlp.experts, kept_units.experts, means)
+                continue
+            mean = statistics.sites[index, space].mean.float() if statistics else None
+            module = layer.get_submodule(checkpoint.family.restoring(space).path)
+            kept = kept_positions(checkpoint, kept_units, space)
+            inputs = module.nx if isinstance(module, Conv1D) else module.in_features
+            removed = [i for i in range(inputs) if i not in kept]
+
+            def hold(_: nn.Module, inputs: Any, removed: list[int] = removed, mean: Tensor | None = mean) -> Any:
+                held = inputs[0].clone()
+                held[..., removed] = 0 if mean is None else mean[removed]
+                return (held,)
+
+            module.register_forward_pre_hook(hold)
+    return logits_of(model, tokens)
+
+
+def hold_experts(module: Any, kept: Sequence[Sequence[int]], means: Tensor | None) -> None:
+    """Let transformers' stacked experts see removed channels at their mean (or at zero), token by token."""
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for token, (chosen, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights, strict=True)):
+            for expert, weight in zip(chosen, weights, strict=True):
+                gate, up = (module.gate_up_proj[expert] @ hidden_states[token]).chunk(2)
+                channels = module.act_fn(gate) * up
+                removed = [i for i in range(len(channels)) if i not in kept[expert]]
+                channels[removed] = 0 if means is None else means[expert, removed]
+                output[token] += weight * (module.down_proj[expert] @ channels)
+        return output
+
+    module.forward = forward
+
+
+def kept_positions(checkpoint: Checkpoint, plan: Any, space: str) -> set[int]:
+    size = checkpoint.shape.head_dim
+    if space == "ffn":
+        return set(plan.ffn_channels)
+    return {head * size + i for head in plan.query_heads for i in range(size)}
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_pruned_equals_dense_with_removed_channels_at_their_mean(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4, **overrides)
+    plan, statistics = uneven_plan(open_checkpoint(dense)), tiny_statistics(dense, tmp_path)
+    tokens = tokens_of(2, 13)
+    for compensation, held in (("bias", statistics), ("none", None)):
+        pruned = save_pruned(dense, plan, tmp_path / compensation, statistics, compensation=compensation)
+        found = logits_of(load_model(pruned, dtype=torch.float32), tokens)
+        expected = masked_dense_logits(dense, plan, tokens, held)
+        assert expected.std() > 0.5, "logits too flat to tell anything"
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    with_bias = masked_dense_logits(dense, plan, tokens, statistics)
+    assert (with_bias - expected).abs().max() > 0.1, "compensation changed nothing, the comparison proves nothing"
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """In bfloat16: every tensor is cut out of the dense one bit for bit, but for the compensated biases."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4, dtype=torch.bfloat16, **overrides)
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    plan = uneven_plan(checkpoint)
+    yielded = list(rewrite(checkpoint, plan, mean_restorer(statistics)))
+    found = dict(yielded)
+    assert len(found) == len(yielded), "a tensor was given twice, and may land in two shards"
+    expected = expected_tensors(checkpoint, plan, statistics)
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.bfloat16, name
+        assert found[name].is_contiguous(), name
+        assert torch.equal(found[name], tensor), name
+
+
+def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: CalibrationStatistics) -> dict[str, Tensor]:
+    """Written out by hand, projection by projection."""
+    dense = {name: checkpoint.weights[name] for name in checkpoint.weights}
+    expected = {name: tensor for name, tensor in dense.items() if not name.startswith(checkpoint.family.modules.layers)}
+    size, layer = checkpoint.shape.head_dim, checkpoint.shape.layers[0]
+    queries, keys = layer.query_heads * size, layer.kv_heads * size
+    attention = f"{checkpoint.family.modules.attention}."
+    output, down = RESTORING.get(checkpoint.family.model_type, ("self_attn.o_proj", "mlp.down_proj"))
+
+    def heads(indices: tuple[int, ...]) -> list[int]:
+        return [head * size + i for head in indices for i in range(size)]
+
+    for index, kept in enumerate(plan.layers):
+        prefix = f"{checkpoint.family.modules.layers}.{index}."
+        rows = {"q": heads(kept.query_heads), "k": heads(kept.kv_heads), "v": heads(kept.kv_heads)}
+        rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
+        grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
+        rows["query"] = sorted(row for part in grouped.values() for row in part)
+        rows["c"] = rows["query"] if checkpoint.family.model_type == "gpt_bigcode" else rows["qkv"]
+        channels = list(kept.ffn_channels)
+        expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
+        gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
+        for name in [name for name in dense if name.startswith(prefix)]:
+            tensor, path = dense[name], name.removeprefix(prefix)
+            is_of_heads = path.startswith(attention) and "norm." in path
+            if path.endswith(("mlp.gate.weight", *NORMS)) and not is_of_heads:
+                expected[name] = tensor
+            elif is_of_heads:
+                heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
+                if kept.query_heads:
+                    expected[name] = tensor[list(heads_of)] if tensor.ndim == 2 else tensor
+            elif path.startswith(f"{output}."):
+                continue
+            elif path.startswith(attention) and path.removeprefix(attention).partition("_")[0] in rows:
+                if kept.query_heads:
+                    expected[name] = tensor[rows[path.removeprefix(attention).partition("_")[0]]]
+            elif path.startswith("mlp.gate_up_proj") and channels:
+                expected[name] = tensor[gate_and_up]
+            elif path.startswith("mlp.act_fn.") and channels:
+                expected[name] = tensor
+            elif path.startswith(WIDENING) and channels:
+                expected[name] = tensor[channels]
+        for path, space, columns in ((output, "query", rows["q"]), (down, "ffn", channels)):
+            if space == "ffn" and kept.experts:
+                continue
+            weight = dense[f"{prefix}{path}.weight"]
+            if columns:
+                expected[f"{prefix}{path}.weight"] = weight[:, columns]
+            bias = dense.get(f"{prefix}{path}.bias")
+            gone = [i for i in range(weight.shape[1]) if i not in columns]
+            if gone:
+                mean = statistics.sites[index, space].mean
+                added = weight[:, gone].double() @ mean[gone]
+                bias = (added if bias is None else bias.double() + added).to(weight.dtype)
+            if bias is not None:
+                expected[f"{prefix}{path}.bias"] = bias
+    return expected
+
+
+def expected_experts(checkpoint: Checkpoint, index: int, kept: LayerPlan, means: Tensor) -> dict[str, Tensor]:
+    gate, up, down = ("w1", "w3", "w2") if checkpoint.family.model_type == "mixtral" else EXPERT_PROJECTIONS
+    expected, weights = {}, checkpoint.weights
+    for expert, channels in enumerate(kept.experts):
+        prefix = f"model.layers.{index}.mlp.experts.{expert}."
+        if channels:
+            expected |= {
+                f"{prefix}{name}.weight": weights[f"{prefix}{name}.weight"][list(channels)] for name in (gate, up)
+            }
+            expected[f"{prefix}{down}.weight"] = weights[f"{prefix}{down}.weight"][:, list(channels)]
+        gone = [i for i in range(means.shape[1]) if i not in channels]
+        if gone:
+            weight = weights[f"{prefix}{down}.weight"]
+            expected[f"{prefix}{down}.bias"] = (weight[:, gone].double() @ means[expert, gone]).to(weight.dtype)
+    return expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_plan_that_keeps_everything_changes_no_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    overrides = LLAMA_BIASES if family == "llama" else {}
+    dense = tiny_checkpoint(family, tmp_path / "dense", dtype=dtype, **overrides)
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    same = save_pruned(dense, keep_all_plan(checkpoint), tmp_path / "same", statistics)
+    tokens = tokens_of(2, 9)
+    assert open_checkpoint(same).shape == checkpoint.shape
+    expected = logits_of(plain_model(dense, dtype), tokens)
+    assert_same_logits(logits_of(load_model(same, dtype=dtype), tokens), expected, family)
+    assert torch.equal(
+        logits_of(load_model(same, dtype=dtype), tokens), logits_of(load_model(dense, dtype=dtype), tokens)
+    )
+
+
+@pytest.mark.parametrize("compensation", ["bias", "none"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", *MIXTURES])
+def test_a_decoder_without_any_head_or_channel(family: str, compensation: Any, tmp_path: Path) -> None:
+    overrides = {"llama": LLAMA_BIASES, "mixtral": {}}.get(family, {"attention_bias": True})
+    dense = tiny_checkpoint(family, tmp_path / "dense", **overrides)
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, index, [], []) for index in range(2)])
+    pruned = save_pruned(dense, plan, tmp_path / "pruned", statistics, compensation=compensation)
+    tokens = tokens_of(2, 9)
+    expected = masked_dense_logits(dense, plan, tokens, statistics if compensation == "bias" else None)
+    torch.testing.assert_close(
+        logits_of(load_model(pruned, dtype=torch.float32), tokens), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_plan_is_checked_before_anything_is_yielded(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    checkpoint = open_checkpoint(dense)
+    plan = keep_all_plan(checkpoint)
+    short = plan.model_copy(update={"layers": plan.layers[:1]})
+    with pytest.raises(PlanError, match="1 layers, the model 2"):
+        next(rewrite(checkpoint, short, cut_only))
+
+
+def test_kept_channels_are_whole_heads(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen3", tmp_path / "dense", num_hidden_layers=4))
+    kept = kept_channels(uneven_plan(checkpoint).layers[1], checkpoint.shape)
+    assert kept["hidden"] is None
+    assert kept["query"] is not None
+    assert kept["query"].tolist() == list(range(36, 48))
+    assert kept["kv"] is not None
+    assert kept["kv"].tolist() == list(range(12, 24))
+
+
+def test_fused_outputs_are_cut_space_by_space() -> None:
+    """Phi-3's q, k and v stand in one matrix."""
+    fused = FAMILIES["phi3"].projection("self_attn.qkv_proj")
+    assert fused is not None
+    weight = torch.arange(8 * 3).view(8, 3)
+    widths = {"hidden": 3, "query": 4, "kv": 2, "ffn": 1}
+    kept = {"hidden": None, "query": torch.tensor([2, 3]), "kv": torch.tensor([1]), "ffn": None}
+    assert torch.equal(cut(weight, fused, "weight", kept, widths), weight[[2, 3, 5, 7]])
+    only_query = {**kept, "kv": None}
+    assert torch.equal(cut(weight[:, 0], fused, "bias", only_query, widths), weight[[2, 3, 4, 5, 6, 7], 0])
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["weight", "bias"])
+def test_fused_outputs_are_cut_group_by_group(biased: bool) -> None:
+    """Two KV groups of three query heads of two channels: q0 q1 q2 k0 v0, q3 q4 q5 k1 v1."""
+    fused = Projection("fused", "hidden", ("query", "kv", "kv"), by_group=True)
+    heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
+    names = [f"{head}.{i}" for head in heads for i in range(2)]
+    weight = torch.arange(20 * 3).view(20, 3)
+    tensor = weight[:, 0] if biased else weight
+    widths = {"hidden": 3, "query": 12, "kv": 4, "ffn": 1}
+
+    def rows(query: list[int] | None, kv: list[int] | None) -> list[str]:
+        units = {"query": query, "kv": kv}
+        kept: Any = {
+            "hidden": None,
+            "ffn": None,
+            **{
+                space: None if found is None else torch.tensor([2 * head + i for head in found for i in range(2)])
+                for space, found in units.items()
+            },
+        }
+        found = cut(tensor, fused, "bias" if biased else "weight", kept, widths, 2)
+        assert found.is_contiguous()
+        return [names[int(row) // 3] for row in (found if biased else found[:, 0])]
+
+    assert rows(None, None) == names
+    assert rows([4, 5], [1]) == ["q4.0", "q4.1", "q5.0", "q5.1", "k1.0", "k1.1", "v1.0", "v1.1"]
+    one_of_each = rows([1, 3], None)
+    assert one_of_each[::2] == ["q1.0", "k0.0", "v0.0", "q3.0", "k1.0", "v1.0"]
+    assert rows([], []) == []
+
+
+def test_grouped_outputs_in_the_order_of_spaces() -> None:
+    """One query head a group is what multi-head attention has; with one group, spaces stand one after another."""
+    assert grouped_order([4, 2, 2], 2).tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+    assert grouped_order([2, 2, 2], 2).tolist() == [0, 2, 4, 1, 3, 5]
+    assert grouped_order([4, 2, 2], 1).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_attention_and_ffn_together_are_the_layer(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """Each tensor in one of the parts, the same as in the whole; and all that a layer of that shape has."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", **{"num_hidden_layers": 4, **overrides})
+    checkpoint = open_checkpoint(dense)
+    plan, restore = uneven_plan(checkpoint), mean_restorer(tiny_statistics(dense, tmp_path))
+    layers = MetaLayers(checkpoint, torch.float32)
+    for index, layer in enumerate(plan.layers):
+        kept = kept_channels(layer, checkpoint.shape)
+        whole = dict(rewrite_layer(checkpoint, index, kept, restore))
+        attention, ffn = (dict(rewrite_layer(checkpoint, index, kept, restore, (part,))) for part in CUT_SPACES)
+        assert not attention.keys() & ffn.keys()
+        assert attention.keys() | ffn.keys() == whole.keys()
+        for name, tensor in (attention | ffn).items():
+            assert torch.equal(tensor, whole[name]), name
+        # A part does not depend on what becomes of the other one.
+        for part, found in (("query", attention), ("ffn", ffn)):
+            alone = {"query": None, "kv": None, "ffn": None, "hidden": None}
+            alone |= {space: kept[space] for space in (("query", "kv") if part == "query" else ("ffn",))}
+            again = dict(rewrite_layer(checkpoint, index, alone, restore, (part,)))  # type: ignore[arg-type]
+            assert again.keys() == found.keys()
+            assert all(torch.equal(tensor, found[name]) for name, tensor in again.items())
+        made = layers.made(index, layer.shape(checkpoint.shape.layers[index], compensated=True))
+        prefix = f"{checkpoint.family.modules.layers}.{index}."
+        assert {f"{prefix}{name}" for name in made.state_dict()} == whole.keys()
+        assert all(parameter.is_meta for parameter in made.parameters())
+        parameters = ((name.removeprefix(prefix), tensor) for name, tensor in whole.items())
+        materialize(made, parameters, dtype=torch.float32, device="cpu")
+        for name, tensor in made.state_dict().items():
+            assert torch.equal(tensor, whole[f"{prefix}{name}"]), name
+
+
+def test_quantised_projections_are_refused() -> None:
+    projection = FAMILIES["llama"].projection("self_attn.q_proj")
+    assert projection is not None
+    with pytest.raises(ModelError, match=r"self_attn\.q_proj.*'qweight'.*quantised.*full-precision"):
+        check_kind(projection, "qweight")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
+def test_a_restoring_projection_undoes_every_cut_space(family: Family) -> None:
+    for space in CUT_SPACES:
+        assert family.restoring(space).outputs == ("hidden",)
+        assert any(space in projection.outputs for projection in family.projections)

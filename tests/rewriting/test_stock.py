@@ -1,0 +1,117 @@
+"""Pruned checkpoints that a family's own classes load, without this package and without remote code."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ALL_FAMILIES, MIXTURES, save_tokens, tiny_checkpoint, tokens_of
+from transformers import AutoModelForCausalLM
+
+from flap_export.calibration.statistics import CUT_SPACES, CutSpace
+from flap_export.errors import InputError, PlanError
+from flap_export.exporting import export
+from flap_export.families import FAMILIES
+from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
+from flap_export.pruning.stage import prune
+from flap_export.rewriting.stock import EXPERT_ALIGNMENT
+
+HOLDING_BIASES = (
+    "arcee", "ernie4_5", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "nemotron", "opt",
+    "phi", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+"""Families whose own classes have a place for every compensating bias."""
+WIDE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+
+
+def pruned_stock(family: str, folder: Path, *, ratio: float = 0.5, **options: Any) -> tuple[Path, Path, Path]:
+    """The same plan in both layouts, and the dense model."""
+    dense = tiny_checkpoint(family, folder / "dense")
+    source = save_tokens(folder / "ids.npy", tokens_of(6, 11))
+    shared = {"ratio": ratio, "calibration": source, **options}
+    prune(dense, folder / "stock", layout="stock", **shared)
+    prune(dense, folder / "uneven", **shared, **heads(folder))
+    return dense, folder / "stock", folder / "uneven"
+
+
+def heads(folder: Path) -> dict[str, Any]:
+    """Options that give the uneven layout the very heads that the stock one kept."""
+    kept, dense = open_checkpoint(folder / "stock").shape, open_checkpoint(folder / "dense").shape
+    removed = sum(a.query_heads - b.query_heads for a, b in zip(dense.layers, kept.layers, strict=True))
+    return {"structure": "ul-mm", "remove_heads": removed}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) -> None:
+    row = FAMILIES[family]
+    # Where heads stay, only FFNs are compensated.
+    needed: tuple[CutSpace, ...] = ("ffn",) if row.heads.are_fixed else CUT_SPACES
+    biased = all(row.can_hold_bias(space) for space in needed)
+    assert biased == (family in HOLDING_BIASES)
+    ratio = 0.3 if row.heads.are_fixed else 0.5
+    compensation = "bias" if biased else "none"
+    alignment = EXPERT_ALIGNMENT if family in MIXTURES else 1
+    _, stock, uneven = pruned_stock(family, tmp_path, ratio=ratio, compensation=compensation, align_channels=alignment)
+    assert not list(stock.glob("*.py"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # 4.57 takes sdpa for any of them, which leaves softcaps out.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            stock, dtype=torch.float32, attn_implementation=row.attention_kernel, output_loading_info=True
+        )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokens = tokens_of(2, 9)
+    with torch.no_grad():
+        found = model(tokens).logits
+        expected = load_model(uneven, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert open_checkpoint(stock).shape.decoder_parameters == open_checkpoint(uneven).shape.decoder_parameters
+
+
+@pytest.mark.parametrize("method", ["obs", "wanda-sp", "random"])
+def test_other_methods_take_the_layout(method: Any, tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    plan = prune(dense, tmp_path / "out", ratio=0.3, calibration=source, method=method, layout="stock")
+    assert len({(len(layer.query_heads), len(layer.ffn_channels)) for layer in plan.layers}) == 1
+    assert not open_checkpoint(tmp_path / "out").is_pruned
+    export(tmp_path / "out", tmp_path / "onnx", max_length=16)
+
+
+def test_a_family_without_a_place_for_the_bias_says_so(tmp_path: Path) -> None:
+    """Before it calibrates."""
+    dense = tiny_checkpoint("qwen2", tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    steps: list[str] = []
+    with pytest.raises(PlanError, match=r"no place for a bias of .*; use --compensation none, or --layout uneven"):
+        prune(
+            dense,
+            tmp_path / "out",
+            ratio=0.3,
+            calibration=source,
+            layout="stock",
+            progress=lambda what, *_: steps.append(what),
+        )
+    assert not steps
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"structure": "al-am"}, {"method": "llm-pruner"}])
+def test_uneven_plans_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs the same counts in every layer"):
+        prune(tmp_path / "none", tmp_path / "out", ratio=0.3, calibration="none", layout="stock", **options)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_refused(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("llama", tmp_path / "dense", num_key_value_heads=4)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    options: dict[str, Any] = {"calibration": source, "layout": "stock", "structure": "ul-mm", "remove_heads": 2}
+    with pytest.raises(PlanError, match=r"takes 1, 2, 4 query heads .* keeps 3; keep one of these"):
+        prune(dense, tmp_path / "out", ratio=0.3, **options)
+    plan = prune(dense, tmp_path / "chosen", ratio=0.3, calibration=source, layout="stock")
+    assert {len(layer.query_heads) for layer in plan.layers} <= {2, 4}
