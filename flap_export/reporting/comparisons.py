@@ -117,7 +117,10 @@ def parity_rule(report: ParityReport | None) -> ParityRule:
             f"at most {factor:g} times the yardstick's largest error, and never held below {floor_ulps:g} units in "
             "the last place at the scale of the logits, f"
         ),
-        divergence=f"at most {factor:g} times the yardstick's divergence, and never held below f² / 2",
+        divergence=(
+            f"at most {factor**2:g} times the yardstick's divergence, which is what errors {factor:g} times as large "
+            "cause, and never held below f² / 2"
+        ),
         top1=(
             "wherever the most likely token differs, the reference prefers its own by no more than the bound on the "
             "largest error"

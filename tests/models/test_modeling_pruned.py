@@ -22,6 +22,7 @@ from tiny import (
     tiny_statistics,
     tokens_of,
 )
+from transformers import AutoModelForCausalLM
 
 from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.models import modeling_pruned
@@ -222,3 +223,15 @@ def test_resized_projections_are_the_familys_own_modules(family: str, tmp_path: 
         path = f"{checkpoint.family.modules.layers}.1.{projection.path}"
         dense, resized = (model.get_submodule(path) for model in models)
         assert type(resized) is type(dense)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "opt", "gemma3_text"])
+def test_every_parameter_has_a_gradient(family: str, tmp_path: Path) -> None:
+    """Whoever trains in parallel waits for all of them, also around attentions and FFNs that are empty."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_pruned(family, tmp_path), trust_remote_code=True)
+    tokens = tokens_of(2, 9)
+    evaluated = model(input_ids=tokens).logits
+    model.train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert torch.equal(model.eval()(input_ids=tokens).logits, evaluated)
