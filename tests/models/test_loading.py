@@ -93,7 +93,9 @@ def reference_logits(path: Path, tokens: Tensor) -> Tensor:
     weights = {name: checkpoint.weights[name].double() for name in checkpoint.weights}
     config, shape = checkpoint.config, checkpoint.shape
     size, layer_shape = shape.head_dim, shape.layers[0]
-    frequencies = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
+    # Transformers 4 keeps it beside the parameters.
+    theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
+    frequencies = 1 / theta ** (torch.arange(0, size, 2).float() / size)
     angles = torch.arange(tokens.shape[1]).float()[:, None] * frequencies
     cosine, sine = (torch.cat([f(angles)] * 2, dim=-1).double() for f in (torch.cos, torch.sin))
 
