@@ -31,7 +31,9 @@ SCRIPTS = (
     "prune_memory",
     "pruned_vs_dense",
     "reference_differences",
-    "search",
+    "search_quality",
+    "search_speed",
+    "search_strategies",
 )
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
