@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flap_export.cli import main
 from flap_export.errors import GateBreachedError, MissingRequirementError
+from flap_export.models.loading import load_model
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ def test_inspect(call: Call, model: Path, pruned: Path, artifacts: tuple[Path, P
     value = json.loads(call("inspect", path, "--json").out)
     assert len(value["shape"]["layers"]) == 2
     assert "layer" in call("inspect", path).out
+    if which != "artifact":
+        loaded = load_model(path, dtype=torch.float32)
+        assert value["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
 
 
 def test_verify(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def described(path: str) -> tuple[dict[str, Any], Sequence[RenderableType]]:
     checkpoint = open_checkpoint(path)
     kind = "pruned checkpoint" if checkpoint.is_pruned else "dense checkpoint"
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    return _described({"kind": kind, "family": checkpoint.family.model_type, "dtype": dtype}, checkpoint.shape)
+    facts = {"kind": kind, "family": checkpoint.family.model_type, "dtype": dtype}
+    # Learned positions, norms and biases too, which no budget counts.
+    return _described({**facts, "parameters": checkpoint.weights.parameters}, checkpoint.shape)
 
 
 def _described(facts: dict[str, Any], shape: DecoderShape) -> tuple[dict[str, Any], Sequence[RenderableType]]:

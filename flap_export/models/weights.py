@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +108,11 @@ class Weights:
     def dtype(self, name: str) -> str:
         """Kind of numbers of one tensor, as safetensors calls it (`BF16`, `F8_E4M3`), from the file's header."""
         return self._headers[name][1]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors, as the headers have it; tied ones are there once."""
+        return sum(math.prod(shape) for shape, _ in self._headers.values())
 
     @cached_property
     def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
