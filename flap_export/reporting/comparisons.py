@@ -105,7 +105,7 @@ def _agreement(share: float) -> str:
 def parity_rule(report: ParityReport | None) -> ParityRule:
     """The rule in words, with the constants the report was made with."""
     settings = {} if report is None else report.settings
-    factor, floor_ulps = (settings.get(key) or default for key, default in _CONSTANTS.items())
+    factor, floor_ulps = (float(settings.get(key) or default) for key, default in _CONSTANTS.items())
     own = f"in {settings['dtype']}" if settings.get("dtype") else "in the artifact's precision"
     reference = f"in {settings['reference_dtype']}" if settings.get("reference_dtype") else "in a higher precision"
     return ParityRule(
