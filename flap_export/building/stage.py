@@ -38,7 +38,7 @@ from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profi
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError, check_choice
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
-from flap_export.storage import digest_of_file, new_directory, write_text
+from flap_export.storage import check_output, digest_of_file, new_directory, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def build(
     from flap_export.rewriting.checkpoint import copy_companions
 
     source, opened, chosen = Path(artifact), load_artifact(Path(artifact)), options or BuildOptions()
+    check_output(Path(output), ENGINE_NAME)
     kinds = _kinds(logits, opened, source)
     profiles = profiles_of(
         opened.max_length, batch_size=batch_size, max_batch=max_batch, prompt=prompt, max_prompt=max_prompt
