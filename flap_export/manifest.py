@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from pydantic import Field
 
-from flap_export.errors import ArtifactError
+from flap_export.errors import ArtifactError, InputError
 from flap_export.storage import MANIFEST_NAME, Record, Value, digest_of_file
 
 PACKAGES: Final = (
@@ -26,6 +26,10 @@ PACKAGES: Final = (
     "tensorrt",
     "tensorrt-rtx",
 )
+BESIDE: Final = ("report.html", "parity.json", "latency.json", "quality.json", "README.md", "LICENSE")
+"""What later stages and people put beside what was written, and nothing reads as a part of it. In a run's own directory
+these are a part of it."""
+_RUN_NAME: Final = "run.json"
 
 
 class FileEntry(Value):
@@ -68,13 +72,31 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def listed_files(directory: Path) -> Iterable[Path]:
-    """The files below `directory`, sorted, without manifests of its own level and hidden ones."""
-    for path in sorted(directory.rglob("*")):
+def listed_files(directory: Path, within: str = "") -> Iterable[Path]:
+    """The files below `directory`, or below `within` in it, sorted, without its own manifest and hidden ones."""
+    for path in sorted((directory / within).rglob("*")):
         relative = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_file() and not hidden and relative.as_posix() != MANIFEST_NAME:
             yield path
+
+
+def added_files(directory: Path, written: Collection[str], within: str = "") -> list[str]:
+    """Files below `directory`, or below `within` in it, that were not written with the rest.
+
+    Another output that was put below it, with a manifest of its own, is no part of it; nor is what `BESIDE` names.
+    """
+    names = (path.relative_to(directory).as_posix() for path in listed_files(directory, within))
+    return [name for name in names if name not in written and not _stands_beside(directory, name, written)]
+
+
+def _stands_beside(directory: Path, name: str, written: Collection[str]) -> bool:
+    path = directory / name
+    if path.name in BESIDE and not (path.parent / _RUN_NAME).is_file():
+        return True
+    folders = (folder for folder in path.parents if folder != directory and folder.is_relative_to(directory))
+    manifests = (folder / MANIFEST_NAME for folder in folders)
+    return any(own.is_file() and own.relative_to(directory).as_posix() not in written for own in manifests)
 
 
 def write_manifest(directory: Path, *, digests: Mapping[str, str], recipe: Mapping[str, Any] | None = None) -> Manifest:
@@ -89,20 +111,45 @@ def write_manifest(directory: Path, *, digests: Mapping[str, str], recipe: Mappi
     return manifest
 
 
+def note(path: Path) -> None:
+    """Let manifests know a file that a stage has written into a directory later, so that it still verifies.
+
+    That is the manifest of its own directory and those of the directories around it that hold this one.
+    """
+    changed = [path.resolve()]
+    for folder in changed[0].parents:
+        try:
+            manifest = Manifest.load(folder / MANIFEST_NAME)
+        except (InputError, OSError):
+            continue
+        names = {file.relative_to(folder).as_posix(): file for file in changed}
+        own = next(iter(names))
+        if own not in manifest.files and _stands_beside(folder, own, manifest.files):
+            continue
+        files = {**manifest.files, **{name: FileEntry.of(file) for name, file in names.items()}}
+        manifest.model_copy(update={"files": files}).save(folder / MANIFEST_NAME)
+        changed.append(folder / MANIFEST_NAME)
+
+
 def verify(directory: str | Path) -> Manifest:
-    """Check every file of a directory against its manifest.
+    """Check every file of a directory against its manifest, and that there are no others.
 
     Raises:
-        ArtifactError: a file is missing or differs; all of them are named.
+        ArtifactError: a file is missing or differs, or was not written with the rest; all of them are named.
         InputError: the directory has no manifest.
     """
     root = Path(directory)
     manifest = Manifest.load(root / MANIFEST_NAME)
+    if not manifest.files:
+        raise ArtifactError(
+            f"the manifest of '{root}' must list what was written there, and lists no file; make it again"
+        )
     problems = [
         f"{name} is {'changed' if (root / name).is_file() else 'missing'}"
         for name, entry in manifest.files.items()
         if not entry.matches(root / name)
     ]
+    problems += [f"{name} is there and was not written with the rest" for name in added_files(root, manifest.files)]
     if problems:
         raise ArtifactError(f"'{root}' is not what was written there: {'; '.join(problems)}; make it again")
     return manifest

@@ -172,6 +172,20 @@ def test_verify(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> Non
     assert "model.onnx is changed" in outcome.err
 
 
+def test_verify_holds_after_what_is_written_into_a_directory(
+    call: Call, pruned: Path, artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts[1], copy)
+    parity = ("validate", copy, "--reference", pruned, "--decode-steps", "2")
+    bench = ("bench", copy, "--baseline", artifacts[0], "--repeats", "3", "--budget", "1", "--prompt-length", "4")
+    for command, name in ((parity, "parity.json"), (parity, "by-another-name.json"), (bench, "latency.json")):
+        assert call(*command, "--output", copy / name).code == 0
+        assert call("verify", copy).code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

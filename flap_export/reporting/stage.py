@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flap_export.manifest import FileEntry, Manifest
+from flap_export.manifest import note
 from flap_export.reporting.page import Page, page_from
 from flap_export.reporting.records import read_run
 from flap_export.reporting.searches import SearchPage, search_page
 from flap_export.searching.record import SEARCH_NAME, SearchReport
-from flap_export.storage import MANIFEST_NAME, write_text
+from flap_export.storage import write_text
 
 REPORT_NAME: Final = "report.html"
 
@@ -42,15 +42,8 @@ def report(run_directory: str | Path, *, recipe: Mapping[str, Any] | None = None
     else:
         page = _rendered("report.html", page_from(read_run(directory, recipe)))
     write_text(path, page)
-    _note(path, directory / MANIFEST_NAME)
+    note(path)
     return path
-
-
-def _note(page: Path, path: Path) -> None:
-    """Let a manifest that lists the page know the new one, so that the directory still verifies."""
-    if path.is_file() and REPORT_NAME in (manifest := Manifest.load(path)).files:
-        files = {**manifest.files, REPORT_NAME: FileEntry.of(page)}
-        manifest.model_copy(update={"files": files}).save(path)
 
 
 def _rendered(template: str, page: Page | SearchPage) -> str:
