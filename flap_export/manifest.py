@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import Field
 
 from flap_export.errors import ArtifactError, InputError
 from flap_export.storage import MANIFEST_NAME, Record, Value, digest_of_file
+
+_logger = logging.getLogger(__name__)
 
 PACKAGES: Final = (
     "flap-export",
@@ -30,6 +33,10 @@ BESIDE: Final = ("report.html", "parity.json", "latency.json", "quality.json", "
 """What later stages and people put beside what was written, and nothing reads as a part of it. In a run's own directory
 these are a part of it."""
 _RUN_NAME: Final = "run.json"
+_SETTINGS: Final = frozenset({"generation_config.json"})
+"""What people set after their own mind, such as the tokens that end a text; reading it checks it."""
+_WEIGHTS: Final = (".data", ".engine", ".safetensors")
+"""Ends of the names of files that are too large to be read through whenever something is opened."""
 
 
 class FileEntry(Value):
@@ -129,6 +136,45 @@ def note(path: Path) -> None:
         files = {**manifest.files, **{name: FileEntry.of(file) for name, file in names.items()}}
         manifest.model_copy(update={"files": files}).save(folder / MANIFEST_NAME)
         changed.append(folder / MANIFEST_NAME)
+
+
+def check_opened(directory: Path, needed: Collection[str], *, weights: bool, remedy: str) -> dict[str, str]:
+    """Hold what is about to be run against what was written: sizes of all files, and the content of small ones.
+
+    Args:
+        directory: of an artifact or of engines.
+        needed: what the manifest must list.
+        weights: read the weights through too.
+        remedy: what to do where something differs.
+
+    Returns:
+        SHA-256 of the files that were read through, by name.
+
+    Raises:
+        ArtifactError: a file is missing or is not what was written; the message names the first.
+        InputError: the manifest cannot be read.
+    """
+    if not (directory / MANIFEST_NAME).is_file():
+        _logger.warning("'%s' has no %s: whether it is as it was written is not known", directory, MANIFEST_NAME)
+        return {}
+    listed = Manifest.load(directory / MANIFEST_NAME).files
+    entries = {name: entry for name, entry in listed.items() if name not in _SETTINGS}
+    if unlisted := sorted(set(needed) - set(entries)):
+        raise ArtifactError(f"the manifest of '{directory}' must list {unlisted[0]}, and does not; {remedy}")
+    for name, entry in entries.items():
+        if not (directory / name).is_file():
+            raise ArtifactError(f"'{directory}' lacks {name}, which was written there; copy it too, or {remedy}")
+        if (size := (directory / name).stat().st_size) != entry.size_bytes:
+            raise _not_as_written(directory / name, f"{entry.size_bytes} bytes were, and it holds {size}", remedy)
+    found = {name: digest_of_file(directory / name) for name in entries if weights or not name.endswith(_WEIGHTS)}
+    for name, digest in found.items():
+        if digest != entries[name].sha256:
+            raise _not_as_written(directory / name, "its content differs", remedy)
+    return found
+
+
+def _not_as_written(path: Path, how: str, remedy: str) -> ArtifactError:
+    return ArtifactError(f"'{path}' is not what was written there: {how}; {remedy}")
 
 
 def verify(directory: str | Path) -> Manifest:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flap_export.cli import main
 from flap_export.errors import GateBreachedError, MissingRequirementError
+from flap_export.manifest import write_manifest
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def test_a_parity_breach_exits_1_and_names_the_gate(
     content = bytearray((broken / "model.onnx.data").read_bytes())
     content[3] ^= 0x40
     (broken / "model.onnx.data").write_bytes(content)
+    # Written so, as by a wrong export: the manifest says nothing against it.
+    write_manifest(broken, digests={})
     outcome = call("validate", broken, "--reference", pruned, "--decode-steps", "4", "--json")
     assert outcome.code == 1
     assert json.loads(outcome.out)["passed"] is False

@@ -16,7 +16,7 @@ from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.errors import ArtifactError, BudgetError, OutputError, RecipeError, TextError
-from flap_export.manifest import Manifest, verify
+from flap_export.manifest import Manifest, verify, write_manifest
 from flap_export.pipeline import resuming, running, stages
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
@@ -274,6 +274,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
         content = bytearray(data.read_bytes())
         content[3] ^= 0x40
         data.write_bytes(content)
+        write_manifest(Path(output), digests={})
         return artifact
 
     monkeypatch.setattr(stages, "export", broken_export)

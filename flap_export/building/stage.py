@@ -34,7 +34,7 @@ from flap_export.building.network import (
     weights_bytes,
 )
 from flap_export.building.profiles import polygraphy_profile, profiles_of
-from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profile
+from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profile, check_runnable
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError, check_choice
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
@@ -91,7 +91,7 @@ def build(
             products in float32 engines; a timing cache to read and extend (`tensorrt` only, which measures kernels).
 
     Raises:
-        ArtifactError: the artifact is damaged, or TensorRT refuses its graph.
+        ArtifactError: the artifact is damaged or not what was written, or TensorRT refuses its graph.
         InputError: an option is out of its range or not one of the flavour's.
         MissingRequirementError: the flavour's package or a GPU is not there.
         OutputError: `output` holds something else, or the disk is full.
@@ -106,6 +106,7 @@ def build(
     )
     trt = import_tensorrt(backend)
     _check_options(backend, targets, chosen)
+    check_runnable(source, weights=True)
     builder = _Builder(source, opened, backend, trt, import_polygraphy(backend), tuple(targets), profiles, chosen)
     with new_directory(Path(output), ENGINE_NAME) as directory:
         engines = {kind: builder.build(kind, directory) for kind in kinds}
