@@ -57,6 +57,8 @@ def parity_verdict(records: RunRecords) -> Verdict:
     passed, failed = (sum(found.passed is verdict for found in report.comparisons) for verdict in (True, False))
     compared, skipped = passed + failed, len(report.comparisons) - passed - failed
     notes = (f"{skipped} of {len(report.comparisons)} comparisons did not run here.",) if skipped else ()
+    if not report.complete:
+        notes = ("The check is not complete.", *notes)
     if failed:
         assert report.worst is not None
         headline = f"{failed} of {compared} comparisons beyond tolerance."
