@@ -90,8 +90,9 @@ class Record(Value):
         if path.is_dir() or not path.name:
             raise OutputError(f"the output '{path}' is a directory; name the file of a {cls.kind}")
         try:
+            # One that contradicts itself is of the kind all the same, and is what shall be replaced.
             if path.exists():
-                cls.load(path)
+                cls._parsed(path)
         except InputError as error:
             raise OutputError(
                 f"the output '{path}' is a file and no {cls.kind}, and was not touched; name another"
@@ -104,6 +105,10 @@ class Record(Value):
         Raises:
             InputError: no such file, or not a record of this kind.
         """
+        return cls._parsed(path)
+
+    @classmethod
+    def _parsed(cls, path: Path) -> Self:
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:

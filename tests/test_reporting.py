@@ -428,6 +428,8 @@ def test_a_verdict_that_its_comparisons_do_not_bear_out_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **edits}))
     with pytest.raises(InputError, match=rf"passed and complete must be what its comparisons come to, {found}"):
         report(tmp_path)
+    # The remedy works: it may be replaced.
+    ParityReport.check_output(path)
 
 
 def test_a_report_says_whether_all_ran(tmp_path: Path) -> None:
