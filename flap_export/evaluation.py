@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from flap_export.building.record import is_runnable, record_file
+from flap_export.building.record import check_runnable, is_runnable, record_digest
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, ModelError, TextError
 from flap_export.plan import PLAN_NAME, PruningPlan
-from flap_export.storage import Record, Value, digest_of_file
+from flap_export.storage import Record, Value
 from flap_export.text.windows import TokenWindows, read_windows
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def evaluate(
     directory, digests = _identify(target)
     calibration = _calibration_digest(directory)
     qualities = []
-    with open_runner(directory, device=device, dtype=dtype) as runner:
+    with open_runner(directory, device=device, dtype=dtype, check=False) as runner:
         # All sources are read and checked before the first is scored, which may take hours.
         read = [
             read_windows(source, directory, runner.vocabulary_size, sequence_length=sequence_length, samples=samples)
@@ -225,7 +225,7 @@ def _identify(target: str | Path) -> tuple[Path, dict[str, str]]:
     """Where the files of a checkpoint or an artifact lie (a hub name is fetched), and the digests of which it is."""
     path = Path(target)
     if is_runnable(path):
-        return path, {"artifact": digest_of_file(record_file(path))}
+        return path, {"artifact": record_digest(path, check_runnable(path, weights=True))}
     from flap_export.models.opening import open_checkpoint
 
     checkpoint = open_checkpoint(target)

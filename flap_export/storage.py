@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -25,6 +25,18 @@ MANIFEST_NAME = "manifest.json"
 SCRATCH_PREFIX = "flap-export-"
 """Of what a stage keeps in the folder for temporary files while it works."""
 _PARTIAL = ".partial"
+_KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "run.json": ("run.json",),
+    "request.json": ("request.json",),
+    "search.json": ("search.json",),
+    "comparison.json": ("comparison.json",),
+    "engine.json": ("engine.json",),
+    "artifact.json": ("artifact.json",),
+    "plan.json": ("plan.json", "config.json"),
+    "evidence.json": ("evidence.json",),
+}
+"""Every kind of output directory by its marker, and the files it is known by. A directory is of the first kind all of
+whose files it holds: runs, searches, artifacts and engines have a plan too, and a pruned checkpoint has evidence."""
 
 
 V = TypeVar("V", bound="Value")
@@ -78,8 +90,9 @@ class Record(Value):
         if path.is_dir() or not path.name:
             raise OutputError(f"the output '{path}' is a directory; name the file of a {cls.kind}")
         try:
+            # One that contradicts itself is of the kind all the same, and is what shall be replaced.
             if path.exists():
-                cls.load(path)
+                cls._parsed(path)
         except InputError as error:
             raise OutputError(
                 f"the output '{path}' is a file and no {cls.kind}, and was not touched; name another"
@@ -92,6 +105,10 @@ class Record(Value):
         Raises:
             InputError: no such file, or not a record of this kind.
         """
+        return cls._parsed(path)
+
+    @classmethod
+    def _parsed(cls, path: Path) -> Self:
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
@@ -212,8 +229,8 @@ def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterato
 
     Args:
         path: where the directory shall be.
-        marker: the file that tells a directory of this kind (`plan.json`, `artifact.json`); what holds one may be
-            replaced, anything else is never touched.
+        marker: the file that tells a directory of this kind (`plan.json`, `artifact.json`); one of the same kind may
+            be replaced, anything else is never touched, other kinds of outputs included.
         overwrite: whether a directory of the same kind is replaced.
 
     Raises:
@@ -309,13 +326,23 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
     # What a killed process left half-written is nobody's.
     if not path.exists() or all(entry.name.startswith(".") and _PARTIAL in entry.name for entry in path.iterdir()):
         return
-    if not (path / marker).is_file():
+    if (other := _what_else(path, marker)) is not None:
         raise OutputError(
-            f"the output directory '{path}' holds something else (no {marker} in it), and nothing was touched; "
+            f"the output directory '{path}' holds something else ({other} in it), and nothing was touched; "
             "name an empty or a new directory"
         )
     if not overwrite:
         raise OutputError(f"the output directory '{path}' is already there; name a new directory")
+
+
+def _what_else(path: Path, marker: str) -> str | None:
+    """Why a directory is not of the kind that `marker` tells; None where it is."""
+    own = _KINDS.get(marker, (marker,))
+    if missing := [name for name in own if not (path / name).is_file()]:
+        return f"no {missing[0]}"
+    held = (kind for kind, names in _KINDS.items() if all((path / name).is_file() for name in names))
+    found = next(held, marker)
+    return None if found == marker else found
 
 
 def _check_writable(path: Path, folder: Path) -> None:

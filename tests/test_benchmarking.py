@@ -34,6 +34,7 @@ from flap_export.benchmarking.workload import Workload, prepared_call
 from flap_export.errors import ArtifactError, FlapExportError, GateBreachedError, InputError, MissingRequirementError
 from flap_export.exporting import export
 from flap_export.ideal import ideal_speedup
+from flap_export.manifest import write_manifest
 from flap_export.prediction import expected_ms
 from flap_export.runners import open_runner
 
@@ -376,6 +377,7 @@ def test_artifacts_of_different_dtype_are_refused(pruned: Path, dense: Path, tmp
     for file in pruned.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / ARTIFACT_NAME).write_text(json.dumps(half))
+    write_manifest(tmp_path, digests={})
     with pytest.raises(ArtifactError, match=r"same dtype.*--dtype float32"):
         bench(tmp_path, baseline=dense)
 

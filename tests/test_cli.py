@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flap_export.cli import main
 from flap_export.errors import GateBreachedError, MissingRequirementError
+from flap_export.manifest import write_manifest
 from flap_export.models.loading import load_model
 
 
@@ -140,6 +141,8 @@ def test_a_parity_breach_exits_1_and_names_the_gate(
     content = bytearray((broken / "model.onnx.data").read_bytes())
     content[3] ^= 0x40
     (broken / "model.onnx.data").write_bytes(content)
+    # Written so, as by a wrong export: the manifest says nothing against it.
+    write_manifest(broken, digests={})
     outcome = call("validate", broken, "--reference", pruned, "--decode-steps", "4", "--json")
     assert outcome.code == 1
     assert json.loads(outcome.out)["passed"] is False
@@ -175,6 +178,20 @@ def test_verify(call: Call, artifacts: tuple[Path, Path], tmp_path: Path) -> Non
     outcome = call("verify", copy)
     assert outcome.code == 2
     assert "model.onnx is changed" in outcome.err
+
+
+def test_verify_holds_after_what_is_written_into_a_directory(
+    call: Call, pruned: Path, artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts[1], copy)
+    parity = ("validate", copy, "--reference", pruned, "--decode-steps", "2")
+    bench = ("bench", copy, "--baseline", artifacts[0], "--repeats", "3", "--budget", "1", "--prompt-length", "4")
+    for command, name in ((parity, "parity.json"), (parity, "by-another-name.json"), (bench, "latency.json")):
+        assert call(*command, "--output", copy / name).code == 0
+        assert call("verify", copy).code == 0
 
 
 @pytest.mark.parametrize(

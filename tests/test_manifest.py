@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flap_export.errors import ArtifactError, InputError
-from flap_export.manifest import Manifest, installed_versions, verify, write_manifest
+from flap_export.manifest import BESIDE, Manifest, installed_versions, note, verify, write_manifest
 
 
 @pytest.fixture
@@ -50,6 +50,64 @@ def test_a_file_of_another_size_and_a_directory_in_its_place(directory: Path) ->
 def test_a_directory_without_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no manifest at"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "deep/c", "notes.json"])
+def test_added_files_are_named(directory: Path, name: str) -> None:
+    (directory / name).write_text("added")
+    with pytest.raises(ArtifactError, match=rf"{name} is there and was not written with the rest; make it again"):
+        verify(directory)
+    # Unless a stage wrote it, and said so.
+    note(directory / name)
+    assert name in verify(directory).files
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_records_and_pages_may_stand_beside_but_in_a_run_they_are_a_part(directory: Path, name: str) -> None:
+    (directory / "deep" / name).write_text("beside")
+    (directory / name).write_text("beside")
+    note(directory / name)
+    assert name not in verify(directory).files
+    (directory / "run.json").write_text("")
+    write_manifest(directory, digests={})
+    assert name in verify(directory).files
+    (directory / name).write_text("edited")
+    with pytest.raises(ArtifactError, match=f"{name} is changed"):
+        verify(directory)
+    note(directory / name)
+    (directory / "deep" / name).write_text("of its own")
+    note(directory / "deep" / name)
+    verify(directory)
+
+
+def test_another_output_below_is_no_part_of_it(directory: Path) -> None:
+    (directory / "onnx" / "deep").mkdir(parents=True)
+    (directory / "onnx" / "deep" / "model").write_text("")
+    write_manifest(directory / "onnx", digests={})
+    verify(directory)
+    (directory / "onnx" / "late.json").write_text("")
+    note(directory / "onnx" / "late.json")
+    verify(directory / "onnx")
+    assert not any(name.startswith("onnx") for name in verify(directory).files)
+
+
+def test_a_file_is_noted_by_all_manifests_around_it(tmp_path: Path) -> None:
+    inner = tmp_path / "onnx" / "pruned"
+    inner.mkdir(parents=True)
+    (inner / "model").write_text("")
+    for folder in (inner, tmp_path):
+        write_manifest(folder, digests={"of": folder.name})
+    (inner / "mine.json").write_text("")
+    note(inner / "mine.json")
+    for folder, name in ((inner, "mine.json"), (tmp_path, "onnx/pruned/mine.json")):
+        assert name in verify(folder).files
+        assert Manifest.load(folder / "manifest.json").digests == {"of": folder.name}
+
+
+def test_a_manifest_that_lists_nothing_verifies_nothing(directory: Path) -> None:
+    Manifest.load(directory / "manifest.json").model_copy(update={"files": {}}).save(directory / "manifest.json")
+    with pytest.raises(ArtifactError, match="must list what was written there, and lists no file; make it again"):
+        verify(directory)
 
 
 def test_versions_tell_what_made_it() -> None:

@@ -15,8 +15,8 @@ import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
-from flap_export.errors import BudgetError, OutputError, RecipeError, TextError
-from flap_export.manifest import Manifest, verify
+from flap_export.errors import ArtifactError, BudgetError, OutputError, RecipeError, TextError
+from flap_export.manifest import Manifest, verify, write_manifest
 from flap_export.pipeline import resuming, running, stages
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
@@ -224,6 +224,30 @@ def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[...,
     verify(directory)
 
 
+def test_what_was_added_to_an_output_or_taken_from_its_manifest_is_made_good(
+    tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    directory = tmp_path / "run"
+    running.run(recipe_of(), directory)
+    checkpoint, dense = directory / "checkpoint", directory / "onnx/dense"
+    expected = (checkpoint / "manifest.json").read_bytes()
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ArtifactError, match=r"checkpoint/model\.safetensors\.index\.json is there and was not written"):
+        verify(directory)
+    # Records beside an artifact change nothing about it.
+    (dense / "parity.json").write_text("{}")
+    assert performed_by(performed, recipe_of(), directory) == ["prune"]
+    assert not (checkpoint / "model.safetensors.index.json").exists()
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(expected.replace(b"size", b"sise", 1))):
+        damage(checkpoint / "manifest.json")
+        with pytest.raises(ArtifactError, match=r"checkpoint/manifest\.json is"):
+            verify(directory)
+        assert performed_by(performed, recipe_of(), directory) == ["prune"]
+        assert (checkpoint / "manifest.json").read_bytes() == expected
+    for folder in (directory, checkpoint, dense, directory / "onnx/pruned"):
+        verify(folder)
+
+
 def test_a_changed_calibration_text_redoes_what_depends_on_it(
     tmp_path: Path, inputs: Path, recipe_of: Callable[..., Recipe], performed: list[str]
 ) -> None:
@@ -250,6 +274,7 @@ def test_a_parity_breach_stops_before_the_bench_and_still_reports(
         content = bytearray(data.read_bytes())
         content[3] ^= 0x40
         data.write_bytes(content)
+        write_manifest(Path(output), digests={})
         return artifact
 
     monkeypatch.setattr(stages, "export", broken_export)

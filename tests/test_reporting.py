@@ -17,13 +17,13 @@ from flap_export.benchmarking.machine import Machine
 from flap_export.errors import InputError, PlanError
 from flap_export.evaluation import QualityReport, SourceQuality
 from flap_export.ideal import Phase, ideal_speedup
-from flap_export.manifest import FileEntry, Manifest
+from flap_export.manifest import FileEntry, Manifest, note
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
 from flap_export.precision import DtypeName
 from flap_export.reporting import REPORT_NAME, formats, report
 from flap_export.reporting.layers import MAXIMUM_TICKS, layer_chart
 from flap_export.reporting.page import Page, page_from
-from flap_export.reporting.records import read_run
+from flap_export.reporting.records import altered_records, read_run
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.storage import Record, digest_of_bytes, digest_of_file
 from flap_export.validation import Comparison, ParityReport
@@ -381,6 +381,77 @@ def test_parity_breach_is_visible(tmp_path: Path) -> None:
     assert "1 of 8 comparisons beyond tolerance." in text
     assert "Worst: onnxruntime against torch, decode of case 'ragged'." in text
     assert "largest error 0.0041 exceeds 2.9e-05" in text
+
+
+def test_records_that_were_edited_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fake_run(tmp_path)
+    names = ("plan.json", "parity.json", "quality.json", "latency.json")
+    artifacts = ("onnx/dense/artifact.json", "onnx/pruned/artifact.json")
+    manifest = Manifest.load(tmp_path / "manifest.json")
+    files = {name: FileEntry.of(tmp_path / name) for name in (*names, *artifacts)}
+    manifest.model_copy(update={"files": {**manifest.files, **files}}).save(tmp_path / "manifest.json")
+    assert page_at(tmp_path).altered is None
+    assert 'class="altered"' not in report(tmp_path).read_text(encoding="utf-8")
+
+    latency = (tmp_path / "latency.json").read_text()
+    speedup = json.loads(latency)["phases"][0]["speedup"]
+    (tmp_path / "latency.json").write_text(latency.replace(f'"speedup": {speedup}', '"speedup": 99.0', 1))
+    text = read_report(tmp_path).text
+    assert "99" in text
+    assert "latency.json is not what was written with the rest" in text
+    assert "latency.json is not what was written with the rest" in caplog.text
+    # What a stage writes there is known to be its own.
+    note(tmp_path / "latency.json")
+    assert page_at(tmp_path).altered is None
+
+    (tmp_path / "search").mkdir()
+    (tmp_path / "alignment.json").write_text("{}")
+    assert altered_records(tmp_path, ("alignment.json", "parity.json"), Manifest.load(tmp_path / "manifest.json")) == (
+        "alignment.json",
+    )
+    assert altered_records(tmp_path, ("alignment.json",), None) == ()
+
+
+@pytest.mark.parametrize(
+    ("edits", "found"),
+    [
+        ({"passed": True}, "False and True, and are True and True"),
+        ({"complete": False}, "False and True, and are False and False"),
+    ],
+)
+def test_a_verdict_that_its_comparisons_do_not_bear_out_is_refused(
+    edits: dict[str, bool], found: str, tmp_path: Path
+) -> None:
+    fake_run(tmp_path)
+    path = tmp_path / "parity.json"
+    parity_of([*comparisons()[1:], failed()]).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edits}))
+    with pytest.raises(InputError, match=rf"passed and complete must be what its comparisons come to, {found}"):
+        report(tmp_path)
+    # The remedy works: it may be replaced.
+    ParityReport.check_output(path)
+
+
+def test_a_report_says_whether_all_ran(tmp_path: Path) -> None:
+    fake_run(tmp_path)
+    path = tmp_path / "parity.json"
+    skipped = comparison("prefill", "single", passed=None, reason="not run: no TensorRT")
+    for found, passed, complete in (
+        (comparisons(), True, True),
+        ([failed()], False, True),
+        ([skipped, comparison("decode", "single")], True, False),
+        ([skipped], False, False),
+        ([], False, False),
+    ):
+        parity_of(found).save(path)
+        values = json.loads(path.read_text())
+        assert (values["passed"], values["complete"]) == (passed, complete)
+        # Files of before say it by their comparisons.
+        del values["complete"]
+        path.write_text(json.dumps(values))
+        assert ParityReport.load(path) == parity_of(found)
+    parity_of([skipped, comparison("decode", "single")]).save(path)
+    assert "The check is not complete." in page_at(tmp_path).parity.notes
 
 
 def test_parity_that_could_not_run(tmp_path: Path) -> None:

@@ -13,12 +13,11 @@ from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_l
 from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
-from flap_export.building.record import load_runnable, record_file
+from flap_export.building.record import check_runnable, load_runnable, record_digest
 from flap_export.errors import ArtifactError, InputError, check_choice
 from flap_export.ideal import Phase, Roofline, ideal_speedup
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
-from flap_export.storage import digest_of_file
 
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
@@ -68,7 +67,8 @@ def bench(
 
     Raises:
         InputError: an argument out of range.
-        ArtifactError: an artifact is damaged, the two differ in dtype or `max_length`, or a shape does not fit them.
+        ArtifactError: an artifact is damaged or not what was written, the two differ in dtype or `max_length`, or a
+            shape does not fit them.
         MissingRequirementError: the backend or the device is not there.
         FlapExportError: a worker process died.
     """
@@ -80,6 +80,8 @@ def bench(
     _check_comparable(dense, pruned, paths)
     _check_rounds(repeats, budget_s)
     workloads = planned_workloads(phases, batch_sizes, prompt_lengths, context_length, max_length=dense.max_length)
+    # Here and not in the workers: read through once, and before anything is measured.
+    checked = [check_runnable(path, weights=True) for path in paths]
     measured: list[PhaseLatency] = []
     draw, options = random.Random(seed), WorkerOptions(device=device, threads=threads, seed=seed)
     with Worker(paths[0], options) as dense_worker, Worker(paths[1], options) as pruned_worker:
@@ -105,7 +107,10 @@ def bench(
         machine=machine,
         versions=installed_versions(),
         settings={"repeats": repeats, "budget_s": budget_s, "sample_ms": sample_ms, "threads": threads, "seed": seed},
-        digests={**_digests("dense", paths[0], dense), **_digests("pruned", paths[1], pruned)},
+        digests={
+            **_digests("dense", record_digest(paths[0], checked[0]), dense),
+            **_digests("pruned", record_digest(paths[1], checked[1]), pruned),
+        },
     )
 
 
@@ -184,6 +189,6 @@ def _predicted_ms(models: tuple[Artifact, Artifact], workload: Workload, gpu: st
     return dense, pruned
 
 
-def _digests(side: str, path: Path, artifact: Artifact) -> dict[str, str]:
-    own = {"artifact": digest_of_file(record_file(path)), **artifact.digests}
+def _digests(side: str, record: str, artifact: Artifact) -> dict[str, str]:
+    own = {"artifact": record, **artifact.digests}
     return {f"{side}.{name}": digest for name, digest in own.items()}

@@ -199,6 +199,8 @@ def _answer_requests(connection: Connection, path: Path, options: WorkerOptions)
         threads=options.threads,
         logits="last",
         max_length=options.max_length,
+        # Whoever started the worker has looked at the files.
+        check=False,
     ) as runner:
         connection.send(runner.name)
         while True:

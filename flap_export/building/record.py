@@ -7,7 +7,7 @@ ranges of its profiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
@@ -16,9 +16,10 @@ from pydantic import Field
 from flap_export.artifact import ARTIFACT_NAME, Artifact, LogitsKind, is_artifact, load_artifact
 from flap_export.building.flavours import Flavour
 from flap_export.errors import ArtifactError
+from flap_export.manifest import check_opened
 from flap_export.precision import DtypeName
 from flap_export.shapes import DecoderShape
-from flap_export.storage import Record, Value
+from flap_export.storage import Record, Value, digest_of_file
 
 ENGINE_NAME: Final = "engine.json"
 
@@ -169,6 +170,30 @@ def load_runnable(path: Path) -> Artifact:
         ArtifactError: the directory holds neither, or something of it is missing.
     """
     return load_engine(path).artifact if is_engine(path) else load_artifact(path)
+
+
+def check_runnable(path: Path, *, weights: bool = False) -> dict[str, str]:
+    """Hold an artifact or engines against their manifest before they are run; see `flap_export.manifest.check_opened`.
+
+    Raises:
+        ArtifactError: the directory holds neither, or something of it is missing or is not what was written.
+    """
+    if not is_engine(path):
+        graphs = load_artifact(path).graphs.values()
+        return check_opened(path, (ARTIFACT_NAME, *graphs), weights=weights, remedy="export again")
+    record = load_engine(path)
+    files = (engine.file for engine in record.engines.values())
+    found = check_opened(path, (ENGINE_NAME, *files), weights=weights, remedy="build again")
+    # Opening the engines reads their weights from there, and says so where it is gone.
+    if record.weights is not None and is_artifact(source := path / record.weights):
+        check_runnable(source, weights=weights)
+    return found
+
+
+def record_digest(path: Path, found: Mapping[str, str]) -> str:
+    """SHA-256 of the file that describes an artifact or engines, which `check_runnable` may have found already."""
+    file = record_file(path)
+    return found.get(file.name) or digest_of_file(file)
 
 
 def record_file(path: Path) -> Path:

@@ -34,11 +34,11 @@ from flap_export.building.network import (
     weights_bytes,
 )
 from flap_export.building.profiles import polygraphy_profile, profiles_of
-from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profile
+from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profile, check_runnable
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError, check_choice
 from flap_export.manifest import write_manifest
 from flap_export.plan import PLAN_NAME
-from flap_export.storage import digest_of_file, new_directory, write_text
+from flap_export.storage import check_output, digest_of_file, new_directory, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def build(
             products in float32 engines; a timing cache to read and extend (`tensorrt` only, which measures kernels).
 
     Raises:
-        ArtifactError: the artifact is damaged, or TensorRT refuses its graph.
+        ArtifactError: the artifact is damaged or not what was written, or TensorRT refuses its graph.
         InputError: an option is out of its range or not one of the flavour's.
         MissingRequirementError: the flavour's package or a GPU is not there.
         OutputError: `output` holds something else, or the disk is full.
@@ -99,12 +99,14 @@ def build(
     from flap_export.rewriting.checkpoint import copy_companions
 
     source, opened, chosen = Path(artifact), load_artifact(Path(artifact)), options or BuildOptions()
+    check_output(Path(output), ENGINE_NAME)
     kinds = _kinds(logits, opened, source)
     profiles = profiles_of(
         opened.max_length, batch_size=batch_size, max_batch=max_batch, prompt=prompt, max_prompt=max_prompt
     )
     trt = import_tensorrt(backend)
     _check_options(backend, targets, chosen)
+    check_runnable(source, weights=True)
     builder = _Builder(source, opened, backend, trt, import_polygraphy(backend), tuple(targets), profiles, chosen)
     with new_directory(Path(output), ENGINE_NAME) as directory:
         engines = {kind: builder.build(kind, directory) for kind in kinds}

@@ -91,6 +91,7 @@ def validate(
     """Prove that an artifact computes what its checkpoint does. A breach exits 1."""
     console.configure_logging(verbose)
     from flap_export.cli import summaries
+    from flap_export.manifest import note
     from flap_export.validation import ParityReport
     from flap_export.validation import validate as validate_artifact
 
@@ -109,6 +110,7 @@ def validate(
     )
     if output is not None:
         parity.save(output)
+        note(output)
     console.show(parity, summaries.of_parity(parity), json)
     _gate(parity.raise_if_breached)
     if engine is not None:
@@ -146,6 +148,7 @@ def bench(
     from flap_export.benchmarking import LatencyReport
     from flap_export.benchmarking import bench as bench_artifacts
     from flap_export.cli import summaries
+    from flap_export.manifest import note
 
     if output is not None:
         LatencyReport.check_output(output)
@@ -164,6 +167,7 @@ def bench(
     )
     if output is not None:
         latency.save(output)
+        note(output)
     console.show(latency, summaries.of_latency(latency), json)
     if minimum_speedup is not None:
         _gate(lambda: latency.raise_if_slower(minimum_speedup))

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from flap_export.artifact import is_artifact, load_artifact
-from flap_export.building.record import is_engine, load_engine
+from flap_export.building.record import check_runnable, is_engine, is_runnable, load_engine
 from flap_export.cli.summaries import of_shape
 from flap_export.models.opening import open_checkpoint
 from flap_export.shapes import DecoderShape
@@ -23,6 +23,8 @@ def described(path: str) -> tuple[dict[str, Any], Sequence[RenderableType]]:
         InputError: the path is neither.
     """
     directory = Path(path)
+    if is_runnable(directory):
+        check_runnable(directory)
     if is_artifact(directory):
         artifact = load_artifact(directory)
         facts: dict[str, Any] = {"kind": "artifact", "family": artifact.family, "dtype": artifact.dtype}

@@ -138,10 +138,16 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
 
 
 def _files_by_name(directory: Path) -> dict[str, Path]:
-    index = directory / INDEX_FILE
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if index.is_file():
-        return _files_from_index(index)
-    single = directory / SINGLE_FILE
+        files = _files_from_index(index)
+        # Whoever reads the other of the two computes another model.
+        if single.is_file() and single not in files.values():
+            raise ModelError(
+                f"'{directory}' must hold one set of weights, and holds two: {SINGLE_FILE}, and {INDEX_FILE}, which "
+                "does not list it; remove the one that is not the model's"
+            )
+        return files
     if single.is_file():
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Final, final
 
 from flap_export import __version__
 from flap_export.errors import FlapExportError
-from flap_export.manifest import FileEntry, listed_files
+from flap_export.manifest import FileEntry, added_files, listed_files
 from flap_export.progress import Progress
 from flap_export.recipe import Recipe
-from flap_export.storage import Record, digest_of_json, write_text, writing_errors
+from flap_export.storage import MANIFEST_NAME, Record, digest_of_json, write_text, writing_errors
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
     inputs = {need: known[need] for need in stage.needs}
     key = digest_of_json([stage.name, __version__, stage.options(current.recipe), inputs])
     record_path = directory / STAGES_FOLDER / f"{stage.name}.json"
-    record = _valid_record(record_path, key, directory)
+    record = _valid_record(stage, record_path, key, directory)
     if record is None:
         logger.info("stage %s", stage.name)
         current.progress(stage.name, 0, 1)
@@ -86,7 +86,13 @@ def perform(stage: Stage, current: Run, known: dict[str, str]) -> None:
         current.progress(stage.name, 1, 1)
     else:
         logger.info("stage %s is done already", stage.name)
-    known[stage.name] = digest_of_json({name: entry.sha256 for name, entry in record.outputs.items()})
+    # A manifest tells versions too, on which nothing depends that reads the files.
+    read = {name: entry.sha256 for name, entry in record.outputs.items() if not _is_manifest(name)}
+    known[stage.name] = digest_of_json(read)
+
+
+def _is_manifest(name: str) -> bool:
+    return Path(name).name == MANIFEST_NAME
 
 
 def _clear(stage: Stage, directory: Path) -> None:
@@ -101,27 +107,34 @@ def _clear_incomplete(stage: Stage, directory: Path, record_path: Path) -> None:
         record = StageRecord.load(record_path)
     except FlapExportError:
         return
-    if not all((directory / name).is_file() for name in record.outputs):
+    if not all((directory / name).is_file() for name in record.outputs if not _is_manifest(name)):
         _clear(stage, directory)
 
 
-def _valid_record(path: Path, key: str, directory: Path) -> StageRecord | None:
-    """The record at `path` if it is of `key` and the outputs it lists are unchanged."""
+def _valid_record(stage: Stage, path: Path, key: str, directory: Path) -> StageRecord | None:
+    """The record at `path` if it is of `key` and the outputs are what it lists, no more and no less."""
     if not path.is_file():
         return None
     try:
         record = StageRecord.load(path)
     except FlapExportError:
         return None
-    unchanged = record.key == key and all(entry.matches(directory / name) for name, entry in record.outputs.items())
-    return record if unchanged else None
+    if record.key != key:
+        return None
+    problems = [f"{name} is changed" for name, entry in record.outputs.items() if not entry.matches(directory / name)]
+    folders = [name for name in stage.outputs if (directory / name).is_dir()]
+    added = [name for folder in folders for name in added_files(directory, record.outputs, folder)]
+    problems += [f"{name} was not written by it" for name in added]
+    if problems:
+        logger.warning("stage %s is done again: %s", stage.name, "; ".join(problems))
+    return None if problems else record
 
 
 def _measured(stage: Stage, directory: Path) -> dict[str, FileEntry]:
     entries = {}
     for name in stage.outputs:
         path = directory / name
-        for file in listed_files(path) if path.is_dir() else filter(Path.is_file, [path]):
+        for file in listed_files(directory, name) if path.is_dir() else filter(Path.is_file, [path]):
             entries[file.relative_to(directory).as_posix()] = FileEntry.of(file)
     return entries
 

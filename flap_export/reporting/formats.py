@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 SPACE: Final = "\u00a0"
@@ -85,3 +86,14 @@ def _named(value: float) -> str:
     if math.isnan(value):
         return "NaN"
     return "∞" if value > 0 else f"{MINUS}∞"
+
+
+def altered(names: Sequence[str]) -> str | None:
+    """The warning that records were changed after they were written; None where none were."""
+    if not names:
+        return None
+    verb = "is" if len(names) == 1 else "are"
+    return (
+        f"{', '.join(names)} {verb} not what was written with the rest: what this page takes from there was changed "
+        "or put there afterwards. Run the stage again."
+    )

@@ -60,6 +60,8 @@ class Page:
     achieved: str
     requested: str
     reason: str | None
+    altered: str | None
+    """A warning that records were changed after they were written."""
     overall: Overall
     parity: Verdict
     quality: Verdict
@@ -94,6 +96,7 @@ def page_from(records: RunRecords) -> Page:
         achieved=_ratio(plan.ratio.achieved),
         requested=_ratio(plan.ratio.requested),
         reason=plan.ratio.reason,
+        altered=formats.altered(records.altered),
         overall=overall_verdict((parity, quality, speedup)),
         parity=parity,
         quality=quality,

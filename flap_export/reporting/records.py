@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
 from flap_export.benchmarking.report import LATENCY_NAME, LatencyReport
-from flap_export.building.record import EngineRecord
+from flap_export.building.record import ENGINE_NAME, EngineRecord
 from flap_export.errors import InputError, PlanError
 from flap_export.evaluation import QualityReport
 from flap_export.manifest import Manifest
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.recipe import GatesSection
-from flap_export.reporting.engines import read_engines
+from flap_export.reporting.engines import ENGINES, read_engines
 from flap_export.searching import SEARCH_NAME, SearchReport
 from flap_export.storage import MANIFEST_NAME, Record, digest_of_file
 from flap_export.validation.report import PARITY_NAME, ParityReport
@@ -29,6 +29,18 @@ PRUNED_ARTIFACT: Final = "onnx/pruned"
 SEARCH: Final = "search"
 QUALITY_NAME: Final = "quality.json"
 _ONNX_FILES: Final = (".onnx", ".data")
+
+_RECORDS: Final = (
+    PLAN_NAME,
+    PARITY_NAME,
+    QUALITY_NAME,
+    LATENCY_NAME,
+    ALIGNMENT_NAME,
+    f"{SEARCH}/{SEARCH_NAME}",
+    *(f"{name}/{ARTIFACT_NAME}" for name in (DENSE_ARTIFACT, PRUNED_ARTIFACT)),
+    *(f"{name}/{ENGINE_NAME}" for name in ENGINES.values()),
+)
+"""What the page is made of."""
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -64,6 +76,8 @@ class RunRecords:
     alignment: AlignmentReport | None
     engines: Mapping[str, EngineRecord]
     """Dense and pruned, where they were built."""
+    altered: tuple[str, ...]
+    """Records that are not as the manifest has them."""
 
 
 def read_run(directory: Path, recipe: Mapping[str, Any] | None) -> RunRecords:
@@ -96,7 +110,17 @@ def read_run(directory: Path, recipe: Mapping[str, Any] | None) -> RunRecords:
         search=_read_optional(SearchReport, directory / SEARCH / SEARCH_NAME),
         alignment=_read_optional(AlignmentReport, directory / ALIGNMENT_NAME),
         engines=read_engines(directory),
+        altered=altered_records(directory, _RECORDS, manifest),
     )
+
+
+def altered_records(directory: Path, names: Iterable[str], manifest: Manifest | None) -> tuple[str, ...]:
+    """Those of the files that are there and that the manifest, where there is one, does not list as they are."""
+    if manifest is None:
+        return ()
+    listed = manifest.files
+    found = (name for name in names if (directory / name).is_file())
+    return tuple(name for name in found if name not in listed or not listed[name].matches(directory / name))
 
 
 def _read_required(kind: type[AnyRecord], path: Path, directory: Path) -> AnyRecord:

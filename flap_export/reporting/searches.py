@@ -92,6 +92,8 @@ class SearchPage:
     ratio: str
     facts: tuple[str, ...]
     headline: str
+    altered: str | None
+    """A warning that the record was changed after it was written."""
     curve: SearchCurve
     chosen: str
     front: tuple[FrontPoint, ...]
@@ -127,8 +129,8 @@ class _Frame:
         return 100 * (self.high - fitness) / (self.high - self.low)
 
 
-def search_page(report: SearchReport) -> SearchPage:
-    """Turn the record of a search into what a person reads."""
+def search_page(report: SearchReport, altered: Sequence[str] = ()) -> SearchPage:
+    """Turn the record of a search into what a person reads; `altered` names records that were changed since."""
     chosen = next(run for run in report.runs if run.name == report.chosen)
     return SearchPage(
         model=report.model,
@@ -139,6 +141,7 @@ def search_page(report: SearchReport) -> SearchPage:
             f"{report.fitness_sequences} sequences",
         ),
         headline=_headline(report, chosen),
+        altered=formats.altered(altered),
         curve=search_curve(report),
         chosen=report.chosen,
         front=_front(report, chosen),

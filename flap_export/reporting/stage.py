@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flap_export.manifest import FileEntry, Manifest
+from flap_export.manifest import Manifest, note
 from flap_export.reporting.page import Page, page_from
-from flap_export.reporting.records import read_run
+from flap_export.reporting.records import altered_records, read_run
 from flap_export.reporting.searches import SearchPage, search_page
 from flap_export.searching.record import SEARCH_NAME, SearchReport
 from flap_export.storage import MANIFEST_NAME, write_text
+
+_logger = logging.getLogger(__name__)
 
 REPORT_NAME: Final = "report.html"
 
@@ -38,19 +41,18 @@ def report(run_directory: str | Path, *, recipe: Mapping[str, Any] | None = None
     directory = Path(run_directory)
     path = directory / REPORT_NAME
     if (directory / SEARCH_NAME).is_file():
-        page = _rendered("search.html", search_page(SearchReport.load(directory / SEARCH_NAME)))
+        found = SearchReport.load(directory / SEARCH_NAME)
+        manifest = Manifest.load(directory / MANIFEST_NAME) if (directory / MANIFEST_NAME).is_file() else None
+        page: Page | SearchPage = search_page(found, altered_records(directory, (SEARCH_NAME,), manifest))
+        text = _rendered("search.html", page)
     else:
-        page = _rendered("report.html", page_from(read_run(directory, recipe)))
-    write_text(path, page)
-    _note(path, directory / MANIFEST_NAME)
+        page = page_from(read_run(directory, recipe))
+        text = _rendered("report.html", page)
+    if page.altered is not None:
+        _logger.warning("%s", page.altered)
+    write_text(path, text)
+    note(path)
     return path
-
-
-def _note(page: Path, path: Path) -> None:
-    """Let a manifest that lists the page know the new one, so that the directory still verifies."""
-    if path.is_file() and REPORT_NAME in (manifest := Manifest.load(path)).files:
-        files = {**manifest.files, REPORT_NAME: FileEntry.of(page)}
-        manifest.model_copy(update={"files": files}).save(path)
 
 
 def _rendered(template: str, page: Page | SearchPage) -> str:

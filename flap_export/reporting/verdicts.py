@@ -57,6 +57,8 @@ def parity_verdict(records: RunRecords) -> Verdict:
     passed, failed = (sum(found.passed is verdict for found in report.comparisons) for verdict in (True, False))
     compared, skipped = passed + failed, len(report.comparisons) - passed - failed
     notes = (f"{skipped} of {len(report.comparisons)} comparisons did not run here.",) if skipped else ()
+    if not report.complete:
+        notes = ("The check is not complete.", *notes)
     if failed:
         assert report.worst is not None
         headline = f"{failed} of {compared} comparisons beyond tolerance."
@@ -191,8 +193,8 @@ def _command(name: GateName, directory: Path) -> str:
         return shlex.quote(os.fsencode(directory.joinpath(*parts)).decode("utf-8", "replace"))
 
     pruned, again = quoted(PRUNED_ARTIFACT), f"\nflap-export report {quoted()}"
-    validate = f"flap-export validate {pruned} --reference {quoted(CHECKPOINT)} --json > {quoted(PARITY_NAME)}"
-    bench = f"flap-export bench {pruned} --baseline {quoted(DENSE_ARTIFACT)} --json > {quoted(LATENCY_NAME)}"
+    validate = f"flap-export validate {pruned} --reference {quoted(CHECKPOINT)} --output {quoted(PARITY_NAME)}"
+    bench = f"flap-export bench {pruned} --baseline {quoted(DENSE_ARTIFACT)} --output {quoted(LATENCY_NAME)}"
     # Only a run measures the dense model beside the pruned one.
     run = f"flap-export run RECIPE.yaml --output {quoted()} --set 'evaluate.sources=[SOURCE]'"
     return {"parity": validate + again, "quality": run, "speedup": bench + again}[name]

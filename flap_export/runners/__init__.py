@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from flap_export.artifact import LogitsKind, is_artifact
-from flap_export.building.record import is_engine
+from flap_export.building.record import check_runnable, is_engine, is_runnable
 from flap_export.errors import InputError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds, padded
 from flap_export.runners.onnxruntime_runner import OnnxRuntimeRunner
@@ -59,6 +59,7 @@ def open_runner(
     threads: int | None = None,
     logits: LogitsKind = "all",
     max_length: int | None = None,
+    check: bool = True,
 ) -> Runner:
     """Open `path` for running; use it in a `with` statement.
 
@@ -70,10 +71,12 @@ def open_runner(
         threads: cores one operator may use; the backend's own choice by default.
         logits: of every new token, or of the last one only, which is cheaper.
         max_length: rows of a checkpoint's cache, its context length by default; an artifact has its own.
+        check: hold an artifact or engines against their manifest, all but the weights' content; False where
+            `check_runnable` has done so.
 
     Raises:
         InputError: an unknown backend, device or dtype, or one that `path` does not have.
-        ArtifactError: the artifact is damaged.
+        ArtifactError: the artifact is damaged, or is not what was written.
         ModelError: the checkpoint is not usable.
         MissingRequirementError: a package or a device is not there.
     """
@@ -81,6 +84,8 @@ def open_runner(
     chosen = natural_backend(path) if backend == "auto" else backend
     if chosen not in BACKENDS:
         raise InputError(f"backend must be auto or one of {', '.join(BACKENDS)}, got '{backend}'")
+    if check and is_runnable(path):
+        check_runnable(path)
     options = RunnerOptions(device=device, dtype=dtype, threads=threads, logits=logits, max_length=max_length)
     return BACKENDS[chosen](path, options)
 

@@ -2,7 +2,8 @@
 
 Strategies draw from seeded generators and ask for everything else here, so that the journal is all the state there
 is: run again over its journal, a search finds its old answers and losses in place of new ones and stands where it
-stopped. A line that a kill cut short is dropped.
+stopped. A line that a kill cut short is dropped. Every line carries a check value of itself and the line before it, so
+that one that was changed, taken out, moved or put in is found.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from flap_export.searching.space import Candidate
 from flap_export.storage import digest_of_json, writing_errors
 
 JOURNAL_NAME: Final = "journal.jsonl"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+_CHECK: Final = "check"
+_CHECK_CHARACTERS: Final = 16
 Key = tuple[Candidate, int, int]
 """A candidate, and the range of sequences it was seen on: the first, and the one after the last."""
 
@@ -48,13 +51,14 @@ class Journal:
         self._repairs: Counter[int] = Counter()
         self._generations = -1
         self._seconds, self._since = 0.0, time.monotonic()
+        self._check = ""
         own = {"event": "search", "schema_version": SCHEMA_VERSION, "settings": json.loads(json.dumps(dict(settings)))}
         with writing_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
         try:
             self._lock()
-            events, size = _read(path)
+            events, size, self._check = _read(path)
             if events:
                 _check_same(path, events[0], own)
             for number, event in enumerate(events[1:], start=2):
@@ -133,9 +137,13 @@ class Journal:
         Raises:
             OutputError: the disk is full.
         """
+        # As it will be read: the check is of that.
+        read = json.loads(json.dumps(dict(event)))
+        check = check_of(read, self._check)
         with writing_errors(self.path):
-            self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+            self._file.write(json.dumps({**read, _CHECK: check}, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
+        self._check = check
 
     def finish_generation(self, number: int, summary: Mapping[str, Any]) -> None:
         """Write what a generation came to, unless that was done before, and have everything on the disk."""
@@ -161,10 +169,19 @@ class Journal:
             self._generations, self._seconds = int(event["generation"]), float(event["seconds"])
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a journal, and how many bytes they are."""
+def check_of(event: Mapping[str, Any], before: str) -> str:
+    """The check value of a line, given that of the line before it; empty before the first."""
+    return digest_of_json([before, event])[:_CHECK_CHARACTERS]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int, str]:
+    """The whole lines of a journal, how many bytes they are, and the check value of the last.
+
+    Raises:
+        InputError: the journal is of another version, or a line of it is damaged.
+    """
     if not path.is_file():
-        return [], 0
+        return [], 0, ""
     events, size = [], 0
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -176,7 +193,25 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
             raise _damaged(path, number)
         events.append(event)
         size += len(line) + 1
-    return events, size
+    if events:
+        _check_version(path, events[0])
+    return events, size, _checked(path, events)
+
+
+def _checked(path: Path, events: list[dict[str, Any]]) -> str:
+    """Take the check values off and hold them against the lines; the last one."""
+    check = ""
+    for number, event in enumerate(events, start=1):
+        stated, check = event.pop(_CHECK, None), check_of(event, check)
+        if stated != check:
+            raise _damaged(path, number)
+    return check
+
+
+def _check_version(path: Path, first: Mapping[str, Any]) -> None:
+    own_kind = ("search", SCHEMA_VERSION, dict)
+    if (first.get("event"), first.get("schema_version"), type(first.get("settings"))) != own_kind:
+        raise InputError(f"'{path}' is not a journal of this version; begin a new search")
 
 
 def _damaged(path: Path, number: int) -> InputError:
@@ -186,9 +221,6 @@ def _damaged(path: Path, number: int) -> InputError:
 def _check_same(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if found == own:
         return
-    own_kind = ("search", SCHEMA_VERSION, dict)
-    if (found.get("event"), found.get("schema_version"), type(found.get("settings"))) != own_kind:
-        raise InputError(f"'{path}' is not a journal of this version; begin a new search")
     there, here = found["settings"], own["settings"]
     changed = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     raise OtherSearchError(

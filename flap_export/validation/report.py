@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final, Literal, Self
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from flap_export.errors import GateBreachedError, MissingRequirementError
+from flap_export.errors import GateBreachedError, InputError, MissingRequirementError
 from flap_export.precision import DtypeName
 from flap_export.storage import Record, Value
 from flap_export.validation import errormetrics
@@ -66,6 +68,8 @@ class ParityReport(Record):
 
     passed: bool
     """Whether something was compared and nothing that was compared failed."""
+    complete: bool
+    """Whether everything that was asked about ran; older files leave it out, and their comparisons tell."""
     comparisons: tuple[Comparison, ...]
     first_divergence: None = None
     settings: dict[str, str | int | float | None] = Field(default_factory=dict)
@@ -80,9 +84,32 @@ class ParityReport(Record):
         digests: dict[str, str],
     ) -> Self:
         """The report over `comparisons`; one that did not run counts neither as passed nor as failed."""
-        verdicts = {comparison.passed for comparison in comparisons}
-        passed = True in verdicts and False not in verdicts
-        return cls(passed=passed, comparisons=comparisons, settings=settings, digests=digests)
+        passed, complete = _summed(comparison.passed for comparison in comparisons)
+        return cls(passed=passed, complete=complete, comparisons=comparisons, settings=settings, digests=digests)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_files(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "complete" not in values and isinstance(values.get("comparisons"), list):
+            found = [one.get("passed") for one in values["comparisons"] if isinstance(one, dict)]
+            return {**values, "complete": _summed(found)[1]}
+        return values
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a saved report.
+
+        Raises:
+            InputError: no such file, not a parity report, or its verdict is not what its comparisons come to.
+        """
+        report = super().load(path)
+        stated, found = (report.passed, report.complete), _summed(one.passed for one in report.comparisons)
+        if stated != found:
+            raise InputError(
+                f"'{path}' is not a valid {cls.kind}: passed and complete must be what its comparisons come to, "
+                f"{found[0]} and {found[1]}, and are {stated[0]} and {stated[1]}; validate again"
+            )
+        return report
 
     @property
     def worst(self) -> Comparison | None:
@@ -118,6 +145,12 @@ class ParityReport(Record):
                     f"parity of {comparison.candidate} {comparison.reason}",
                     comparison.remedy or "run it on a machine that has what it needs",
                 )
+
+
+def _summed(verdicts: Iterable[bool | None]) -> tuple[bool, bool]:
+    """Whether comparisons pass together, and whether all of them ran."""
+    found = set(verdicts)
+    return True in found and False not in found, bool(found) and None not in found
 
 
 def compared(blank: Comparison, reference: Array, yardstick: Array, candidate: Array, dtype: DtypeName) -> Comparison:

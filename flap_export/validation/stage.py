@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -12,7 +12,7 @@ from typing import Final, get_args
 import numpy as np
 
 from flap_export.artifact import Artifact, LogitsKind
-from flap_export.building.record import is_engine, load_engine, load_runnable, record_file
+from flap_export.building.record import check_runnable, is_engine, load_engine, load_runnable, record_file
 from flap_export.errors import ArtifactError, MissingRequirementError
 from flap_export.precision import PRECISIONS
 from flap_export.runners import Backend, Runner, natural_backend, open_runner
@@ -68,7 +68,7 @@ def validate(
     from flap_export.models.opening import open_checkpoint
 
     path, checkpoint = Path(artifact), open_checkpoint(reference)
-    opened = load_runnable(path)
+    opened, found = load_runnable(path), check_runnable(path, weights=True)
     _check_same_model(opened.shape, checkpoint.shape, path, checkpoint.directory)
     candidates = _candidates(path, backends, None if engine is None else Path(engine))
     cases = build_cases(
@@ -87,7 +87,7 @@ def validate(
     for candidate, backend in candidates:
         comparisons += _comparisons(inputs, candidate, backend, expected, yardstick)
     settings = _settings(inputs, seed=seed if prompts is None else None)
-    digests = {"artifact": _digest_of_artifact(path), "reference": checkpoint.weights.digest}
+    digests = {"artifact": _digest_of_artifact(path, found), "reference": checkpoint.weights.digest}
     return ParityReport.of(tuple(comparisons), settings, digests)
 
 
@@ -97,6 +97,7 @@ def _candidates(artifact: Path, backends: Sequence[Backend] | None, engine: Path
     found = [(artifact, backend) for backend in named]
     if engine is not None:
         _check_same_build(load_runnable(artifact), load_runnable(engine), artifact, engine)
+        check_runnable(engine, weights=True)
         found.append((engine, natural_backend(engine)))
     return found
 
@@ -124,7 +125,7 @@ def _reference_traces(inputs: _Inputs, checkpoint: Path, dtype: str, *, forced: 
 
 def _candidate_traces(inputs: _Inputs, artifact: Path, backend: Backend, forced: Traces) -> Traces:
     """The artifact's answers: from its graph with all logits, and from the one with the last only where it has it."""
-    opened = partial(open_runner, artifact, backend=backend, device=inputs.device, threads=inputs.threads)
+    opened = partial(open_runner, artifact, backend=backend, device=inputs.device, threads=inputs.threads, check=False)
     kinds = _kinds(artifact)
     traces: Traces = {}
     if "all" in kinds:
@@ -234,7 +235,11 @@ def _settings(inputs: _Inputs, seed: int | None) -> dict[str, str | int | float 
     }
 
 
-def _digest_of_artifact(artifact: Path) -> str:
-    """SHA-256 over the graphs, the weights and `artifact.json`; reports lie beside them and don't count."""
+def _digest_of_artifact(artifact: Path, found: Mapping[str, str]) -> str:
+    """SHA-256 over the graphs, the weights and `artifact.json`; reports lie beside them and don't count.
+
+    `found` holds the digests of files that have been read through already.
+    """
     files = [file for file in sorted(artifact.iterdir()) if file.is_file() and file.suffix != ".json"]
-    return digest_of_json({file.name: digest_of_file(file) for file in [*files, record_file(artifact)]})
+    parts = [*files, record_file(artifact)]
+    return digest_of_json({file.name: found.get(file.name) or digest_of_file(file) for file in parts})

@@ -371,6 +371,18 @@ def test_a_damaged_index(dense: Path, content: str) -> None:
         load(dense)
 
 
+def test_two_sets_of_weights(dense: Path) -> None:
+    other = dense / "other.safetensors"
+    other.write_bytes((dense / SINGLE_FILE).read_bytes())
+    names = dict.fromkeys(Weights(dense), other.name)
+    (dense / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match=r"must hold one set of weights, and holds two: .*; remove the one"):
+        load(dense)
+    # One file that the index lists is the same as without it.
+    (dense / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE_FILE)}))
+    load(dense)
+
+
 def test_an_index_that_names_a_tensor_its_shard_lacks(dense: Path) -> None:
     names = dict.fromkeys(Weights(dense), SINGLE_FILE)
     edit_weights(dense, lambda tensors: tensors.pop("model.norm.weight"))

@@ -17,6 +17,7 @@ from flap_export.building import ENGINE_NAME, EngineRecord, build, flavours, loa
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
 from flap_export.exporting import export
 from flap_export.generation import generate
+from flap_export.manifest import write_manifest
 from flap_export.runners import open_runner, tensorrt_session
 from flap_export.runners.sampling import Sampling, sampled
 from flap_export.validation import validate
@@ -54,9 +55,15 @@ def device(request: Any, built: Built, monkeypatch: Any) -> Any:
     monkeypatch.setattr(tensorrt_session, "import_tensorrt", lambda wanted: trt)
     monkeypatch.setattr(tensorrt_session, "_torch_with_gpu", lambda device: faked)
     record = built.record.model_copy(update={"flavour": flavour})
-    record.save(built.engine / ENGINE_NAME)
+    rewrite(built, record)
     trt.flavour, trt.cuda = flavour, faked.cuda
     return trt
+
+
+def rewrite(built: Built, record: EngineRecord) -> None:
+    """Have engines described otherwise, as if they had been built so."""
+    record.save(built.engine / ENGINE_NAME)
+    write_manifest(built.engine, digests={})
 
 
 def open_engine(built: Built, **options: Any) -> Any:
@@ -165,7 +172,7 @@ def test_validate_sees_an_engine_that_computes_something_else(built: Built, devi
 
 def test_an_engine_with_the_last_logits_only_is_put_to_the_last_case(built: Built, device: Any) -> None:
     record = load_engine(built.engine)
-    record.model_copy(update={"engines": {"last": record.engines["last"]}}).save(built.engine / ENGINE_NAME)
+    rewrite(built, record.model_copy(update={"engines": {"last": record.engines["last"]}}))
     report = validate(built.engine, reference=built.checkpoint, decode_steps=4)
     assert report.passed
     assert {found.case for found in report.comparisons} == {"last"}
@@ -189,10 +196,12 @@ def test_an_engine_of_another_gpu_or_version(built: Built, device: Any, monkeypa
     content = engine.read_bytes()
     try:
         engine.write_bytes(content[:-1])
+        write_manifest(built.engine, digests={})
         with pytest.raises(ArtifactError, match=r"cannot be opened here: it was built for sm80 .* Fake GPU"):
             open_engine(built)
     finally:
         engine.write_bytes(content)
+        write_manifest(built.engine, digests={})
 
 
 @pytest.mark.parametrize(
@@ -210,7 +219,7 @@ def test_options_the_engine_does_not_have(options: Any, message: str, built: Bui
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(built: Built) -> None:
-    built.record.save(built.engine / ENGINE_NAME)
+    rewrite(built, built.record)
     with pytest.raises(MissingRequirementError, match=r"runs on an NVIDIA GPU, .*PyTorch sees 0"):
         open_engine(built)
     report = validate(built.engine, reference=built.checkpoint, decode_steps=2)
@@ -231,7 +240,7 @@ def test_without_a_gpu(built: Built) -> None:
     ids=lambda arguments: f"{arguments[0]} {arguments[1]}",
 )
 def test_commands_exit_3_without_a_gpu(arguments: list[str], built: Built) -> None:
-    built.record.save(built.engine / ENGINE_NAME)
+    rewrite(built, built.record)
     places = {"ENGINE": str(built.engine), "ARTIFACT": str(built.artifact), "CHECKPOINT": str(built.checkpoint)}
     command = [sys.executable, "-m", "flap_export", *(places.get(word, word) for word in arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -243,7 +252,7 @@ def test_commands_exit_3_without_a_gpu(arguments: list[str], built: Built) -> No
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_inspect_describes_engines(options: list[str], built: Built) -> None:
-    built.record.save(built.engine / ENGINE_NAME)
+    rewrite(built, built.record)
     command = [sys.executable, "-m", "flap_export", "inspect", str(built.engine), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "tensorrt-rtx engine" in done.stdout
@@ -251,7 +260,7 @@ def test_inspect_describes_engines(options: list[str], built: Built) -> None:
 
 
 def test_without_the_package(built: Built, monkeypatch: Any) -> None:
-    built.record.save(built.engine / ENGINE_NAME)
+    rewrite(built, built.record)
     monkeypatch.setitem(sys.modules, flavours.MODULES["tensorrt-rtx"], None)
     with pytest.raises(MissingRequirementError, match=r"pip install 'flap-export\[tensorrt-rtx\]'"):
         open_engine(built)

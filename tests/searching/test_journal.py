@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flap_export.errors import InputError, OutputError
-from flap_export.searching.journal import JOURNAL_NAME, Journal
+from flap_export.searching.journal import JOURNAL_NAME, SCHEMA_VERSION, Journal, check_of
 from flap_export.searching.space import Candidate
 
 SETTINGS: dict[str, Any] = {"ratio": 0.3, "seed": 0, "text": {"digest": "aé\r\u2028b"}}
@@ -137,7 +138,8 @@ def test_a_damaged_line_is_refused_and_left_alone(damage: bytes, number: int, tm
 def test_lines_that_lack_something_are_refused(line: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / JOURNAL_NAME
     whole = written(path)
-    path.write_bytes(whole + json.dumps(line).encode() + b"\n")
+    signed = {**line, "check": check_of(line, lines_of(path)[-1]["check"])}
+    path.write_bytes(whole + json.dumps(signed).encode() + b"\n")
     number = len(lines_of(path))
     with pytest.raises(InputError, match=rf"line {number} of the journal '.*' is damaged"):
         Journal(path, SETTINGS)
@@ -146,10 +148,11 @@ def test_lines_that_lack_something_are_refused(line: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     "line",
     [
-        {"event": "loss", "schema_version": 1, "settings": SETTINGS},
-        {"event": "search", "schema_version": 2, "settings": SETTINGS},
-        {"event": "search", "schema_version": 1},
-        {"event": "search", "schema_version": 1, "settings": [1]},
+        {"event": "loss", "schema_version": SCHEMA_VERSION, "settings": SETTINGS},
+        {"event": "search", "schema_version": SCHEMA_VERSION + 1, "settings": SETTINGS},
+        {"event": "search", "schema_version": 1, "settings": SETTINGS},
+        {"event": "search", "schema_version": SCHEMA_VERSION},
+        {"event": "search", "schema_version": SCHEMA_VERSION, "settings": [1]},
         {},
     ],
 )
@@ -158,6 +161,69 @@ def test_files_of_another_kind_or_version_are_refused(line: dict[str, Any], tmp_
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(InputError, match="is not a journal of this version; begin a new search"):
         Journal(path, SETTINGS)
+
+
+def changed_digit(lines: list[bytes]) -> int:
+    """In a loss, which is believed instead of measured."""
+    lines[1] = lines[1].replace(b"1.25", b"1.24")
+    return 2
+
+
+def removed(lines: list[bytes]) -> int:
+    del lines[2]
+    return 3
+
+
+def swapped(lines: list[bytes]) -> int:
+    lines[2], lines[3] = lines[3], lines[2]
+    return 3
+
+
+def repeated(lines: list[bytes]) -> int:
+    lines.insert(4, lines[3])
+    return 5
+
+
+def inserted(lines: list[bytes]) -> int:
+    lines.insert(2, lines[2].replace(b"Infinity", b"0.001"))
+    return 3
+
+
+def header(lines: list[bytes]) -> int:
+    lines[0] = lines[0].replace(b'"seed":0', b'"seed":1')
+    return 1
+
+
+def unsigned(lines: list[bytes]) -> int:
+    event = json.loads(lines[4])
+    del event["check"]
+    lines[4] = json.dumps(event).encode()
+    return 5
+
+
+@pytest.mark.parametrize("tamper", [changed_digit, removed, swapped, repeated, inserted, header, unsigned])
+def test_a_line_that_is_not_what_was_written_there_is_refused(
+    tamper: Callable[[list[bytes]], int], tmp_path: Path
+) -> None:
+    path = tmp_path / JOURNAL_NAME
+    whole = written(path)
+    lines = whole.split(b"\n")
+    number = tamper(lines)
+    assert b"\n".join(lines) != whole
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=rf"line {number} of the journal '.*' is damaged; begin a new search"):
+        Journal(path, SETTINGS)
+    assert path.read_bytes() == b"\n".join(lines)
+
+
+def test_lines_that_are_added_later_go_on_from_the_last(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL_NAME
+    written(path)
+    for loss in (1.0, 2.0):
+        with Journal(path, SETTINGS) as journal:
+            journal.record_losses({(OTHER, 4, 8): loss})
+    with Journal(path, SETTINGS) as journal:
+        assert journal.loss((OTHER, 4, 8)) == 2.0
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

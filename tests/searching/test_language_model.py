@@ -21,8 +21,9 @@ LAYERS_CLAIMED = "<candidates>[[0.3, 0.3, 0.3, 0.3, 0.3, 0.3]]</candidates>"
 
 
 def lines(folder: Path, event: str) -> list[dict[str, Any]]:
+    """Of one kind, without the check values, which depend on the lines before."""
     events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return [one for one in events if one["event"] == event]
+    return [{name: one[name] for name in one if name != "check"} for one in events if one["event"] == event]
 
 
 def population_of(space: Space, count: int = 5) -> list[Scored]:

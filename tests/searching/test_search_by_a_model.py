@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from flap_export.cli.app import app
 from flap_export.errors import InputError, MissingRequirementError
 from flap_export.searching import preparing
+from flap_export.searching.journal import check_of
 
 pytest.importorskip("openai", reason="pip install 'flap-export[search]'")
 
@@ -88,6 +89,15 @@ def test_a_server_that_dies_pauses_the_search_and_loses_nothing(
     assert len(server.requests) - before == whole["runs"][0]["usage"]["questions"] - answers
 
 
+def signed(events: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a journal."""
+    check = ""
+    for event in events:
+        own = {name: value for name, value in event.items() if name != "check"}
+        check = check_of(own, check)
+        yield json.dumps({**own, "check": check}) + "\n"
+
+
 def test_a_search_is_replayed_without_its_model(searched: Search, server: Server, tmp_path: Path) -> None:
     server.script = [good]
     report = searched(tmp_path / "out")
@@ -96,8 +106,8 @@ def test_a_search_is_replayed_without_its_model(searched: Search, server: Server
     (again / "runs" / "openai-0").mkdir(parents=True)
     journal = (tmp_path / "out" / "runs" / "openai-0" / "journal.jsonl").read_text().splitlines(keepends=True)
     # The answers alone: losses are measured anew.
-    kept = [line for line in journal if json.loads(line)["event"] != "loss"]
-    (again / "runs" / "openai-0" / "journal.jsonl").write_text("".join(kept))
+    kept = [event for line in journal if (event := json.loads(line))["event"] != "loss"]
+    (again / "runs" / "openai-0" / "journal.jsonl").write_text("".join(signed(kept)))
     shutil.copy(tmp_path / "out" / "request.json", again)
     assert searched(again, "--replay") == report
     assert len(server.requests) == asked

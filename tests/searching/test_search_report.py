@@ -10,6 +10,7 @@ import pytest
 
 from flap_export.evidence.methods import PruneOptions, resolved
 from flap_export.evidence.record import CalibrationText
+from flap_export.manifest import verify, write_manifest
 from flap_export.plan import Ratio
 from flap_export.reporting import report
 from flap_export.reporting.searches import search_page
@@ -104,6 +105,16 @@ def test_the_page_of_a_search_is_written_and_escapes_names(tmp_path: Path) -> No
     assert "30.0\u00a0%" in text
     assert "fitness was measured on sequences that units were ranked by" in text
     assert "Trade-off" not in text
+
+
+def test_a_record_that_was_edited_is_warned_of(tmp_path: Path) -> None:
+    report_of().save(tmp_path / SEARCH_NAME)
+    write_manifest(tmp_path, digests={})
+    assert "not what was written" not in report(tmp_path).read_text(encoding="utf-8")
+    verify(tmp_path)
+    path = tmp_path / SEARCH_NAME
+    path.write_text(path.read_text().replace("0.5", "0.4", 1))
+    assert "search.json is not what was written with the rest" in report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_trade_off_lists_what_none_beats(tmp_path: Path) -> None:
