@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,25 @@ def test_a_changed_calibration_text_redoes_what_depends_on_it(
     again = performed_by(performed, recipe, tmp_path / "run")
     assert again[:2] == ["calibrate", "prune"]
     assert "export-dense" not in again
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("tokenizer.json", "calibrate"), ("generation_config.json", "prune"), ("tekken.json", "calibrate")],
+)
+def test_a_changed_file_beside_the_weights_redoes_what_reads_it(
+    name: str, first: str, tmp_path: Path, inputs: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    recipe = recipe_of().model_copy(update={"model": str(model)})
+    running.run(recipe, tmp_path / "run")
+    (model / name).write_text('{"eos_token_id": 7}')
+    again = performed_by(performed, recipe, tmp_path / "run")
+    assert again[0] == first
+    assert {"prune", "export-dense", "export"} <= set(again)
+    for where in ("checkpoint", "onnx/dense", "onnx/pruned"):
+        assert (tmp_path / "run" / where / name).read_text() == '{"eos_token_id": 7}'
+    assert performed_by(performed, recipe, tmp_path / "run") == []
 
 
 def test_a_parity_breach_stops_before_the_bench_and_still_reports(

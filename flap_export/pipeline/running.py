@@ -26,9 +26,10 @@ from flap_export.progress import Progress, no_progress
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.records import SEARCH
+from flap_export.rewriting.checkpoint import GENERATION_SETTINGS, companions
 from flap_export.searching import SEARCH_NAME, SearchReport
 from flap_export.searching.stage import check_search
-from flap_export.storage import MANIFEST_NAME, check_output, digest_of_json, locked
+from flap_export.storage import MANIFEST_NAME, check_output, digest_of_file, digest_of_json, locked
 from flap_export.text.sources import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport
 from flap_export.validation.cases import build_cases
@@ -142,12 +143,16 @@ def _of_section(name: str) -> Iterator[None]:
 
 
 def _input_digests(recipe: Recipe) -> dict[str, str]:
-    """Digests of what the run starts from: the dense model and the texts."""
+    """Digests of what the run starts from: the dense model, what lies beside its weights, and the texts."""
     dense = open_checkpoint(recipe.model)
+    beside = {name: digest_of_file(dense.directory / name) for name in companions(dense.directory)}
+    tokenizer = {name: digest for name, digest in beside.items() if name != GENERATION_SETTINGS}
     texts = {source: digest_of_source(source) for source in (recipe.calibrate.source, *recipe.evaluate.sources)}
     configuration = {"config": (dense.directory / "config.json").read_text(encoding="utf-8")}
     return {
         "model": digest_of_json([dense.weights.digest, configuration]),
+        "tokenizer": digest_of_json(tokenizer),
+        "companions": digest_of_json(beside),
         "calibration text": texts[recipe.calibrate.source],
         "evaluation texts": digest_of_json([texts[source] for source in recipe.evaluate.sources]),
     }

@@ -216,17 +216,29 @@ def _calibration_options(recipe: Recipe) -> Any:
 
 
 STAGES: Final = (
-    Stage("calibrate", ("model", "calibration text"), (CALIBRATION_FOLDER,), _calibration_options, _calibrate),
+    Stage(
+        "calibrate",
+        ("model", "tokenizer", "calibration text"),
+        (CALIBRATION_FOLDER,),
+        _calibration_options,
+        _calibrate,
+    ),
     Stage(
         "search",
-        ("model", "calibrate"),
+        ("model", "tokenizer", "calibrate"),
         (SEARCH,),
         _dump("search", "prune", "calibrate", "device"),
         _search,
         lambda recipe: recipe.search is not None,
     ),
-    Stage("prune", ("model", "calibrate", "search"), (CHECKPOINT, PLAN_NAME), _dump("prune", "device"), _prune),
-    Stage("export-dense", ("model",), (DENSE_ARTIFACT,), _dump("export"), _export_dense),
+    Stage(
+        "prune",
+        ("model", "companions", "calibrate", "search"),
+        (CHECKPOINT, PLAN_NAME),
+        _dump("prune", "device"),
+        _prune,
+    ),
+    Stage("export-dense", ("model", "companions"), (DENSE_ARTIFACT,), _dump("export"), _export_dense),
     Stage("export", ("prune",), (PRUNED_ARTIFACT,), _dump("export"), _export_pruned),
     Stage(
         "build-dense",
@@ -246,7 +258,7 @@ STAGES: Final = (
     ),
     Stage(
         "evaluate",
-        ("model", "prune", "evaluation texts"),
+        ("model", "tokenizer", "prune", "evaluation texts"),
         (QUALITY_NAME,),
         _dump("evaluate", "device"),
         _evaluate,
@@ -262,7 +274,7 @@ STAGES: Final = (
     ),
     Stage(
         "align",
-        ("model", "calibrate", "search", "export", "evaluation texts"),
+        ("model", "tokenizer", "calibrate", "search", "export", "evaluation texts"),
         (ALIGNMENT_NAME,),
         _dump("prune", "evaluate", "bench", "device"),
         _align,
