@@ -102,6 +102,9 @@ class EvaluateSection(Section):
 class GatesSection(Section):
     """What must hold for the run to succeed, besides parity, which always must."""
 
+    # Infinity could not be breached.
+    model_config = ConfigDict(allow_inf_nan=False)
+
     maximum_perplexity_ratio: float | None = Field(default=None, gt=1)
     """Pruned over dense perplexity, on any source."""
     minimum_decode_speedup: float | None = Field(default=None, gt=0)

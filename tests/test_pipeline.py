@@ -296,6 +296,23 @@ def test_gates_name_what_they_measured(tmp_path: Path, recipe_of: Callable[..., 
     assert ("quality" in found) == (quality.sources[0].perplexity > dense * 1.0000001)
 
 
+@pytest.mark.parametrize(
+    ("gate", "section", "values"),
+    [
+        ("maximum_perplexity_ratio", "evaluate", {"sources": []}),
+        ("minimum_prefill_speedup", "bench", {"prompt_lengths": []}),
+        ("minimum_decode_speedup", "bench", {"batch_sizes": []}),
+    ],
+)
+def test_a_gate_that_nothing_measures_is_refused(
+    gate: str, section: str, values: dict[str, Any], recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = recipe_of(**{"gates": {gate: 1.5}, section: values})
+    with pytest.raises(RecipeError, match=rf"gates\.{gate} needs {section}\."):
+        running.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:
     directory, recipe = tmp_path / "run", recipe_of()
     (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(by_alias=True))

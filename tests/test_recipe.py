@@ -77,6 +77,12 @@ def test_wrong_keys_and_values(key: str, value: Any, message: str, tmp_path: Pat
     assert "override" in str(caught.value) or "recipe.yaml: " in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_gate_is_a_number_that_can_be_breached(value: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"gates\.maximum_perplexity_ratio.*finite"):
+        load_recipe(written(tmp_path, SMALLEST), [f"gates.maximum_perplexity_ratio={value}"])
+
+
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_from({"modle": "m", "calibrate": {"source": "a"}, "prune": {}}, where="my.yaml")
