@@ -344,6 +344,12 @@ def test_missing_cuda_on_torch(dense: Path, monkeypatch: pytest.MonkeyPatch) -> 
         open_runner(dense, device="cuda")
 
 
+@pytest.mark.parametrize("threads", [100_000, 0, -1])
+def test_threads_that_this_machine_has_no_use_for(threads: int, dense: Path) -> None:
+    with pytest.raises(InputError, match=rf"threads must lie in 1\.\..* got {threads};"):
+        open_runner(dense, threads=threads)
+
+
 def test_bfloat16_on_the_cpu_is_missing_not_wrong(dense: Path, tmp_path: Path) -> None:
     export(dense, tmp_path / "onnx", dtype="bfloat16", max_length=16)
     with pytest.raises(MissingRequirementError, match="CPU provider does not implement bfloat16"):
