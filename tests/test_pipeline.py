@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
-from flap_export.errors import BudgetError, OutputError, RecipeError, TextError
+from flap_export.errors import BudgetError, MissingRequirementError, OutputError, RecipeError, TextError
 from flap_export.manifest import Manifest, verify
-from flap_export.pipeline import resuming, running, stages
+from flap_export.pipeline import checking, resuming, running, stages
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
 from flap_export.reporting import report
@@ -364,6 +365,48 @@ def test_wrong_input_is_found_before_any_stage(
     with pytest.raises(error):
         running.run(recipe_of(**sections), tmp_path / "run")
     assert performed == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"evaluate": {"samples": 5}}, TextError, r"section 'evaluate' .* 5 samples were asked for"),
+        ({"evaluate": {"sequence_length": 13}}, TextError, r"section 'evaluate' .* sequence_length asks for 13"),
+        ({"build": {"backend": "tensorrt-rtx", "targets": ["sm99"]}}, RecipeError, "section 'build' .* target must be"),
+        ({"build": {"backend": "tensorrt"}}, MissingRequirementError, "needs the package tensorrt .*not here"),
+        ({"export": {"dtype": "bfloat16"}}, MissingRequirementError, "CPU provider does not implement bfloat16"),
+        ({"bench": {"threads": 100_000}}, RecipeError, "section 'bench' .* threads must lie in"),
+    ],
+    ids=str,
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_done(
+    sections: dict[str, dict[str, Any]],
+    error: type[Exception],
+    message: str,
+    recipe_of: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def imported(flavour: str) -> Any:
+        if flavour == "tensorrt":
+            raise MissingRequirementError("the backend tensorrt needs the package tensorrt (not here)", "install it")
+        return SimpleNamespace(ComputeCapability=SimpleNamespace(__members__={"SM80": 0}))
+
+    monkeypatch.setattr("flap_export.building.stage.import_tensorrt", imported)
+    with pytest.raises(error, match=message):
+        running.run(recipe_of(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_engines_on_a_gpu_are_no_concern_of_onnxruntimes(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "check_device", lambda device: None)
+    monkeypatch.setattr(checking, "check_build", lambda *options: None)
+    recipe = recipe_of(build={"backend": "tensorrt"}, export={"dtype": "bfloat16"})
+    checking.check_recipe(recipe.model_copy(update={"device": "cuda"}))
+    with pytest.raises(MissingRequirementError, match="does not implement bfloat16"):
+        checking.check_recipe(recipe)
 
 
 def test_the_result_as_json_is_json(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
