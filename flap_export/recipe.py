@@ -18,6 +18,7 @@ from flap_export.evidence.methods import PruneOptions
 from flap_export.evidence.record import CalibrationText
 from flap_export.precision import DtypeName
 from flap_export.searching import SearchOptions
+from flap_export.storage import Seed
 
 
 class Section(BaseModel):
@@ -29,7 +30,7 @@ class Section(BaseModel):
 class SearchSection(SearchOptions):
     """Stage `search`: rates per layer for the ratio of `prune`; left out where the recipe has no such section."""
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """One run from each; the best of all is taken."""
     baselines: bool = False
     """Run random and conventional search beside it."""
@@ -77,7 +78,7 @@ class ValidateSection(Section):
     """Tokens of the longest random prompt; None is 64, or less where the cache is short."""
     decode_steps: int = Field(default=32, gt=0)
     batch_size: int = Field(default=4, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BenchSection(Section):

@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from flap_export.errors import InputError, OutputError
+from flap_export.errors import LARGEST_SEED, InputError, OutputError
 
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
@@ -27,6 +27,7 @@ SCRATCH_PREFIX = "flap-export-"
 _PARTIAL = ".partial"
 
 
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 V = TypeVar("V", bound="Value")
 
 

@@ -5,9 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
@@ -16,6 +17,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from flap_export.cli import main
+from flap_export.cli.app import app
 from flap_export.errors import GateBreachedError, MissingRequirementError
 
 
@@ -256,6 +258,56 @@ def test_help_names_every_option_on_a_narrow_terminal(call: Call, monkeypatch: p
     shown = call("prune", "--help").out
     assert {"--square-attention", "--align-channels", "--sequence-length"} <= set(shown.split())
     assert "..." not in call("--help").out.partition("Commands:")[2]
+
+
+REQUIRED = {
+    "prune": ["m", "-o", "x"],
+    "validate": ["a", "--reference", "m"],
+    "generate": ["m", "--prompt", "a"],
+    "bench": ["a", "--baseline", "b"],
+    "compare": ["m", "-o", "x", "--calibration", "t", "--text", "t"],
+    "search": ["m", "-o", "x", "--ratio", "0.2", "--calibration", "t"],
+    "predict": ["p", "--gpu", "l4"],
+}
+"""Arguments without which a command says only that they are missing."""
+
+
+def options_of_numbers() -> Iterator[tuple[str, str]]:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback).items():
+            if float in (hint, *get_args(hint), *(inner for part in get_args(hint) for inner in get_args(part))):
+                yield command.callback.__name__, f"--{name.replace('_', '-')}"
+
+
+def test_options_of_numbers_are_found() -> None:
+    assert {("bench", "--minimum-speedup"), ("compare", "--ratio"), ("predict", "--kernel-gap-us")} <= set(
+        options_of_numbers()
+    )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(("command", "option"), list(options_of_numbers()))
+def test_no_option_takes_what_is_no_number(call: Call, command: str, option: str, value: str) -> None:
+    outcome = call(command, *REQUIRED[command], option, value)
+    assert outcome.code == 2
+    assert f"Invalid value for '{option}'" in outcome.err or "must lie strictly between 0 and 1" in outcome.err
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5"])
+@pytest.mark.parametrize("name", ["--bandwidth-efficiency", "--matrix-efficiency"])
+def test_assumed_shares_are_shares(call: Call, pruned: Path, name: str, value: str) -> None:
+    outcome = call("predict", pruned, "--gpu", "l4", name, value)
+    assert outcome.code == 2
+    assert f"Invalid value for '{name}'" in outcome.err
+    assert call("predict", "--help").out.count("0.01<=x<=1.0") == 2
+
+
+@pytest.mark.parametrize("command", sorted(set(REQUIRED) - {"predict"}))
+def test_seeds_are_not_negative(call: Call, command: str) -> None:
+    outcome = call(command, *REQUIRED[command], "--seed", "-1")
+    assert outcome.code == 2
+    assert "Invalid value for '--seed'" in outcome.err
 
 
 def test_wrong_usage_exits_2(call: Call) -> None:

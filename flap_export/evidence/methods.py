@@ -27,7 +27,7 @@ from flap_export.errors import BudgetError, InputError, check_choice
 from flap_export.rewriting.compensation import COMPENSATIONS, CompensationName
 from flap_export.rewriting.stock import LAYOUTS, Layout
 from flap_export.scoring import METRICS, MetricName
-from flap_export.storage import Value
+from flap_export.storage import Seed, Value
 
 UNIFORM: Final = "ul-um"
 MethodName = Literal["flap", "obs", "wanda-sp", "llm-pruner", "magnitude", "random"]
@@ -89,7 +89,7 @@ class PruneOptions(Value):
     """FFN widths that are left are multiples of this."""
     layout: Layout = "uneven"
     """Counts of its own for every layer, or the same in all, loadable by the family's own classes."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the method random."""
     rates: tuple[LayerRate, ...] | None = None
     """Of every layer, instead of a budget that the method spreads."""

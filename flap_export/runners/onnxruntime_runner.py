@@ -260,14 +260,30 @@ def _session_options(onnxruntime: Any, threads: int | None) -> Any:
 
 def _check_interface(session: Any, artifact: Artifact, path: Path) -> None:
     """Whether the graph has exactly the inputs and outputs that `artifact.json` implies."""
-    pasts = [name for layer in artifact.cache_layers for name in past_names(layer)]
-    presents = [name for layer in artifact.cache_layers for name in present_names(layer)]
-    found = {value.name for value in [*session.get_inputs(), *session.get_outputs()]}
-    wrong = sorted(found ^ {INPUT_IDS, WRITE_INDICES, LOGITS, *pasts, *presents})
+    real = f"tensor({PRECISIONS[artifact.dtype].onnxruntime})"
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        INPUT_IDS: ("tensor(int64)", (None, None)),
+        WRITE_INDICES: ("tensor(int64)", (None,)),
+        LOGITS: (real, (None, None, artifact.shape.vocabulary_size)),
+    }
+    for layer in artifact.cache_layers:
+        cache = (None, *artifact.cache_shape(layer, 1)[1:])
+        expected |= dict.fromkeys((*past_names(layer), *present_names(layer)), (real, cache))
+    found = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
+    differ = [name for name in found.keys() & expected if not _agrees(found[name], *expected[name])]
+    wrong = sorted(differ or found.keys() ^ expected)
     if wrong:
         raise ArtifactError(
             f"the graph of artifact '{path}' and its artifact.json disagree about {', '.join(wrong[:4])}; export again"
         )
+
+
+def _agrees(value: Any, element_type: str, shape: tuple[int | None, ...]) -> bool:
+    """Whether an input or output of a graph is of this type and shape, where the graph states one."""
+    stated = value.shape
+    if value.type != element_type or len(stated) != len(shape):
+        return False
+    return all(size in (None, found) or not isinstance(found, int) for size, found in zip(shape, stated, strict=True))
 
 
 def _widened(logits: Any) -> Logits:

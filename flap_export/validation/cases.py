@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 
 from flap_export.devices import available_memory_bytes
-from flap_export.errors import InputError
+from flap_export.errors import InputError, check_seed
 from flap_export.runners import Logits, Runner, TokenIds, padded
 from flap_export.shapes import DecoderShape
 
@@ -60,8 +60,10 @@ def build_cases(
     Without `prompts`, uniformly random tokens: lengths from 1 to `prompt_length`, `batch_size` of them.
 
     Raises:
-        InputError: the cache is too short for the prompts and the decode steps, or the batch cannot be ragged.
+        InputError: the cache is too short for the prompts and the decode steps, the batch cannot be ragged, or the
+            seed is negative.
     """
+    check_seed(seed)
     room = max_length - decode_steps
     if decode_steps < 1 or room < 2:
         raise InputError(

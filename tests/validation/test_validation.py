@@ -442,6 +442,11 @@ def test_cases_that_cannot_be_built(changes: dict[str, Any], message: str) -> No
         cases(**changes)
 
 
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(InputError, match=r"seed must lie in 0\..* got -1"):
+        cases(seed=-1)
+
+
 def test_a_trace_holds_every_real_position_once(checkpoint: Path) -> None:
     """Chunked and ragged traces against one prompt at a time."""
     prompts = ((1, 2, 3, 4, 5), (6, 7))
