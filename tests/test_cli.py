@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flap_export.cli import main
 from flap_export.cli.app import app
-from flap_export.errors import GateBreachedError, MissingRequirementError
+from flap_export.errors import GateBreachedError, MissingRequirementError, ModelError
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,32 @@ def test_generation_settings_that_cannot_be_read(
     outcome = call("generate", damaged, "--prompt", "the")
     assert outcome.code == 2
     assert "eos_token_id" in outcome.err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("while tracing"), ModelError("no model"), SystemExit(1), None], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_whatever_becomes_of_it(
+    number: signal.Signals, error: BaseException | None, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: str) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except BaseException:
+            if error is None:
+                raise
+            raise error from None
+
+    monkeypatch.setattr("flap_export.cli.inspecting.described", interrupted)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        outcome = call("inspect", "model", "--json")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert outcome.code == 128 + number
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
 
 
 def test_a_path_is_printed_as_it_is(call: Call, pruned: Path, tmp_path: Path) -> None:
