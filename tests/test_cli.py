@@ -96,6 +96,35 @@ def test_prune_prints_the_plan_as_json_and_nothing_else(call: Call, model: Path,
     assert plan["digests"].keys() >= {"weights", "calibration"}
 
 
+def test_heads_that_a_structure_does_not_remove_are_told(call: Call, model: Path, tmp_path: Path) -> None:
+    arguments = ("prune", model, "-o", tmp_path / "pruned", "--ratio", "0.2", "--method", "random", "--json")
+    outcome = call(*arguments, "--remove-heads", "2")
+    assert outcome.code == 0
+    assert "--remove-heads is not used: the structure is ul-um" in outcome.err
+    assert json.loads(outcome.out)["method"]["unused"] == "remove_heads"
+    outcome = call(*arguments)
+    assert "not used" not in outcome.err
+    assert "unused" not in json.loads(outcome.out)["method"]
+
+
+@pytest.mark.parametrize("method", ["flap", "magnitude"])
+def test_an_alignment_above_the_width_is_refused(call: Call, model: Path, tmp_path: Path, method: str) -> None:
+    arguments = (
+        "--ratio",
+        "0.2",
+        "--calibration",
+        model.parent / "text.txt",
+        "--sequence-length",
+        "16",
+        "--method",
+        method,
+    )
+    outcome = call("prune", model, "-o", tmp_path / "pruned", *arguments, "--align-channels", "1000")
+    assert outcome.code == 2
+    assert "--align-channels must be at most" in outcome.err
+    assert not (tmp_path / "pruned").exists()
+
+
 def test_prune_takes_rates_in_place_of_a_ratio(call: Call, model: Path, tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text("[0.3, 0.1]")
     options = ("--calibration", model.parent / "text.txt", "--sequence-length", "16", "--json")

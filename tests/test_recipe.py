@@ -110,6 +110,24 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> No
         load_recipe(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("model: a\nprune:\n  ratio: 0.2\n  method: obs\n  ratio: 0.3\n", "'ratio' stands twice, in lines 3 and 5"),
+        ("model: a\nprune: {ratio: 0.2}\nmodel: b\n", "'model' stands twice, in lines 1 and 3"),
+        ("prune: {ratio: 0.2, ratio: 0.3}\n", "'ratio' stands twice, in lines 1 and 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, lines: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=lines):
+        load_recipe(written(tmp_path, text))
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'ratio' stands twice"):
+        load_recipe(written(tmp_path, SMALLEST), ["prune={ratio: 0.2, ratio: 0.3}"])
+
+
 def test_places_without_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no recipe at '.*none\.yaml'"):
         load_recipe(tmp_path / "none.yaml")

@@ -61,7 +61,7 @@ def prune(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit least squares to what the already pruned layers give.")
     ] = False,
-    remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm.")] = 0,
+    remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm only.")] = 0,
     head_units: Annotated[str, typer.Option(help="groups (whole KV groups) or queries (one head of each).")] = "groups",
     align_channels: Annotated[int, typer.Option(min=1, help="FFN widths are multiples of this.")] = 1,
     layout: Annotated[

@@ -105,6 +105,11 @@ class PruneOptions(Value):
         return statistics == "reference" if self.square_attention is None else self.square_attention
 
     @property
+    def unused(self) -> str | None:
+        """An option that was given and changes nothing, once the structure is known."""
+        return "remove_heads" if self.remove_heads and not (self.structure or "").endswith("-mm") else None
+
+    @property
     def row(self) -> Method:
         """The method's row of the table."""
         return METHODS[self.method]
