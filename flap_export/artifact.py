@@ -16,7 +16,9 @@ head has no cache inputs or outputs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Field
 
 from flap_export.errors import ArtifactError
 from flap_export.precision import DtypeName
@@ -41,7 +43,7 @@ class Artifact(Record):
     """The checkpoint it was exported from, as named by the user."""
     family: str
     dtype: DtypeName
-    max_length: int
+    max_length: Annotated[int, Field(ge=1)]
     """Rows of the cache: prompt and generated tokens together."""
     shape: DecoderShape
     graphs: dict[LogitsKind, str]

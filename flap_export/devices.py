@@ -1,10 +1,42 @@
-"""Where to compute: `cpu`, `cuda` or `cuda:N`."""
+"""Where to compute, `cpu`, `cuda` or `cuda:N`, and what this machine has for it."""
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
 
 from flap_export.errors import InputError, MissingRequirementError
+
+THREADS_PER_CORE: Final = 2
+"""More than these, and they only wait for each other; of very many, a runtime never comes to an end."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Whether this machine can use so many threads.
+
+    Raises:
+        InputError: it cannot.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= THREADS_PER_CORE * cores:
+        raise InputError(
+            f"threads must lie in 1..{THREADS_PER_CORE * cores} on this machine of {cores} cores, got {threads}; leave "
+            "them out for what the backend takes itself"
+        )
+
+
+def available_memory_bytes() -> int | None:
+    """What programs can still have of this machine's memory, swap included; None where the system does not tell."""
+    found = {}
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name in ("MemAvailable", "SwapFree"):
+                found[name] = int(value.split()[0]) * 1024
+    return sum(found.values()) if "MemAvailable" in found else None
 
 
 def parsed_device(device: str) -> tuple[str, int]:

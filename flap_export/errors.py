@@ -19,6 +19,10 @@ A message says what must hold, what was found, where, and how to mend it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
+
+LARGEST_SEED: Final = 2**63 - 1
+"""What every generator of random numbers takes."""
 
 
 class FlapExportError(Exception):
@@ -81,6 +85,16 @@ class GateBreachedError(FlapExportError):
     def __init__(self, gate: str, message: str) -> None:
         super().__init__(f"{gate}: {message}")
         self.gate = gate
+
+
+def check_seed(seed: int) -> None:
+    """Whether random numbers can be drawn from `seed`.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"seed must lie in 0..{LARGEST_SEED}, got {seed}")
 
 
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:

@@ -120,7 +120,7 @@ def perplexity(runner: Runner, windows: TokenWindows, batch_size: int = 8) -> tu
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    _check_length(runner, windows)
+    _check_length(runner.max_length, windows)
     total_nll, predicted = 0.0, 0
     for start in range(0, len(windows.tokens), batch_size):
         tokens = windows.tokens[start : start + batch_size]
@@ -137,16 +137,47 @@ def perplexity(runner: Runner, windows: TokenWindows, batch_size: int = 8) -> tu
     return value, predicted
 
 
-def _check_length(runner: Runner, windows: TokenWindows) -> None:
+def read_texts(
+    sources: Sequence[str],
+    directory: Path,
+    vocabulary_size: int,
+    max_length: int,
+    *,
+    sequence_length: int | None,
+    samples: int | None,
+) -> list[TokenWindows]:
+    """The windows of every source, checked before any is scored, which may take hours.
+
+    Args:
+        sources: see `evaluate`, as the two numbers below.
+        directory: of the model's tokenizer.
+        vocabulary_size: of the model.
+        max_length: tokens that the model takes at most.
+        sequence_length: tokens of a window.
+        samples: windows per source.
+
+    Raises:
+        InputError: a source cannot be used; see `read_windows`.
+    """
+    read = [
+        read_windows(source, directory, vocabulary_size, sequence_length=sequence_length, samples=samples)
+        for source in sources
+    ]
+    for windows in read:
+        _check_length(max_length, windows)
+    return read
+
+
+def _check_length(max_length: int, windows: TokenWindows) -> None:
     length = windows.tokens.shape[1]
     if length < 2:
         raise TextError(
             f"perplexity on '{windows.source}' needs windows of at least 2 tokens, got {length}; "
             "name a longer text or a larger sequence_length"
         )
-    if length > runner.max_length:
+    if length > max_length:
         raise ArtifactError(
-            f"windows of '{windows.source}' must fit into the model's max_length of {runner.max_length} tokens, "
+            f"windows of '{windows.source}' must fit into the model's max_length of {max_length} tokens, "
             f"got {length}; evaluate with a smaller sequence_length, or export with a larger max_length"
         )
 
@@ -184,13 +215,14 @@ def evaluate(
     calibration = _calibration_digest(directory)
     qualities = []
     with open_runner(directory, device=device, dtype=dtype, check=False) as runner:
-        # All sources are read and checked before the first is scored, which may take hours.
-        read = [
-            read_windows(source, directory, runner.vocabulary_size, sequence_length=sequence_length, samples=samples)
-            for source in sources
-        ]
-        for windows in read:
-            _check_length(runner, windows)
+        read = read_texts(
+            sources,
+            directory,
+            runner.vocabulary_size,
+            runner.max_length,
+            sequence_length=sequence_length,
+            samples=samples,
+        )
         for windows in read:
             value, predicted = perplexity(runner, windows, batch_size)
             digests[f"text:{windows.source}"] = windows.digest

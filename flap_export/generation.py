@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from flap_export.errors import ArtifactError, InputError
+from flap_export.errors import ArtifactError, InputError, check_seed
 from flap_export.runners import Logits, Runner
 from flap_export.runners.sampling import Sampling
 
@@ -45,6 +45,7 @@ def generate(
         TextError: the prompt is empty or holds an id outside the vocabulary.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
+    check_seed(seed)
     if len(prompt_ids) > runner.max_length:
         raise ArtifactError(
             f"the prompt must fit the cache of {runner.max_length} rows, got {len(prompt_ids)} tokens; "
@@ -91,7 +92,7 @@ def pick_token(
     if temperature == 0.0:
         return int(np.argmax(logits))
     order = np.argsort(-logits, kind="stable")[: top_k or None]
-    probabilities = _softmax(logits[order].astype(np.float64) / temperature)
+    probabilities = _softmax(logits[order].astype(np.float64), temperature)
     # A token is kept while what precedes it is short of top_p; nothing precedes the first.
     kept = np.cumsum(probabilities) - probabilities < top_p
     chances = probabilities[kept] / probabilities[kept].sum()
@@ -132,8 +133,10 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights = np.exp(logits - logits.max())
+def _softmax(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    # Divided last: by a very low temperature the largest would become infinite, and so only the others do.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits - logits.max()) / temperature)
     return np.asarray(weights / weights.sum())
 
 

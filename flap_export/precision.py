@@ -32,15 +32,21 @@ class Precision:
     """Name of the element type in ONNX."""
     onnx_number: int
     """The same as ONNX files and ONNX Runtime count it."""
+    onnxruntime: str
+    """The same in the types that ONNX Runtime tells."""
     tensorrt: str
     array: str
     """NumPy's type of the same bits; it has no bfloat16."""
 
 
 PRECISIONS: Final[dict[DtypeName, Precision]] = {
-    "float32": Precision(4, 2.0**-23, float.fromhex("0x1.fffffep127"), "float64", "FLOAT", 1, "FLOAT", "float32"),
-    "float16": Precision(2, 2.0**-10, 65504.0, "float32", "FLOAT16", 10, "HALF", "float16"),
-    "bfloat16": Precision(2, 2.0**-7, float.fromhex("0x1.fep127"), "float32", "BFLOAT16", 16, "BF16", "uint16"),
+    "float32": Precision(
+        4, 2.0**-23, float.fromhex("0x1.fffffep127"), "float64", "FLOAT", 1, "float", "FLOAT", "float32"
+    ),
+    "float16": Precision(2, 2.0**-10, 65504.0, "float32", "FLOAT16", 10, "float16", "HALF", "float16"),
+    "bfloat16": Precision(
+        2, 2.0**-7, float.fromhex("0x1.fep127"), "float32", "BFLOAT16", 16, "bfloat16", "BF16", "uint16"
+    ),
 }
 
 

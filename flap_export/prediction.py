@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Final, Literal
 
+from pydantic import Field
+
 from flap_export.errors import InputError, check_choice
 from flap_export.ideal import Phase, Roofline, call_bytes, call_flops, stored_parameters
 from flap_export.precision import PRECISIONS, DtypeName
@@ -63,11 +65,11 @@ GPUS: Final[dict[str, Gpu]] = {
 class Assumptions(Value):
     """What no datasheet says. Guesses until a measurement replaces them; every one is an option of `predict`."""
 
-    bandwidth_efficiency: float = 0.85
+    bandwidth_efficiency: float = Field(default=0.85, gt=0, le=1)
     """Share of the datasheet's bandwidth that streaming weights sustains."""
-    matrix_efficiency: float = 0.65
+    matrix_efficiency: float = Field(default=0.65, gt=0, le=1)
     """Share of the datasheet's matrix rate that projections sustain in a prefill."""
-    kernel_gap_us: float = 2.0
+    kernel_gap_us: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     """From the end of a kernel to the start of the next, replayed from a CUDA graph."""
     attention_kernels: int = 7
     """Of one layer: norm, projection, rotary embedding, two cache updates, attention, output projection."""

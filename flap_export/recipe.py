@@ -18,6 +18,29 @@ from flap_export.evidence.methods import PruneOptions
 from flap_export.evidence.record import CalibrationText
 from flap_export.precision import DtypeName
 from flap_export.searching import SearchOptions
+from flap_export.storage import Seed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            ConstructorError: a key stands twice; it names both lines.
+        """
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key '{key.value}' stands twice, in lines {seen[key.value]} and {line}; leave out one"
+                )
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 class Section(BaseModel):
@@ -29,7 +52,7 @@ class Section(BaseModel):
 class SearchSection(SearchOptions):
     """Stage `search`: rates per layer for the ratio of `prune`; left out where the recipe has no such section."""
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """One run from each; the best of all is taken."""
     baselines: bool = False
     """Run random and conventional search beside it."""
@@ -77,7 +100,7 @@ class ValidateSection(Section):
     """Tokens of the longest random prompt; None is 64, or less where the cache is short."""
     decode_steps: int = Field(default=32, gt=0)
     batch_size: int = Field(default=4, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BenchSection(Section):
@@ -101,6 +124,9 @@ class EvaluateSection(Section):
 
 class GatesSection(Section):
     """What must hold for the run to succeed, besides parity, which always must."""
+
+    # Infinity could not be breached.
+    model_config = ConfigDict(allow_inf_nan=False)
 
     maximum_perplexity_ratio: float | None = Field(default=None, gt=1)
     """Pruned over dense perplexity, on any source."""
@@ -156,7 +182,7 @@ def recipe_from(values: Mapping[str, Any], *, where: str = "the recipe") -> Reci
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = _yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"no recipe at '{file}'") from error
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
@@ -164,6 +190,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"'{file}' must hold keys and values, such as `model: ...`; found {type(values).__name__}")
     return values
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506: a safe one
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -177,7 +207,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise RecipeError(f"the override '{override}' needs a section '{parent}', which is a plain value")
     try:
-        section[leaf] = yaml.safe_load(text)
+        section[leaf] = _yaml(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"the value of the override '{override}' is not YAML: {error}") from error
 

@@ -10,18 +10,27 @@ Notation used throughout the package:
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from flap_export.storage import Value
+
+# Far above every model there is: a record that says more is damaged, and would only run out of memory later.
+_Heads = Annotated[int, Field(ge=0, le=2**16)]
+_Channels = Annotated[int, Field(ge=0, le=2**24)]
+_Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class LayerShape(Value):
     """Units of one decoder layer, and whether its two output projections carry a bias."""
 
-    query_heads: int
-    kv_heads: int
-    ffn_channels: int
+    query_heads: _Heads
+    kv_heads: _Heads
+    ffn_channels: _Channels
     attention_bias: bool = False
     ffn_bias: bool = False
-    experts: int = 0
+    experts: _Heads = 0
     """Experts of a mixture, each of them `ffn_channels` wide and with an output bias of its own; 0 is a plain FFN."""
 
     @property
@@ -38,10 +47,10 @@ class LayerShape(Value):
 class DecoderShape(Value):
     """Sizes of a decoder whose layers may differ from each other."""
 
-    hidden_size: int
-    head_dim: int
-    vocabulary_size: int
-    ffn_matrices: int
+    hidden_size: _Size
+    head_dim: Annotated[int, Field(ge=1, le=2**16)]
+    vocabulary_size: _Size
+    ffn_matrices: Annotated[int, Field(ge=1)]
     """Matrices of one FFN: 3 when gated (gate, up, down), 2 when not."""
     tied_embeddings: bool
     parallel_blocks: bool = False

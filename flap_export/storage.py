@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from flap_export.errors import InputError, OutputError
+from flap_export.errors import LARGEST_SEED, InputError, OutputError
 
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
@@ -39,6 +39,7 @@ _KINDS: Final[Mapping[str, tuple[str, ...]]] = {
 whose files it holds: runs, searches, artifacts and engines have a plan too, and a pruned checkpoint has evidence."""
 
 
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 V = TypeVar("V", bound="Value")
 
 

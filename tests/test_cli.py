@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from flap_export.cli import main
-from flap_export.errors import GateBreachedError, MissingRequirementError
+from flap_export.cli.app import app
+from flap_export.errors import GateBreachedError, MissingRequirementError, ModelError
 from flap_export.manifest import write_manifest
 from flap_export.models.loading import load_model
 
@@ -93,6 +97,35 @@ def test_prune_prints_the_plan_as_json_and_nothing_else(call: Call, model: Path,
     assert set(plan["layers"][0]) == {"layer", "query_heads", "kv_heads", "ffn_channels"}
     assert abs(plan["ratio"]["achieved"] - 0.25) < 0.01
     assert plan["digests"].keys() >= {"weights", "calibration"}
+
+
+def test_heads_that_a_structure_does_not_remove_are_told(call: Call, model: Path, tmp_path: Path) -> None:
+    arguments = ("prune", model, "-o", tmp_path / "pruned", "--ratio", "0.2", "--method", "random", "--json")
+    outcome = call(*arguments, "--remove-heads", "2")
+    assert outcome.code == 0
+    assert "--remove-heads is not used: the structure is ul-um" in outcome.err
+    assert json.loads(outcome.out)["method"]["unused"] == "remove_heads"
+    outcome = call(*arguments)
+    assert "not used" not in outcome.err
+    assert "unused" not in json.loads(outcome.out)["method"]
+
+
+@pytest.mark.parametrize("method", ["flap", "magnitude"])
+def test_an_alignment_above_the_width_is_refused(call: Call, model: Path, tmp_path: Path, method: str) -> None:
+    arguments = (
+        "--ratio",
+        "0.2",
+        "--calibration",
+        model.parent / "text.txt",
+        "--sequence-length",
+        "16",
+        "--method",
+        method,
+    )
+    outcome = call("prune", model, "-o", tmp_path / "pruned", *arguments, "--align-channels", "1000")
+    assert outcome.code == 2
+    assert "--align-channels must be at most" in outcome.err
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_prune_takes_rates_in_place_of_a_ratio(call: Call, model: Path, tmp_path: Path) -> None:
@@ -264,6 +297,32 @@ def test_generation_settings_that_cannot_be_read(
     assert "eos_token_id" in outcome.err
 
 
+@pytest.mark.parametrize("error", [RuntimeError("while tracing"), ModelError("no model"), SystemExit(1), None], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_whatever_becomes_of_it(
+    number: signal.Signals, error: BaseException | None, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: str) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except BaseException:
+            if error is None:
+                raise
+            raise error from None
+
+    monkeypatch.setattr("flap_export.cli.inspecting.described", interrupted)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        outcome = call("inspect", "model", "--json")
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert outcome.code == 128 + number
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+
+
 def test_a_path_is_printed_as_it_is(call: Call, pruned: Path, tmp_path: Path) -> None:
     """Rich reads square brackets as markup."""
     output = tmp_path / "[red]" / "x[" / "y]"
@@ -278,6 +337,56 @@ def test_help_names_every_option_on_a_narrow_terminal(call: Call, monkeypatch: p
     shown = call("prune", "--help").out
     assert {"--square-attention", "--align-channels", "--sequence-length"} <= set(shown.split())
     assert "..." not in call("--help").out.partition("Commands:")[2]
+
+
+REQUIRED = {
+    "prune": ["m", "-o", "x"],
+    "validate": ["a", "--reference", "m"],
+    "generate": ["m", "--prompt", "a"],
+    "bench": ["a", "--baseline", "b"],
+    "compare": ["m", "-o", "x", "--calibration", "t", "--text", "t"],
+    "search": ["m", "-o", "x", "--ratio", "0.2", "--calibration", "t"],
+    "predict": ["p", "--gpu", "l4"],
+}
+"""Arguments without which a command says only that they are missing."""
+
+
+def options_of_numbers() -> Iterator[tuple[str, str]]:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback).items():
+            if float in (hint, *get_args(hint), *(inner for part in get_args(hint) for inner in get_args(part))):
+                yield command.callback.__name__, f"--{name.replace('_', '-')}"
+
+
+def test_options_of_numbers_are_found() -> None:
+    assert {("bench", "--minimum-speedup"), ("compare", "--ratio"), ("predict", "--kernel-gap-us")} <= set(
+        options_of_numbers()
+    )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(("command", "option"), list(options_of_numbers()))
+def test_no_option_takes_what_is_no_number(call: Call, command: str, option: str, value: str) -> None:
+    outcome = call(command, *REQUIRED[command], option, value)
+    assert outcome.code == 2
+    assert f"Invalid value for '{option}'" in outcome.err or "must lie strictly between 0 and 1" in outcome.err
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5"])
+@pytest.mark.parametrize("name", ["--bandwidth-efficiency", "--matrix-efficiency"])
+def test_assumed_shares_are_shares(call: Call, pruned: Path, name: str, value: str) -> None:
+    outcome = call("predict", pruned, "--gpu", "l4", name, value)
+    assert outcome.code == 2
+    assert f"Invalid value for '{name}'" in outcome.err
+    assert call("predict", "--help").out.count("0.01<=x<=1.0") == 2
+
+
+@pytest.mark.parametrize("command", sorted(set(REQUIRED) - {"predict"}))
+def test_seeds_are_not_negative(call: Call, command: str) -> None:
+    outcome = call(command, *REQUIRED[command], "--seed", "-1")
+    assert outcome.code == 2
+    assert "Invalid value for '--seed'" in outcome.err
 
 
 def test_wrong_usage_exits_2(call: Call) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import save_tokens, tiny_checkpoint, tokens_of
@@ -17,6 +18,8 @@ from flap_export.exporting import export
 from flap_export.generation import generate, pick_token, stream_text
 from flap_export.pruning.stage import prune
 from flap_export.runners import Logits, Runner, TokenIds, open_runner
+from flap_export.runners import sampling as runners_sampling
+from flap_export.runners.sampling import Sampling
 
 VOCABULARY = 10
 
@@ -77,6 +80,7 @@ def test_seed_decides_the_sample() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be 0"),
+        ({"seed": -1}, "seed must lie in 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_k": -1}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must lie above 0"),
@@ -102,6 +106,14 @@ def sampled(logits: Any, count: int = 4000, **options: Any) -> np.ndarray[Any, A
     generator = np.random.default_rng(0)
     picks = [pick_token(np.asarray(logits, np.float32), generator=generator, **options) for _ in range(count)]
     return np.bincount(picks, minlength=len(logits)) / count
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-300, 1e-320])
+def test_a_very_low_temperature_is_greedy(temperature: float) -> None:
+    assert sampled([1.0, 3.0, 2.0], 20, temperature=temperature).tolist() == [0, 1, 0]
+    sampling = Sampling(temperature=temperature)
+    chosen = runners_sampling.sampled(torch.tensor([[1.0, 3.0, 2.0]]), sampling, torch.Generator().manual_seed(0))
+    assert chosen.tolist() == [1]
 
 
 def test_frequencies_follow_the_probabilities() -> None:

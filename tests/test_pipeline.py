@@ -3,21 +3,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME, AlignmentReport
-from flap_export.errors import ArtifactError, BudgetError, OutputError, RecipeError, TextError
+from flap_export.errors import (
+    ArtifactError,
+    BudgetError,
+    MissingRequirementError,
+    OutputError,
+    RecipeError,
+    TextError,
+)
 from flap_export.manifest import Manifest, verify, write_manifest
-from flap_export.pipeline import resuming, running, stages
+from flap_export.pipeline import checking, resuming, running, stages
 from flap_export.plan import PruningPlan
 from flap_export.recipe import Recipe, recipe_from
 from flap_export.reporting import report
@@ -260,6 +269,25 @@ def test_a_changed_calibration_text_redoes_what_depends_on_it(
     assert "export-dense" not in again
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("tokenizer.json", "calibrate"), ("generation_config.json", "prune"), ("tekken.json", "calibrate")],
+)
+def test_a_changed_file_beside_the_weights_redoes_what_reads_it(
+    name: str, first: str, tmp_path: Path, inputs: Path, recipe_of: Callable[..., Recipe], performed: list[str]
+) -> None:
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    recipe = recipe_of().model_copy(update={"model": str(model)})
+    running.run(recipe, tmp_path / "run")
+    (model / name).write_text('{"eos_token_id": 7}')
+    again = performed_by(performed, recipe, tmp_path / "run")
+    assert again[0] == first
+    assert {"prune", "export-dense", "export"} <= set(again)
+    for where in ("checkpoint", "onnx/dense", "onnx/pruned"):
+        assert (tmp_path / "run" / where / name).read_text() == '{"eos_token_id": 7}'
+    assert performed_by(performed, recipe, tmp_path / "run") == []
+
+
 def test_a_parity_breach_stops_before_the_bench_and_still_reports(
     tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +327,23 @@ def test_gates_name_what_they_measured(tmp_path: Path, recipe_of: Callable[..., 
     dense = quality.sources[0].dense_perplexity
     assert dense is not None
     assert ("quality" in found) == (quality.sources[0].perplexity > dense * 1.0000001)
+
+
+@pytest.mark.parametrize(
+    ("gate", "section", "values"),
+    [
+        ("maximum_perplexity_ratio", "evaluate", {"sources": []}),
+        ("minimum_prefill_speedup", "bench", {"prompt_lengths": []}),
+        ("minimum_decode_speedup", "bench", {"batch_sizes": []}),
+    ],
+)
+def test_a_gate_that_nothing_measures_is_refused(
+    gate: str, section: str, values: dict[str, Any], recipe_of: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = recipe_of(**{"gates": {gate: 1.5}, section: values})
+    with pytest.raises(RecipeError, match=rf"gates\.{gate} needs {section}\."):
+        running.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_run_is_resumed(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:
@@ -352,6 +397,48 @@ def test_wrong_input_is_found_before_any_stage(
     with pytest.raises(error):
         running.run(recipe_of(**sections), tmp_path / "run")
     assert performed == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"evaluate": {"samples": 5}}, TextError, r"section 'evaluate' .* 5 samples were asked for"),
+        ({"evaluate": {"sequence_length": 13}}, TextError, r"section 'evaluate' .* sequence_length asks for 13"),
+        ({"build": {"backend": "tensorrt-rtx", "targets": ["sm99"]}}, RecipeError, "section 'build' .* target must be"),
+        ({"build": {"backend": "tensorrt"}}, MissingRequirementError, "needs the package tensorrt .*not here"),
+        ({"export": {"dtype": "bfloat16"}}, MissingRequirementError, "CPU provider does not implement bfloat16"),
+        ({"bench": {"threads": 100_000}}, RecipeError, "section 'bench' .* threads must lie in"),
+    ],
+    ids=str,
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_done(
+    sections: dict[str, dict[str, Any]],
+    error: type[Exception],
+    message: str,
+    recipe_of: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def imported(flavour: str) -> Any:
+        if flavour == "tensorrt":
+            raise MissingRequirementError("the backend tensorrt needs the package tensorrt (not here)", "install it")
+        return SimpleNamespace(ComputeCapability=SimpleNamespace(__members__={"SM80": 0}))
+
+    monkeypatch.setattr("flap_export.building.stage.import_tensorrt", imported)
+    with pytest.raises(error, match=message):
+        running.run(recipe_of(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_engines_on_a_gpu_are_no_concern_of_onnxruntimes(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "check_device", lambda device: None)
+    monkeypatch.setattr(checking, "check_build", lambda *options: None)
+    recipe = recipe_of(build={"backend": "tensorrt"}, export={"dtype": "bfloat16"})
+    checking.check_recipe(recipe.model_copy(update={"device": "cuda"}))
+    with pytest.raises(MissingRequirementError, match="does not implement bfloat16"):
+        checking.check_recipe(recipe)
 
 
 def test_the_result_as_json_is_json(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:

@@ -63,6 +63,10 @@ def test_the_smallest_recipe_has_the_papers_defaults(tmp_path: Path) -> None:
         ("model.x", 3, r"needs a section 'model', which is a plain value"),
         ("prune.ratio", "much", r"'prune\.ratio' is 'much': input should be a valid number"),
         ("prune.metric", "wifw", r"'prune\.metric' is 'wifw': input should be 'wifv', 'ifv' or 'wifn'"),
+        ("validate.seed", -1, r"'validate\.seed' is -1: input should be greater than or equal to 0"),
+        ("calibrate.seed", -1, r"'calibrate\.seed' is -1: input should be greater than or equal to 0"),
+        ("prune.seed", 2**63, r"'prune\.seed' is 9\d*: input should be less than or equal to 9"),
+        ("search.seeds", [-1], r"'search\.seeds\.0' is -1: input should be greater than or equal to 0"),
         ("calibrate.samples", 0, r"'calibrate\.samples' is 0: input should be greater than 0"),
         ("calibrate.samples", 1.5, r"'calibrate\.samples' is 1\.5: input should be a valid integer"),
         ("device", "tpu", r"'device' is 'tpu': input should be 'cpu' or 'cuda'"),
@@ -75,6 +79,12 @@ def test_wrong_keys_and_values(key: str, value: Any, message: str, tmp_path: Pat
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(written(tmp_path, SMALLEST), [f"{key}={yaml.safe_dump(value, default_flow_style=True)}"])
     assert "override" in str(caught.value) or "recipe.yaml: " in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_gate_is_a_number_that_can_be_breached(value: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"gates\.maximum_perplexity_ratio.*finite"):
+        load_recipe(written(tmp_path, SMALLEST), [f"gates.maximum_perplexity_ratio={value}"])
 
 
 def test_all_mistakes_are_named_at_once() -> None:
@@ -98,6 +108,24 @@ def test_all_mistakes_are_named_at_once() -> None:
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("model: a\nprune:\n  ratio: 0.2\n  method: obs\n  ratio: 0.3\n", "'ratio' stands twice, in lines 3 and 5"),
+        ("model: a\nprune: {ratio: 0.2}\nmodel: b\n", "'model' stands twice, in lines 1 and 3"),
+        ("prune: {ratio: 0.2, ratio: 0.3}\n", "'ratio' stands twice, in lines 1 and 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, lines: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=lines):
+        load_recipe(written(tmp_path, text))
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'ratio' stands twice"):
+        load_recipe(written(tmp_path, SMALLEST), ["prune={ratio: 0.2, ratio: 0.3}"])
 
 
 def test_places_without_a_recipe(tmp_path: Path) -> None:

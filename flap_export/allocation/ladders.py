@@ -100,6 +100,21 @@ def check_alignment(align_channels: int) -> None:
         raise PlanError(f"--align-channels must be at least 1, got {align_channels}")
 
 
+def check_widths(shape: DecoderShape, align_channels: int) -> None:
+    """Whether the FFNs of a decoder have channels to lose at such an alignment: else only heads could go.
+
+    Raises:
+        PlanError: they have not.
+    """
+    check_alignment(align_channels)
+    width = min(layer.ffn_channels for layer in shape.layers)
+    if align_channels > width:
+        raise PlanError(
+            f"--align-channels must be at most {width}, the width of the model's FFN, got {align_channels}; the FFN "
+            "could lose nothing"
+        )
+
+
 def units_of_layer(layer: LayerShape, head_units: HeadUnits) -> HeadUnits:
     """What a layer loses at a time: where every query head is a group of its own, that is always one group."""
     return "groups" if layer.query_heads == layer.kv_heads else head_units

@@ -14,7 +14,7 @@ from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_roun
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.building.record import check_runnable, load_runnable, record_digest
-from flap_export.errors import ArtifactError, InputError, check_choice
+from flap_export.errors import ArtifactError, InputError, check_choice, check_seed
 from flap_export.ideal import Phase, Roofline, ideal_speedup
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
@@ -79,6 +79,7 @@ def bench(
     dense, pruned = load_runnable(paths[0]), load_runnable(paths[1])
     _check_comparable(dense, pruned, paths)
     _check_rounds(repeats, budget_s)
+    check_seed(seed)
     workloads = planned_workloads(phases, batch_sizes, prompt_lengths, context_length, max_length=dense.max_length)
     # Here and not in the workers: read through once, and before anything is measured.
     checked = [check_runnable(path, weights=True) for path in paths]
@@ -152,7 +153,7 @@ def planned_workloads(
 def _check_rounds(repeats: int, budget_s: float) -> None:
     if repeats < MINIMUM_ROUNDS:
         raise InputError(f"repeats must be at least {MINIMUM_ROUNDS}, got {repeats}")
-    if budget_s <= 0:
+    if not budget_s > 0:
         raise InputError(f"the budget must be positive, got {budget_s} s")
 
 

@@ -104,10 +104,9 @@ def build(
     profiles = profiles_of(
         opened.max_length, batch_size=batch_size, max_batch=max_batch, prompt=prompt, max_prompt=max_prompt
     )
-    trt = import_tensorrt(backend)
-    _check_options(backend, targets, chosen)
+    trt, polygraphy = check_build(backend, targets, chosen)
     check_runnable(source, weights=True)
-    builder = _Builder(source, opened, backend, trt, import_polygraphy(backend), tuple(targets), profiles, chosen)
+    builder = _Builder(source, opened, backend, trt, polygraphy, tuple(targets), profiles, chosen)
     with new_directory(Path(output), ENGINE_NAME) as directory:
         engines = {kind: builder.build(kind, directory) for kind in kinds}
         record = builder.record(engines, Path(output))
@@ -117,6 +116,23 @@ def build(
         record.save(directory / ENGINE_NAME)
         write_manifest(directory, digests=record.digests)
     return record
+
+
+def check_build(backend: Flavour, targets: Sequence[str], options: BuildOptions) -> tuple[Any, Any]:
+    """Whether engines can be built so on this machine, to be asked before there is an artifact.
+
+    Returns:
+        The flavour's Python module, and Polygraphy's backend for it.
+
+    Raises:
+        InputError: an option is out of its range or not one of the flavour's, or a target does not exist.
+        MissingRequirementError: the flavour's package or a GPU is not there.
+    """
+    trt = import_tensorrt(backend)
+    _check_options(backend, targets, options)
+    if targets:
+        compute_capabilities(targets, trt)
+    return trt, import_polygraphy(backend)
 
 
 def _kinds(logits: LogitsChoice, artifact: Artifact, path: Path) -> tuple[LogitsKind, ...]:

@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 UNFORESEEN: Final = 70
 """Exit code of an error that is nobody's input; Python's own is 1, which says that a gate was breached."""
+_received: Final[list[int]] = []
+"""Signals that came while a command ran."""
 BROKEN_PIPE: Final = 128 + signal.SIGPIPE
 """What a shell reports of a process whose reader went away; Typer's own 1 would read as a breached gate."""
 
@@ -34,12 +36,17 @@ def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     as_json = "--json" in sys.argv[1:]
     _open_closed_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    _received.clear()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A handler that is set already, or a signal that is ignored (nohup), was asked for.
-        if signal.getsignal(number) is signal.SIG_DFL:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _ended)
     try:
-        app(standalone_mode=True)
+        _call()
+    except _SignalledError:
+        if _received[0] == signal.SIGINT:
+            console.side().print("interrupted")
+        sys.exit(128 + _received[0])
     except SystemExit as left:
         # Typer prints usage errors itself, and ends by an exit whose cause is the error.
         if isinstance(left.__context__, BrokenPipeError):
@@ -51,9 +58,6 @@ def main() -> None:
     except FlapExportError as error:
         console.emit_error(error, as_json=as_json)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.side().print("interrupted")
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(BROKEN_PIPE)
     except OSError as error:
@@ -63,6 +67,24 @@ def main() -> None:
         if as_json:
             console.emit_error_json("Unforeseen", f"{type(error).__name__}: {error}", UNFORESEEN)
         sys.exit(UNFORESEEN)
+
+
+class _SignalledError(Exception):
+    """The process was told to end, and does."""
+
+
+def _call() -> None:
+    """Run the command; whatever becomes of a signal within it (torch makes errors of its own of it), it ends the run.
+
+    Raises:
+        _SignalledError: a signal came, and an exception of any kind after it.
+    """
+    try:
+        app(standalone_mode=True)
+    except BaseException as error:
+        if _received:
+            raise _SignalledError from error
+        raise
 
 
 def _open_closed_streams() -> None:
@@ -78,6 +100,9 @@ def _nowhere() -> TextIO:
 
 def _ended(number: int, frame: FrameType | None) -> NoReturn:
     """End as an exception does, so that nothing half-written stays."""
+    _received.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from flap_export.cli import console
-from flap_export.cli.options import Device, Json, Output, Seed, Threads, Verbose, one_of
+from flap_export.cli.options import Device, Json, Output, Seed, Threads, Verbose, finite, one_of
 from flap_export.errors import FlapExportError
 
 
@@ -133,8 +133,10 @@ def bench(
     prompt_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a prefill; may repeat.")] = None,
     context_length: Annotated[int | None, typer.Option(min=1, help="Cached tokens before a decode step.")] = None,
     repeats: Annotated[int, typer.Option(min=3, help="Rounds per phase and shape.")] = 30,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds for all rounds together.")] = 120.0,
-    minimum_speedup: Annotated[float | None, typer.Option(help="Exit 1 where a speedup is below this.")] = None,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for all rounds together.", callback=finite)] = 120.0,
+    minimum_speedup: Annotated[
+        float | None, typer.Option(help="Exit 1 where a speedup is below this.", callback=finite)
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="Set what `predict` expects of this GPU beside it.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",

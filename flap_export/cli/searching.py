@@ -9,14 +9,14 @@ import typer
 from rich.markup import escape
 
 from flap_export.cli import console, summaries
-from flap_export.cli.options import Device, Json, Output, Samples, SequenceLength, Verbose
-from flap_export.errors import InputError
+from flap_export.cli.options import Device, Json, Output, Samples, SequenceLength, Verbose, finite
+from flap_export.errors import LARGEST_SEED, InputError
 
 
 def search(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
     output: Output,
-    ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.")],
+    ratio: Annotated[float, typer.Option(help="Share of the attention and FFN weights that goes.", callback=finite)],
     calibration: Annotated[str, typer.Option(help="Text source; fitness is measured on sequences of its own.")],
     samples: Samples = None,
     sequence_length: SequenceLength = None,
@@ -32,7 +32,7 @@ def search(
         str | None, typer.Option(help="A language model that breeds: openai:URL, local:PATH, or self.")
     ] = None,
     name: Annotated[str | None, typer.Option("--model", help="The model's name at the server.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for the server to answer.")] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for the server to answer.", callback=finite)] = 120.0,
     retries: Annotated[int, typer.Option(min=0, help="Requests after the first, for one answer.")] = 5,
     prices: Annotated[
         str | None, typer.Option(metavar="PROMPT:ANSWER", help="Of a million tokens, for the cost of a search.")
@@ -40,14 +40,16 @@ def search(
     replay: Annotated[
         bool, typer.Option("--replay", help="Take answers from the journals of an earlier search, ask nobody.")
     ] = False,
-    evaluations: Annotated[float, typer.Option(min=1, help="Looks at a candidate on all of the text.")] = 430,
+    evaluations: Annotated[
+        float, typer.Option(min=1, help="Looks at a candidate on all of the text.", callback=finite)
+    ] = 430,
     population: Annotated[int, typer.Option(min=2, help="Candidates of a population.")] = 30,
     mutations: Annotated[int, typer.Option(min=0, help="Of one generation of a population.")] = 10,
     crossovers: Annotated[int, typer.Option(min=0, help="Of one generation of a population.")] = 10,
     granularity: Annotated[str, typer.Option(help="layers, or modules: attention's part is searched too.")] = "layers",
-    step: Annotated[float, typer.Option(help="Of a layer's rate, at most.")] = 0.05,
-    min_rate: Annotated[float, typer.Option(help="Of every layer.")] = 0.0,
-    max_rate: Annotated[float, typer.Option(help="Of every layer.")] = 0.9,
+    step: Annotated[float, typer.Option(help="Of a layer's rate, at most.", callback=finite)] = 0.05,
+    min_rate: Annotated[float, typer.Option(help="Of every layer.", callback=finite)] = 0.0,
+    max_rate: Annotated[float, typer.Option(help="Of every layer.", callback=finite)] = 0.9,
     bound: Annotated[
         list[str] | None, typer.Option(metavar="LAYER=LEAST:MOST", help="Of one layer; may repeat.")
     ] = None,
@@ -58,13 +60,16 @@ def search(
         int | None, typer.Option(min=1, help="Sequences that fitness is measured on (up to 64).")
     ] = None,
     stage: Annotated[
-        list[float] | None, typer.Option(help="Shares of them to look at in turn, the last 1; repeat (0.125 0.5 1).")
+        list[float] | None,
+        typer.Option(help="Shares of them to look at in turn, the last 1; repeat (0.125 0.5 1).", callback=finite),
     ] = None,
     uninformed: Annotated[bool, typer.Option("--uninformed", help="Begin with uniform rates only.")] = False,
     latency: Annotated[str | None, typer.Option(help="A GPU of `predict`, as a second objective.")] = None,
     latency_batch: Annotated[int, typer.Option(min=1, help="Sequences of the decode step that is predicted.")] = 1,
     latency_context: Annotated[int, typer.Option(min=1, help="Cached tokens before it.")] = 1024,
-    seed: Annotated[list[int] | None, typer.Option(help="One run from each; repeat (0).")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=LARGEST_SEED, help="One run from each; repeat (0).")
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Run random and conventional search beside it, as long.")
     ] = False,

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from flap_export.cli import console
-from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Verbose, one_of
+from flap_export.cli.options import Device, Json, Output, Samples, Seed, SequenceLength, Verbose, finite, one_of
 
 
 def run(
@@ -41,7 +41,8 @@ def prune(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name of a dense model.")],
     output: Output,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of the attention and FFN weights that goes; or give --rates.")
+        float | None,
+        typer.Option(help="Share of the attention and FFN weights that goes; or give --rates."),
     ] = None,
     rates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Every layer's own share: what `search` wrote, or a JSON list.")
@@ -60,7 +61,7 @@ def prune(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit least squares to what the already pruned layers give.")
     ] = False,
-    remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm.")] = 0,
+    remove_heads: Annotated[int, typer.Option(min=0, help="Query heads that go, for al-mm and ul-mm only.")] = 0,
     head_units: Annotated[str, typer.Option(help="groups (whole KV groups) or queries (one head of each).")] = "groups",
     align_channels: Annotated[int, typer.Option(min=1, help="FFN widths are multiples of this.")] = 1,
     layout: Annotated[
@@ -125,7 +126,9 @@ def compare(
         list[str] | None,
         typer.Option(metavar="METHOD[,KEY=VALUE]...", help="What to compare, such as flap,metric=ifv; repeat."),
     ] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Share that goes; repeat (0.1, 0.2, 0.3, 0.5).")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Share that goes; repeat (0.1, 0.2, 0.3, 0.5).", callback=finite)
+    ] = None,
     samples: Samples = None,
     sequence_length: SequenceLength = None,
     evaluation_samples: Annotated[int | None, typer.Option(min=1, help="Windows evaluated per text (all).")] = None,

@@ -10,9 +10,11 @@ import typer
 from rich.markup import escape
 
 from flap_export.cli import console
-from flap_export.cli.options import Device, Json, Samples, Seed, SequenceLength, Threads, Verbose
+from flap_export.cli.options import Device, Json, Samples, Seed, SequenceLength, Threads, Verbose, finite
 
-Share = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the datasheet's rate, assumed.")]
+Share = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="Share of the datasheet's rate, assumed.", callback=finite)
+]
 
 
 def evaluate(
@@ -47,9 +49,9 @@ def generate(
     target: Annotated[str, typer.Argument(help="Checkpoint or artifact.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.", callback=finite)] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite)] = 1.0,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -119,9 +121,11 @@ def predict(
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="May repeat (1, 8, 32).")] = None,
     prompt_length: Annotated[list[int] | None, typer.Option(min=1, help="May repeat (128, 2048).")] = None,
     context_length: Annotated[int, typer.Option(min=1, help="Cached tokens before a decode step.")] = 1024,
-    bandwidth_efficiency: Annotated[float, Share] = 0.85,
+    bandwidth_efficiency: Share = 0.85,
     matrix_efficiency: Share = 0.65,
-    kernel_gap_us: Annotated[float, typer.Option(min=0.0, help="Assumed microseconds between kernels.")] = 2.0,
+    kernel_gap_us: Annotated[
+        float, typer.Option(min=0.0, help="Assumed microseconds between kernels.", callback=finite)
+    ] = 2.0,
     json: Json = False,
 ) -> None:
     """Expected latency and speedup of a plan, from a GPU's datasheet."""

@@ -27,7 +27,7 @@ from flap_export.errors import BudgetError, InputError, check_choice
 from flap_export.rewriting.compensation import COMPENSATIONS, CompensationName
 from flap_export.rewriting.stock import LAYOUTS, Layout
 from flap_export.scoring import METRICS, MetricName
-from flap_export.storage import Value
+from flap_export.storage import Seed, Value
 
 UNIFORM: Final = "ul-um"
 MethodName = Literal["flap", "obs", "wanda-sp", "llm-pruner", "magnitude", "random"]
@@ -89,7 +89,7 @@ class PruneOptions(Value):
     """FFN widths that are left are multiples of this."""
     layout: Layout = "uneven"
     """Counts of its own for every layer, or the same in all, loadable by the family's own classes."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the method random."""
     rates: tuple[LayerRate, ...] | None = None
     """Of every layer, instead of a budget that the method spreads."""
@@ -103,6 +103,11 @@ class PruneOptions(Value):
     def squares_attention(self, statistics: StatisticsName) -> bool:
         """Whether attention scores of such statistics are squared."""
         return statistics == "reference" if self.square_attention is None else self.square_attention
+
+    @property
+    def unused(self) -> str | None:
+        """An option that was given and changes nothing, once the structure is known."""
+        return "remove_heads" if self.remove_heads and not (self.structure or "").endswith("-mm") else None
 
     @property
     def row(self) -> Method:

@@ -16,7 +16,7 @@ from flap_export.evidence.methods import METHODS, MethodName
 from flap_export.evidence.sensitivity import SENSITIVITY_NAME, Sensitivity
 from flap_export.precision import ComputeDtypeName
 from flap_export.scoring import LayerScores
-from flap_export.storage import Record, Value, load_tensors, save_tensors
+from flap_export.storage import Record, Seed, Value, load_tensors, save_tensors
 
 EVIDENCE_NAME: Final = "evidence.json"
 SCORES_NAME: Final = "scores.safetensors"
@@ -32,7 +32,7 @@ class CalibrationText(Value):
     """Sequences; None takes up to 1024 of what the source holds."""
     sequence_length: int | None = Field(default=None, gt=1)
     """Tokens of one sequence; None is 128, or the shape of a token array."""
-    seed: int = 0
+    seed: Seed = 0
     """Chooses the sequences of a longer text."""
     statistics: StatisticsName = "welford"
     """Exact, or as the official code computes them; see `flap_export.calibration.reference`."""

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from flap_export.allocation.ladders import ladders_from_scores
+from flap_export.allocation.ladders import check_widths, ladders_from_scores
 from flap_export.allocation.rates import check_rates, steps_of_rates
 from flap_export.allocation.reference import check_known
 from flap_export.allocation.stage import allocate, plan_layers
@@ -122,6 +122,7 @@ def check_ranks_modules(options: PruneOptions, statistics: StatisticsName | None
 
 def _check_options(options: PruneOptions, dense: Checkpoint, statistics: StatisticsName | None) -> None:
     """Whether the model can be pruned this way, before anything is computed."""
+    check_widths(dense.shape, options.align_channels)
     if options.layout == "stock":
         check_stock(dense, compensated=options.compensation != "none", align_channels=options.align_channels)
     if follows_code(options, statistics):

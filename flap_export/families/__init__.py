@@ -1,6 +1,6 @@
 """The model families: what a row says (`family`), the rows (`table`), and what a configuration makes of one."""
 
-from flap_export.families.configuration import check_config, shape_from_config
+from flap_export.families.configuration import check_config, heads_are_fixed, shape_from_config
 from flap_export.families.family import (
     EVERY_EXPERT,
     Family,
@@ -23,5 +23,6 @@ __all__ = [
     "expert_at",
     "experts_of",
     "family_of",
+    "heads_are_fixed",
     "shape_from_config",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from flap_export.errors import ModelError
 from flap_export.families.family import Family
+from flap_export.families.rope import rope_types
 from flap_export.shapes import DecoderShape, LayerShape
 
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
@@ -84,6 +85,13 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         parallel_blocks=_is_set(config, family.parallel_blocks),
         layers=(layer,) * config.num_hidden_layers,
     )
+
+
+def heads_are_fixed(config: Any, family: Family) -> bool:
+    """Whether the family's own class takes the dense number of heads only, with such a configuration."""
+    heads = family.heads
+    by_fields = bool(heads.fixed_where) and _holds(config, heads.fixed_where)
+    return heads.are_fixed or by_fields or not rope_types(config).isdisjoint(heads.fixed_with_rope)
 
 
 def _is_set(config: Any, flag: bool | str) -> bool:

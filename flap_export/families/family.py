@@ -103,6 +103,12 @@ class Heads:
     square_output: bool = False
     """Whether the class makes its output projection [H, H] whatever the heads are, so that Q D must be H. No class of
     its own then holds fewer heads."""
+    divide_hidden: bool = False
+    """Whether the class checks that Q divides H."""
+    fixed_where: Mapping[str, object] = field(default_factory=dict)
+    """What configuration fields hold where the class takes H / Q for D, whatever a configuration states."""
+    fixed_with_rope: tuple[str, ...] = ()
+    """Kinds of rotary embedding with which it does."""
     norms: Mapping[str, Space] = field(default_factory=dict)
     """Norms below a layer, where a configuration has them, with weights [heads, D]: a row for every head of a space."""
 

@@ -120,6 +120,11 @@ def check_rope(config: Any, fields: Sequence[str] = ()) -> None:
             raise ModelError(f"rope_parameters lack {', '.join(missing)}, which {config.model_type} cannot do without")
 
 
+def rope_types(config: Any) -> set[str]:
+    """Kinds of rotary embedding that a configuration states."""
+    return {str(kind.get("rope_type", kind.get("type", "default"))) for kind in _kinds(config)}
+
+
 def _kinds(config: Any) -> list[dict[str, Any]]:
     """Rotary parameters of every kind of layers: one, or one of each where they turn differently."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

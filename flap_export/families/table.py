@@ -5,6 +5,7 @@ from __future__ import annotations
 from flap_export.errors import ModelError
 from flap_export.families.family import Family, FeedForward, Heads, Modules, Norm, Projection, Rotary, Space, Stored
 
+_DIVIDING_HEADS = Heads(divide_hidden=True)
 _SEPARATE_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("query",)),
     Projection("self_attn.k_proj", "hidden", ("kv",)),
@@ -90,7 +91,7 @@ FAMILIES: dict[str, Family] = {
             since="5",
             bias_flags={"query": "attention_bias"},
         ),
-        Family("arcee", "Arcee", _UNGATED_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family("arcee", "Arcee", _UNGATED_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
             "cohere",
             "Cohere",
@@ -111,7 +112,7 @@ FAMILIES: dict[str, Family] = {
             norm=_COHERE_NORM,
             bias_flags={"query": "attention_bias"},
         ),
-        Family("cwm", "Cwm", _SEPARATE_PROJECTIONS, bias_flags={"ffn": "mlp_bias"}),
+        Family("cwm", "Cwm", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags={"ffn": "mlp_bias"}),
         Family(
             "ernie4_5",
             "Ernie4_5",
@@ -151,6 +152,7 @@ FAMILIES: dict[str, Family] = {
             "gemma2",
             "Gemma2",
             _SEPARATE_PROJECTIONS,
+            heads=_DIVIDING_HEADS,
             norm=_GEMMA_NORM,
             # Sdpa has no softcap: transformers 5 refuses it, 4.57 leaves the softcap out without a word.
             attention_kernel="eager",
@@ -162,6 +164,7 @@ FAMILIES: dict[str, Family] = {
             "Gemma3",
             _SEPARATE_PROJECTIONS,
             config_stem="Gemma3Text",
+            heads=_DIVIDING_HEADS,
             norm=_GEMMA_NORM,
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
@@ -225,9 +228,10 @@ FAMILIES: dict[str, Family] = {
             "Llama",
             _SEPARATE_PROJECTIONS,
             config_stem="InternLM3",
+            heads=_DIVIDING_HEADS,
             requires={"attention_bias": (False,), "mlp_bias": (False,)},
         ),
-        Family("llama", "Llama", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family("llama", "Llama", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family("ministral", "Ministral", _SEPARATE_PROJECTIONS),
         Family(
             "ministral3",
@@ -289,10 +293,13 @@ FAMILIES: dict[str, Family] = {
                 Projection("mlp.fc1", "hidden", ("ffn",)),
                 Projection("mlp.fc2", "ffn", ("hidden",)),
             ),
+            # Its norms of queries and keys have H / Q channels.
+            heads=Heads(fixed_where={"qk_layernorm": True}),
             parallel_blocks=True,
             bias_flags={"query": None, "ffn": None},
         ),
-        Family("phi3", "Phi3", _FUSED_PROJECTIONS),
+        # It holds the factors of longrope against H / Q.
+        Family("phi3", "Phi3", _FUSED_PROJECTIONS, heads=Heads(fixed_with_rope=("longrope",))),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
         Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
         Family(

@@ -36,7 +36,16 @@ _NOT_THE_MODELS: Final = frozenset(
     }
 )
 """Fields of a `config.json` that say nothing about what the model computes."""
-_HUB_FILES: Final = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+_HUB_FILES: Final = [
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jinja",
+]
 
 
 @final

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from flap_export.benchmarking import LATENCY_NAME, LatencyReport, planned_workloads
+from flap_export.benchmarking import LATENCY_NAME, LatencyReport
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME
-from flap_export.building.profiles import profiles_of
-from flap_export.errors import GateBreachedError, InputError, RecipeError
+from flap_export.errors import GateBreachedError
 from flap_export.evaluation import QUALITY_NAME, QualityReport
 from flap_export.evidence.methods import resolved
-from flap_export.exporting import cache_length
 from flap_export.ideal import Phase
 from flap_export.manifest import write_manifest
 from flap_export.models.opening import open_checkpoint
+from flap_export.pipeline.checking import check_recipe
 from flap_export.pipeline.resuming import RUN_NAME, Run, begin, perform
-from flap_export.pipeline.stages import STAGES, builds_engines
+from flap_export.pipeline.stages import STAGES
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.progress import Progress, no_progress
 from flap_export.recipe import Recipe
 from flap_export.reporting import REPORT_NAME, report
 from flap_export.reporting.records import SEARCH
+from flap_export.rewriting.checkpoint import GENERATION_SETTINGS, companions
 from flap_export.searching import SEARCH_NAME, SearchReport
 from flap_export.searching.stage import check_search
-from flap_export.storage import MANIFEST_NAME, check_output, digest_of_json, locked
+from flap_export.storage import MANIFEST_NAME, check_output, digest_of_file, digest_of_json, locked
 from flap_export.text.sources import digest_of_source
 from flap_export.validation import PARITY_NAME, ParityReport
-from flap_export.validation.cases import build_cases
 
 
 @final
@@ -74,9 +72,9 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
     prune = resolved(recipe.prune)
     if recipe.search is not None:
         check_search(recipe.search.options, prune, recipe.search.seeds)
-    _check_lengths(recipe)
     directory = Path(output)
     check_output(directory, RUN_NAME, in_place=True)
+    check_recipe(recipe)
     current = Run(recipe, directory, progress)
     with locked(directory):
         begin(current)
@@ -97,57 +95,17 @@ def run(recipe: Recipe, output: str | Path, *, progress: Progress = no_progress)
     return result
 
 
-def _check_lengths(recipe: Recipe) -> None:
-    """Whether what later stages put into the caches fits them: said before hours of pruning, not after.
-
-    Raises:
-        InputError: the model cannot be used.
-        RecipeError: a section asks for more than the caches hold.
-    """
-    dense = open_checkpoint(recipe.model)
-    with _of_section("export"):
-        max_length = cache_length(dense, recipe.export.max_length)
-    with _of_section("build"):
-        if builds_engines(recipe):
-            profiles_of(
-                max_length,
-                batch_size=recipe.build.batch_size,
-                max_batch=recipe.build.max_batch,
-                prompt=recipe.build.prompt_length,
-                max_prompt=recipe.build.max_prompt,
-            )
-    with _of_section("validate"):
-        build_cases(
-            max_length=max_length,
-            vocabulary_size=dense.shape.vocabulary_size,
-            decode_steps=recipe.validate_.decode_steps,
-            prompt_length=recipe.validate_.prompt_length,
-            batch_size=recipe.validate_.batch_size,
-            seed=recipe.validate_.seed,
-            prompts=None,
-        )
-    with _of_section("bench"):
-        planned_workloads(
-            batch_sizes=recipe.bench.batch_sizes, prompt_lengths=recipe.bench.prompt_lengths, max_length=max_length
-        )
-
-
-@contextmanager
-def _of_section(name: str) -> Iterator[None]:
-    """Whatever is wrong within is a section's of the recipe."""
-    try:
-        yield
-    except InputError as error:
-        raise RecipeError(f"section '{name}' of the recipe: {error}") from error
-
-
 def _input_digests(recipe: Recipe) -> dict[str, str]:
-    """Digests of what the run starts from: the dense model and the texts."""
+    """Digests of what the run starts from: the dense model, what lies beside its weights, and the texts."""
     dense = open_checkpoint(recipe.model)
+    beside = {name: digest_of_file(dense.directory / name) for name in companions(dense.directory)}
+    tokenizer = {name: digest for name, digest in beside.items() if name != GENERATION_SETTINGS}
     texts = {source: digest_of_source(source) for source in (recipe.calibrate.source, *recipe.evaluate.sources)}
     configuration = {"config": (dense.directory / "config.json").read_text(encoding="utf-8")}
     return {
         "model": digest_of_json([dense.weights.digest, configuration]),
+        "tokenizer": digest_of_json(tokenizer),
+        "companions": digest_of_json(beside),
         "calibration text": texts[recipe.calibrate.source],
         "evaluation texts": digest_of_json([texts[source] for source in recipe.evaluate.sources]),
     }

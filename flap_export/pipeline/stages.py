@@ -21,7 +21,7 @@ from flap_export.exporting import export
 from flap_export.pipeline.resuming import Run, Stage
 from flap_export.plan import PLAN_NAME
 from flap_export.pruning.stage import prune_with
-from flap_export.recipe import Recipe
+from flap_export.recipe import BuildSection, Recipe
 from flap_export.reporting.engines import ENGINES
 from flap_export.reporting.records import CHECKPOINT, DENSE_ARTIFACT, PRUNED_ARTIFACT, SEARCH
 from flap_export.searching import search
@@ -111,13 +111,18 @@ def _build(model: str, source: str, current: Run) -> None:
         max_batch=section.max_batch,
         prompt=section.prompt_length,
         max_prompt=section.max_prompt,
-        options=BuildOptions(
-            optimization_level=section.optimization_level,
-            weight_stripped=section.weight_stripped,
-            limit_keys=section.limit_keys,
-            tf32=section.tf32,
-            timing_cache=None if section.timing_cache is None else Path(section.timing_cache),
-        ),
+        options=build_options(section),
+    )
+
+
+def build_options(section: BuildSection) -> BuildOptions:
+    """How engines are built, as a recipe says it."""
+    return BuildOptions(
+        optimization_level=section.optimization_level,
+        weight_stripped=section.weight_stripped,
+        limit_keys=section.limit_keys,
+        tf32=section.tf32,
+        timing_cache=None if section.timing_cache is None else Path(section.timing_cache),
     )
 
 
@@ -216,17 +221,29 @@ def _calibration_options(recipe: Recipe) -> Any:
 
 
 STAGES: Final = (
-    Stage("calibrate", ("model", "calibration text"), (CALIBRATION_FOLDER,), _calibration_options, _calibrate),
+    Stage(
+        "calibrate",
+        ("model", "tokenizer", "calibration text"),
+        (CALIBRATION_FOLDER,),
+        _calibration_options,
+        _calibrate,
+    ),
     Stage(
         "search",
-        ("model", "calibrate"),
+        ("model", "tokenizer", "calibrate"),
         (SEARCH,),
         _dump("search", "prune", "calibrate", "device"),
         _search,
         lambda recipe: recipe.search is not None,
     ),
-    Stage("prune", ("model", "calibrate", "search"), (CHECKPOINT, PLAN_NAME), _dump("prune", "device"), _prune),
-    Stage("export-dense", ("model",), (DENSE_ARTIFACT,), _dump("export"), _export_dense),
+    Stage(
+        "prune",
+        ("model", "companions", "calibrate", "search"),
+        (CHECKPOINT, PLAN_NAME),
+        _dump("prune", "device"),
+        _prune,
+    ),
+    Stage("export-dense", ("model", "companions"), (DENSE_ARTIFACT,), _dump("export"), _export_dense),
     Stage("export", ("prune",), (PRUNED_ARTIFACT,), _dump("export"), _export_pruned),
     Stage(
         "build-dense",
@@ -246,7 +263,7 @@ STAGES: Final = (
     ),
     Stage(
         "evaluate",
-        ("model", "prune", "evaluation texts"),
+        ("model", "tokenizer", "prune", "evaluation texts"),
         (QUALITY_NAME,),
         _dump("evaluate", "device"),
         _evaluate,
@@ -262,7 +279,7 @@ STAGES: Final = (
     ),
     Stage(
         "align",
-        ("model", "calibrate", "search", "export", "evaluation texts"),
+        ("model", "tokenizer", "calibrate", "search", "export", "evaluation texts"),
         (ALIGNMENT_NAME,),
         _dump("prune", "evaluate", "bench", "device"),
         _align,

@@ -184,6 +184,7 @@ def _described(options: PruneOptions, evidence: Evidence) -> dict[str, str | int
         "compensation": options.compensation,
         "sequential": options.sequential,
         "remove_heads": options.remove_heads if (options.structure or "").endswith("-mm") else None,
+        **({"unused": options.unused} if options.unused else {}),
         "head_units": options.head_units,
         "align_channels": options.align_channels,
         "layout": options.layout,

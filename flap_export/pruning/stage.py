@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flap_export.allocation.ladders import HeadUnits
+from flap_export.allocation.ladders import HeadUnits, check_widths
 from flap_export.allocation.rates import Rates
 from flap_export.allocation.stage import StructureName
 from flap_export.calibration.stage import compute_dtype
@@ -33,6 +34,8 @@ from flap_export.rewriting.stock import Layout, check_stock, stock_config, write
 from flap_export.scoring import MetricName
 from flap_export.storage import SCRATCH_PREFIX, check_output, new_directory, validated
 from flap_export.text.windows import read_windows
+
+logger = logging.getLogger(__name__)
 
 
 def prune(
@@ -132,6 +135,9 @@ def prune_with(
     dense = open_checkpoint(model)
     check_weights(meta_model(dense, dense.dtype), dense)
     _check_evidence(evidence, dense)
+    check_widths(dense.shape, options.align_channels)
+    if unused := options.unused:
+        logger.warning("--%s is not used: the structure is %s", unused.replace("_", "-"), options.structure)
     if options.layout == "stock":
         check_stock(dense, compensated=options.compensation != "none", align_channels=options.align_channels)
     plan = make_plan(dense, evidence, options)

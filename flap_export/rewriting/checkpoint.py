@@ -23,14 +23,21 @@ from flap_export.shapes import DecoderShape
 MODELING_NAME: Final = "modeling_pruned.py"
 MAX_SHARD_BYTES: Final = 1024**3
 """Tensors of a file are in memory together, twice while it is written."""
+GENERATION_SETTINGS: Final = "generation_config.json"
 COMPANIONS: Final = (
     "tokenizer*",
+    # The code of a tokenizer that transformers does not know; never run here.
+    "tokenization_*.py",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
-    "generation_config.json",
+    GENERATION_SETTINGS,
     "chat_template*",
+    "additional_chat_templates/*",
 )
 """Files that travel along unchanged: tokenizer and generation settings."""
 
@@ -81,10 +88,15 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer and generation settings."""
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for name in companions(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def companions(directory: Path) -> list[str]:
+    """Files of `directory` that travel along, by their paths below it."""
+    found = {file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(directory).as_posix() for file in found)
 
 
 def uneven_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pruned checkpoints in a family's own classes: the same counts in every layer, so that every serving stack loads them.
 
 A plan can take this layout when all layers kept as many heads and channels, the number of heads divides the hidden
-size, which transformers checks, and the family's classes have a place for every bias that compensation adds. Where a
+size where the family's class checks that, and it has a place for every bias that compensation adds. Where a
 configuration's flag gives all projections around a space a bias, those that need none get zeros.
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from flap_export.calibration.statistics import CUT_SPACES, CutSpace
-from flap_export.errors import PlanError
-from flap_export.families import Family
-from flap_export.models.loading import meta_model, parameter_names
-from flap_export.models.opening import Checkpoint, config_from
+from flap_export.errors import ModelError, PlanError
+from flap_export.families import Family, heads_are_fixed
+from flap_export.models.loading import check_weights, meta_model, parameter_names
+from flap_export.models.opening import Checkpoint, config_from, open_checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.rewriting.checkpoint import MAX_SHARD_BYTES, as_stored, read_config, write_beside_weights, write_shards
 from flap_export.shapes import DecoderShape, LayerShape
@@ -33,9 +33,11 @@ EXPERT_ALIGNMENT: Final = 8
 def allowed_heads(dense: Checkpoint) -> tuple[int, ...]:
     """Numbers of query heads that the family's own class takes."""
     heads = dense.shape.layers[0].query_heads
-    if dense.family.heads.are_fixed:
+    if heads_are_fixed(dense.config, dense.family):
         return (heads,)
-    return tuple(count for count in range(1, heads + 1) if dense.shape.hidden_size % count == 0)
+    takes_any = not dense.family.heads.divide_hidden
+    fewer = (count for count in range(1, heads) if takes_any or dense.shape.hidden_size % count == 0)
+    return (*fewer, heads)
 
 
 def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) -> None:
@@ -93,12 +95,13 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
             if flag is None:
                 raise _no_place_for_bias(family, space)
             config[flag] = True
+    _taken(config, dense)
     return config
 
 
 def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
     counts = {dense.family.ffn.width_field: layer.ffn_channels}
-    if dense.family.heads.are_fixed:
+    if heads_are_fixed(dense.config, dense.family):
         return counts
     heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
     return {**counts, **heads, "head_dim": dense.shape.head_dim}
@@ -119,11 +122,46 @@ def write_stock_checkpoint(
         PlanError: the plan does not fit that class.
     """
     config = stock_config(dense, shape)
-    target = dataclasses.replace(dense, config=config_from(config, dense.family, directory), shape=shape)
+    target = dataclasses.replace(dense, config=_taken(config, dense), shape=shape)
     whole = _with_zero_biases(target, tensors)
     stored = ((dense.family.stored_name(name), tensor) for name, tensor in as_stored(dense.family, whole))
     write_shards(directory, stored, max_shard_bytes)
     write_beside_weights(directory, dense, plan, config)
+    _check_written(directory, dense.family)
+
+
+def _taken(config: dict[str, Any], dense: Checkpoint) -> Any:
+    """The configuration as transformers takes it.
+
+    Raises:
+        PlanError: it does not.
+    """
+    try:
+        return config_from(config, dense.family, dense.directory)
+    except ModelError as error:
+        raise _refused(dense.family, dense.directory, error) from error
+
+
+def _check_written(directory: Path, family: Family) -> None:
+    """Whether the family's own class takes what was written, before it stands where it was asked for.
+
+    Raises:
+        PlanError: it does not.
+    """
+    try:
+        written = open_checkpoint(directory)
+        check_weights(meta_model(written, written.dtype), written)
+    except ModelError as error:
+        raise _refused(family, directory, error) from error
+
+
+def _refused(family: Family, directory: Path, error: ModelError) -> PlanError:
+    """What transformers said, without the directory, which goes away."""
+    reason = " ".join(str(error).replace(f"{directory}/", "").replace(str(directory), "the checkpoint").split())
+    return PlanError(
+        f"--layout stock: transformers' {family.class_name} cannot hold what the plan keeps of this model ({reason}); "
+        "use --layout uneven"
+    )
 
 
 def _with_zero_biases(target: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

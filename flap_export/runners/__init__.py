@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from flap_export.artifact import LogitsKind, is_artifact
 from flap_export.building.record import check_runnable, is_engine, is_runnable
+from flap_export.devices import check_threads
 from flap_export.errors import InputError
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds, padded
 from flap_export.runners.onnxruntime_runner import OnnxRuntimeRunner
@@ -75,7 +76,8 @@ def open_runner(
             `check_runnable` has done so.
 
     Raises:
-        InputError: an unknown backend, device or dtype, or one that `path` does not have.
+        InputError: an unknown backend, device or dtype, or one that `path` does not have; or more threads than this
+            machine has use for.
         ArtifactError: the artifact is damaged, or is not what was written.
         ModelError: the checkpoint is not usable.
         MissingRequirementError: a package or a device is not there.
@@ -84,6 +86,7 @@ def open_runner(
     chosen = natural_backend(path) if backend == "auto" else backend
     if chosen not in BACKENDS:
         raise InputError(f"backend must be auto or one of {', '.join(BACKENDS)}, got '{backend}'")
+    check_threads(threads)
     if check and is_runnable(path):
         check_runnable(path)
     options = RunnerOptions(device=device, dtype=dtype, threads=threads, logits=logits, max_length=max_length)

@@ -27,7 +27,7 @@ from flap_export.building.masks import masked_graph
 from flap_export.building.profiles import profiles_of, provider_options
 from flap_export.devices import parsed_device
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
-from flap_export.precision import PRECISIONS
+from flap_export.precision import PRECISIONS, DtypeName
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
 from flap_export.runners.growing_cache import GrowingCache, relaxed_graph
 
@@ -115,10 +115,7 @@ class OnnxRuntimeRunner(Runner):
             return self._tensorrt_provider(onnxruntime, self._flavour)
         if self._device == "cpu":
             return "CPUExecutionProvider", {}
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise MissingRequirementError(
-                "the installed onnxruntime has no CUDA execution provider", "pip install 'flap-export[gpu]'"
-            )
+        _check_cuda(onnxruntime)
         # TF32 is on by default, and its errors in float32 are a thousand times those that parity allows.
         return "CUDAExecutionProvider", {"device_id": self._device_id, "use_tf32": 0}
 
@@ -174,6 +171,35 @@ class OnnxRuntimeRunner(Runner):
         return _widened(logits)
 
 
+def check_runs(device: str, dtype: DtypeName) -> None:
+    """Whether artifacts in `dtype` run on `device` of this machine, to be asked before there is one.
+
+    Raises:
+        InputError: there is no such kind of device.
+        MissingRequirementError: onnxruntime, its CUDA provider, or an implementation of the dtype is not there.
+    """
+    kind, _ = parsed_device(device)
+    _check_precision(device, dtype)
+    onnxruntime = _import_onnxruntime(kind)
+    if kind != "cpu":
+        _check_cuda(onnxruntime)
+
+
+def _check_cuda(onnxruntime: Any) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise MissingRequirementError(
+            "the installed onnxruntime has no CUDA execution provider", "pip install 'flap-export[gpu]'"
+        )
+
+
+def _check_precision(device: str, dtype: DtypeName) -> None:
+    if dtype == "bfloat16" and device == "cpu":
+        raise MissingRequirementError(
+            "ONNX Runtime's CPU provider does not implement bfloat16",
+            "run the artifact with --device cuda, or export with --dtype float32",
+        )
+
+
 def _import_onnxruntime(device: str) -> Any:
     if device != "cpu":
         # Where pip has installed the CUDA libraries, PyTorch knows, and what it has loaded ONNX Runtime finds.
@@ -213,11 +239,7 @@ def _check_options(artifact: Artifact, path: Path, options: RunnerOptions) -> No
         raise InputError(
             f"the cache of artifact '{path}' has {artifact.max_length} rows; export it again for {options.max_length}"
         )
-    if artifact.dtype == "bfloat16" and options.device == "cpu":
-        raise MissingRequirementError(
-            "ONNX Runtime's CPU provider does not implement bfloat16",
-            "run the artifact with --device cuda, or export with --dtype float32",
-        )
+    _check_precision(options.device, artifact.dtype)
 
 
 def _graph_file(artifact: Artifact, path: Path, logits: LogitsKind) -> Path:
@@ -238,14 +260,30 @@ def _session_options(onnxruntime: Any, threads: int | None) -> Any:
 
 def _check_interface(session: Any, artifact: Artifact, path: Path) -> None:
     """Whether the graph has exactly the inputs and outputs that `artifact.json` implies."""
-    pasts = [name for layer in artifact.cache_layers for name in past_names(layer)]
-    presents = [name for layer in artifact.cache_layers for name in present_names(layer)]
-    found = {value.name for value in [*session.get_inputs(), *session.get_outputs()]}
-    wrong = sorted(found ^ {INPUT_IDS, WRITE_INDICES, LOGITS, *pasts, *presents})
+    real = f"tensor({PRECISIONS[artifact.dtype].onnxruntime})"
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        INPUT_IDS: ("tensor(int64)", (None, None)),
+        WRITE_INDICES: ("tensor(int64)", (None,)),
+        LOGITS: (real, (None, None, artifact.shape.vocabulary_size)),
+    }
+    for layer in artifact.cache_layers:
+        cache = (None, *artifact.cache_shape(layer, 1)[1:])
+        expected |= dict.fromkeys((*past_names(layer), *present_names(layer)), (real, cache))
+    found = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
+    differ = [name for name in found.keys() & expected if not _agrees(found[name], *expected[name])]
+    wrong = sorted(differ or found.keys() ^ expected)
     if wrong:
         raise ArtifactError(
             f"the graph of artifact '{path}' and its artifact.json disagree about {', '.join(wrong[:4])}; export again"
         )
+
+
+def _agrees(value: Any, element_type: str, shape: tuple[int | None, ...]) -> bool:
+    """Whether an input or output of a graph is of this type and shape, where the graph states one."""
+    stated = value.shape
+    if value.type != element_type or len(stated) != len(shape):
+        return False
+    return all(size in (None, found) or not isinstance(found, int) for size, found in zip(shape, stated, strict=True))
 
 
 def _widened(logits: Any) -> Logits:

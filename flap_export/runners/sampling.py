@@ -40,7 +40,8 @@ def sampled(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
         return logits.argmax(-1)
     ordered, order = torch.sort(logits.double(), dim=-1, descending=True, stable=True)
     kept = slice(None, sampling.top_k or None)
-    probabilities = torch.softmax(ordered[:, kept] / sampling.temperature, -1)
+    # The largest is subtracted first: a very low temperature would make it infinite.
+    probabilities = torch.softmax((ordered - ordered[:, :1])[:, kept] / sampling.temperature, -1)
     # A token is kept while what precedes it is short of top_p; nothing precedes the first.
     chances = probabilities * (probabilities.cumsum(-1) - probabilities < sampling.top_p)
     drawn = torch.multinomial(chances, 1, generator=generator)

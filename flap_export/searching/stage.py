@@ -10,7 +10,7 @@ from typing import Final
 
 from flap_export.allocation.rates import RATES_NAME, Rates, rates_of_steps
 from flap_export.calibration.stage import open_dense
-from flap_export.errors import InputError, OtherSearchError, check_choice
+from flap_export.errors import InputError, OtherSearchError, check_choice, check_seed
 from flap_export.evidence.methods import PruneOptions, resolved
 from flap_export.evidence.record import CalibrationText, Evidence
 from flap_export.manifest import write_manifest
@@ -142,6 +142,8 @@ def check_search(options: SearchOptions, prune: PruneOptions, seeds: Sequence[in
         raise InputError("a search fits to the dense model's inputs; leave out --sequential, and prune with it after")
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"a search takes one or more different seeds, got {list(seeds)}")
+    for seed in seeds:
+        check_seed(seed)
     if options.proposer is not None:
         check_proposer(options.proposer, options.proposer_model)
         if options.strategy != "population":

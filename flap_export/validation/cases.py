@@ -8,10 +8,14 @@ from typing import Final, Literal
 
 import numpy as np
 
-from flap_export.errors import InputError
+from flap_export.devices import available_memory_bytes
+from flap_export.errors import InputError, check_seed
 from flap_export.runners import Logits, Runner, TokenIds, padded
+from flap_export.shapes import DecoderShape
 
 DEFAULT_PROMPT_LENGTH: Final = 64
+MOST_SEQUENCES: Final = 1024
+"""Of a batch of random prompts; the reference feeds sequences of different lengths one after the other."""
 KEPT_POSITIONS: Final = 512
 """Logit vectors kept of one forward pass; longer passes are compared at evenly spaced positions."""
 
@@ -56,12 +60,19 @@ def build_cases(
     Without `prompts`, uniformly random tokens: lengths from 1 to `prompt_length`, `batch_size` of them.
 
     Raises:
-        InputError: the cache is too short for the prompts and the decode steps, or the batch cannot be ragged.
+        InputError: the cache is too short for the prompts and the decode steps, the batch cannot be ragged, or the
+            seed is negative.
     """
+    check_seed(seed)
     room = max_length - decode_steps
     if decode_steps < 1 or room < 2:
         raise InputError(
             f"decode_steps must lie in 1..{max_length - 2} for a cache of {max_length} rows, got {decode_steps}"
+        )
+    if prompts is None and batch_size > MOST_SEQUENCES:
+        raise InputError(
+            f"batch_size must be at most {MOST_SEQUENCES}, got {batch_size}: of a longer batch parity would only show "
+            "the same again"
         )
     if prompts is None:
         length = min(DEFAULT_PROMPT_LENGTH, room) if prompt_length is None else prompt_length
@@ -74,6 +85,32 @@ def build_cases(
         Case("chunked", (filling,), _chunk_sizes(room)),
         Case("ragged", ragged, (len(longest),)),
     )
+
+
+def check_memory(sequences: int, length: int, piece: int, shape: DecoderShape, dtype: str, device: str) -> None:
+    """Whether caches and logits of a case fit into this machine's memory; what else is needed comes on top.
+
+    Args:
+        sequences: of the batch.
+        length: rows of each one's cache.
+        piece: tokens that are fed at once.
+        shape: the decoder, pruned or not.
+        dtype: the precision of the reference, the widest there is.
+        device: caches on another device than the CPU are not counted.
+
+    Raises:
+        InputError: they do not.
+    """
+    available = available_memory_bytes()
+    heads = sum(layer.kv_heads for layer in shape.layers)
+    cached = 2 * heads * shape.head_dim * length if device == "cpu" else 0
+    needed = sequences * (4 if dtype == "float32" else 8) * (cached + piece * shape.vocabulary_size)
+    if available is not None and needed > available:
+        raise InputError(
+            f"parity of {sequences} sequences of {length} tokens needs {needed / 1e9:.1f} GB for caches and logits, "
+            f"and this machine has {available / 1e9:.1f} GB left; ask for a smaller batch_size or prompt_length, or "
+            "export with a smaller --max-length"
+        )
 
 
 def run_case(runner: Runner, case: Case, *, decode_steps: int, forced: TokenIds | None) -> Trace:

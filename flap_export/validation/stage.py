@@ -18,7 +18,7 @@ from flap_export.precision import PRECISIONS
 from flap_export.runners import Backend, Runner, natural_backend, open_runner
 from flap_export.shapes import DecoderShape
 from flap_export.storage import digest_of_file, digest_of_json
-from flap_export.validation.cases import Case, Trace, build_cases, run_case, run_last_case
+from flap_export.validation.cases import Case, Trace, build_cases, check_memory, run_case, run_last_case
 from flap_export.validation.report import CaseName, Comparison, ParityReport, Phase, compared, not_run
 from flap_export.validation.tolerance import FLOOR_ULPS, SAFETY_FACTOR
 
@@ -62,7 +62,7 @@ def validate(
 
     Raises:
         ArtifactError: the artifact is damaged, or is not of this checkpoint.
-        InputError: the cache is too short for what was asked.
+        InputError: the cache is too short for what was asked, or it does not fit the memory.
         ModelError: the checkpoint is not usable.
     """
     from flap_export.models.opening import open_checkpoint
@@ -71,6 +71,8 @@ def validate(
     opened, found = load_runnable(path), check_runnable(path, weights=True)
     _check_same_model(opened.shape, checkpoint.shape, path, checkpoint.directory)
     candidates = _candidates(path, backends, None if engine is None else Path(engine))
+    fits = partial(check_memory, shape=opened.shape, dtype=PRECISIONS[opened.dtype].reference, device=device)
+    fits(1, opened.max_length, opened.max_length // 2)
     cases = build_cases(
         max_length=opened.max_length,
         vocabulary_size=opened.shape.vocabulary_size,
@@ -81,11 +83,20 @@ def validate(
         prompts=prompts,
     )
     inputs = _Inputs(cases, decode_steps, opened, device, threads)
-    expected = _reference_traces(inputs, checkpoint.directory, PRECISIONS[opened.dtype].reference, forced=None)
-    yardstick = _reference_traces(inputs, checkpoint.directory, opened.dtype, forced=expected)
+    fits(len(cases[2].prompts), cases[2].chunk_sizes[0] + decode_steps, cases[2].chunk_sizes[0])
+    lacking = [_lacking(inputs, candidate, backend) for candidate, backend in candidates]
+    expected: Traces = {}
+    yardstick: Traces = {}
+    if None in lacking:
+        expected = _reference_traces(inputs, checkpoint.directory, PRECISIONS[opened.dtype].reference, forced=None)
+        yardstick = _reference_traces(inputs, checkpoint.directory, opened.dtype, forced=expected)
     comparisons: list[Comparison] = []
-    for candidate, backend in candidates:
-        comparisons += _comparisons(inputs, candidate, backend, expected, yardstick)
+    for (candidate, backend), missing in zip(candidates, lacking, strict=True):
+        blanks = _blanks(candidate, backend)
+        if missing is None:
+            comparisons += _comparisons(inputs, candidate, backend, blanks, expected, yardstick)
+        else:
+            comparisons += [not_run(blank, missing) for blank in blanks]
     settings = _settings(inputs, seed=seed if prompts is None else None)
     digests = {"artifact": _digest_of_artifact(path, found), "reference": checkpoint.weights.digest}
     return ParityReport.of(tuple(comparisons), settings, digests)
@@ -162,16 +173,43 @@ def _joined(single: Trace, ragged: Trace) -> Trace:
     return Trace(last, last, np.concatenate([single.decode, ragged.decode]), tokens)
 
 
-def _comparisons(
-    inputs: _Inputs, artifact: Path, backend: Backend, expected: Traces, yardstick: Traces
-) -> list[Comparison]:
+def _lacking(inputs: _Inputs, artifact: Path, backend: Backend) -> MissingRequirementError | None:
+    """What this machine lacks to run a candidate; None where it runs.
+
+    Candidates are opened before the reference, which takes hours for a large model, and closed again, so that the two
+    are never in memory together.
+    """
+    largest = max(len(case.prompts) for case in inputs.cases)
+    try:
+        for kind in sorted(_kinds(artifact)):
+            with open_runner(
+                artifact, backend=backend, device=inputs.device, threads=inputs.threads, logits=kind
+            ) as runner:
+                runner.start(largest)
+    except MissingRequirementError as error:
+        return error
+    return None
+
+
+def _blanks(artifact: Path, backend: Backend) -> list[Comparison]:
+    """What a candidate is compared in, without results."""
     kinds = _kinds(artifact)
     candidate = load_engine(artifact).flavour if is_engine(artifact) else backend
-    blanks = [
+    return [
         Comparison(reference=_REFERENCE, candidate=candidate, phase=phase, case=case, passed=None)
-        for case, phase in product(expected, get_args(Phase))
+        for case, phase in product(get_args(CaseName), get_args(Phase))
         if ("last" if case == "last" else "all") in kinds
     ]
+
+
+def _comparisons(
+    inputs: _Inputs,
+    artifact: Path,
+    backend: Backend,
+    blanks: Sequence[Comparison],
+    expected: Traces,
+    yardstick: Traces,
+) -> list[Comparison]:
     try:
         found = _candidate_traces(inputs, artifact, backend, expected)
     except MissingRequirementError as error:

@@ -17,7 +17,7 @@ from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.models.weights import INDEX_FILE, SINGLE_FILE, Weights
 from flap_export.plan import PruningPlan
-from flap_export.rewriting.checkpoint import write_shards
+from flap_export.rewriting.checkpoint import copy_companions, write_shards
 
 
 def test_shards_hold_the_same_model(tmp_path: Path) -> None:
@@ -69,6 +69,27 @@ def test_companions_travel_along_and_weights_do_not(tmp_path: Path) -> None:
     ]
     assert (pruned / "tokenizer.json").read_text() == '{"tokenizer.json": 1}'
     assert PruningPlan.load(pruned / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+        "qwen.tiktoken",
+        "tokenization_qwen.py",
+        "added_tokens.json",
+        "additional_chat_templates/tools.jinja",
+    ],
+)
+def test_tokenizers_of_every_kind_travel_along(name: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "source" / name, tmp_path / "target"
+    source.parent.mkdir(parents=True)
+    source.write_text(name)
+    target.mkdir()
+    copy_companions(tmp_path / "source", target)
+    assert (target / name).read_text() == name
 
 
 def test_the_configuration_keeps_the_dense_counts_and_a_type_of_its_own(tmp_path: Path) -> None:

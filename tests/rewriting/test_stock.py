@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, MIXTURES, save_tokens, tiny_checkpoint, tokens_of
+import transformers
+from tiny import ALL_FAMILIES, MIXTURES, save_tokens, tiny_checkpoint, tiny_config, tokens_of
 from transformers import AutoModelForCausalLM
 
 from flap_export.calibration.statistics import CUT_SPACES, CutSpace
@@ -18,7 +20,7 @@ from flap_export.families import FAMILIES
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.pruning.stage import prune
-from flap_export.rewriting.stock import EXPERT_ALIGNMENT
+from flap_export.rewriting.stock import EXPERT_ALIGNMENT, allowed_heads
 
 HOLDING_BIASES = (
     "arcee", "ernie4_5", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "nemotron", "opt",
@@ -105,6 +107,56 @@ def test_a_family_without_a_place_for_the_bias_says_so(tmp_path: Path) -> None:
 def test_uneven_plans_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs the same counts in every layer"):
         prune(tmp_path / "none", tmp_path / "out", ratio=0.3, calibration="none", layout="stock", **options)
+
+
+LONGROPE = {
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.5] * 2},
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(("family", "fields"), [("phi", {"qk_layernorm": True}), ("phi3", LONGROPE)])
+def test_heads_stay_where_the_class_would_size_them_anew(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense", **fields)
+    before = open_checkpoint(dense).shape.layers[0].query_heads
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    options: dict[str, Any] = {"ratio": 0.3, "calibration": source, "compensation": "none", "layout": "stock"}
+    plan = prune(dense, tmp_path / "out", **options)
+    assert {len(layer.query_heads) for layer in plan.layers} == {before}
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+
+
+def test_the_dense_number_of_heads_is_always_allowed(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("qwen3", tmp_path / "dense", num_attention_heads=5, num_key_value_heads=5, head_dim=8)
+    assert allowed_heads(open_checkpoint(dense)) == (1, 2, 3, 4, 5)
+    llama = open_checkpoint(tiny_checkpoint("llama", tmp_path / "llama", num_attention_heads=4, num_key_value_heads=4))
+    assert allowed_heads(llama) == (1, 2, 4)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_number_of_heads_that_is_allowed_is_one_its_class_takes(family: str, tmp_path: Path) -> None:
+    """And only classes that check it are held to divisors of the hidden size."""
+    row = FAMILIES[family]
+    if row.heads.are_fixed:
+        return
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}
+    # Transformers 4.57 checks nothing.
+    checks = row.heads.divide_hidden and not transformers.__version__.startswith("4")
+    with pytest.raises(Exception, match="not a multiple of") if checks else nullcontext():
+        AutoModelForCausalLM.from_config(tiny_config(family, **heads))
+
+
+def test_what_the_class_cannot_load_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flap_export.rewriting.stock.heads_are_fixed", lambda *_: False)
+    dense = tiny_checkpoint("phi", tmp_path / "dense", qk_layernorm=True, num_attention_heads=4, num_key_value_heads=4)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    with pytest.raises(PlanError, match=r"--layout stock: .* PhiForCausalLM cannot .* use --layout uneven") as caught:
+        prune(dense, tmp_path / "out", ratio=0.5, calibration=source, compensation="none", layout="stock")
+    assert "partial" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ids.npy"]
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -345,6 +346,12 @@ def test_missing_cuda_on_torch(dense: Path, monkeypatch: pytest.MonkeyPatch) -> 
         open_runner(dense, device="cuda")
 
 
+@pytest.mark.parametrize("threads", [100_000, 0, -1])
+def test_threads_that_this_machine_has_no_use_for(threads: int, dense: Path) -> None:
+    with pytest.raises(InputError, match=rf"threads must lie in 1\.\..* got {threads};"):
+        open_runner(dense, threads=threads)
+
+
 def test_bfloat16_on_the_cpu_is_missing_not_wrong(dense: Path, tmp_path: Path) -> None:
     export(dense, tmp_path / "onnx", dtype="bfloat16", max_length=16)
     with pytest.raises(MissingRequirementError, match="CPU provider does not implement bfloat16"):
@@ -381,6 +388,32 @@ def test_description_of_another_graph(damaged: Path) -> None:
     shape = artifact.shape.model_copy(update={"layers": artifact.shape.layers[:-1]})
     artifact.model_copy(update={"shape": shape}).save(damaged / ARTIFACT_NAME)
     with pytest.raises(ArtifactError, match=r"disagree about past_key_values\.2\.key"):
+        open_runner(damaged)
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "message"),
+    [
+        ("shape", "head_dim", -1, r"shape\.head_dim: .* greater than or equal to 1"),
+        ("shape", "head_dim", 10**9, r"shape\.head_dim: .* less than or equal to"),
+        ("shape", "head_dim", 16, r"disagree about past_key_values\.0\.key"),
+        ("shape", "vocabulary_size", 10**9, r"shape\.vocabulary_size: .* less than or equal to"),
+        ("shape", "vocabulary_size", 97, "disagree about logits"),
+        ("layer", "kv_heads", -1, r"shape\.layers\.0\.kv_heads: .* greater than or equal to 0"),
+        ("layer", "kv_heads", 10**9, r"shape\.layers\.0\.kv_heads: .* less than or equal to"),
+        ("layer", "kv_heads", 1, r"disagree about past_key_values\.0\.key"),
+        ("artifact", "max_length", 0, "max_length: .* greater than or equal to 1"),
+        ("artifact", "dtype", "float16", "disagree about logits, past_key_values"),
+    ],
+)
+def test_a_description_that_is_not_of_its_graph(
+    where: str, field: str, value: Any, message: str, damaged: Path
+) -> None:
+    record = json.loads((damaged / ARTIFACT_NAME).read_text())
+    shape = record["shape"]
+    {"artifact": record, "shape": shape, "layer": shape["layers"][0]}[where][field] = value
+    (damaged / ARTIFACT_NAME).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=message):
         open_runner(damaged)
 
 

@@ -16,7 +16,8 @@ from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, MissingRequirementError
 from flap_export.exporting import export
 from flap_export.runners import open_runner
-from flap_export.validation import ParityReport, validate
+from flap_export.validation import ParityReport, stage, validate
+from flap_export.validation import cases as cases_module
 from flap_export.validation.cases import KEPT_POSITIONS, Case, build_cases, run_case
 from flap_export.validation.report import Comparison, compared
 from flap_export.validation.tolerance import FLOOR_ULPS, SAFETY_FACTOR, tolerance_from
@@ -228,6 +229,71 @@ def test_what_cannot_run_here_is_neither_passed_nor_failed(checkpoint: Path, tmp
         report.raise_if_breached()
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which backends were opened and closed, in order."""
+    events: list[str] = []
+    real = stage.open_runner
+
+    def noting(path: Path, **options: Any) -> Any:
+        runner = real(path, **options)
+        events.append(f"open {runner.name}")
+        close = runner.close
+
+        def closing() -> None:
+            events.append(f"close {runner.name}")
+            close()
+
+        monkeypatch.setattr(runner, "close", closing)
+        return runner
+
+    monkeypatch.setattr(stage, "open_runner", noting)
+    return events
+
+
+def test_candidates_are_opened_and_closed_before_the_reference(
+    artifact: Path, checkpoint: Path, opened: list[str]
+) -> None:
+    assert validate(artifact, reference=checkpoint, decode_steps=2, threads=1).passed
+    before = opened[: opened.index("open torch")]
+    assert before == ["open onnxruntime", "close onnxruntime"] * 2
+    assert opened[1::2] == [event.replace("open", "close") for event in opened[::2]], "two models at once"
+
+
+def test_a_damaged_graph_is_known_before_the_reference_runs(damaged: Path, checkpoint: Path, opened: list[str]) -> None:
+    whole = (damaged / "model-last.onnx").read_bytes()
+    (damaged / "model-last.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match=r"model-last\.onnx"):
+        validate(damaged, reference=checkpoint)
+    assert "open torch" not in opened
+
+
+def test_nothing_is_computed_where_no_candidate_runs(checkpoint: Path, tmp_path: Path, opened: list[str]) -> None:
+    export(checkpoint, tmp_path / "onnx", dtype="bfloat16", max_length=16)
+    assert len(validate(tmp_path / "onnx", reference=checkpoint, decode_steps=2).comparisons) == 8
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "message"),
+    [(1025, "batch_size must be at most 1024"), (1000, r"1000 sequences .* smaller batch_size")],
+)
+def test_a_batch_that_no_machine_holds_is_refused(
+    batch_size: int, message: str, artifact: Path, checkpoint: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases_module, "available_memory_bytes", lambda: 1 << 20)
+    with pytest.raises(InputError, match=message):
+        validate(artifact, reference=checkpoint, batch_size=batch_size)
+    assert opened == []
+
+
+def test_a_cache_that_no_machine_holds_is_refused(damaged: Path, checkpoint: Path) -> None:
+    record = json.loads((damaged / ARTIFACT_NAME).read_text())
+    (damaged / ARTIFACT_NAME).write_text(json.dumps({**record, "max_length": 10**12}))
+    with pytest.raises(InputError, match="1 sequences of 1000000000000 tokens"):
+        validate(damaged, reference=checkpoint)
+
+
 def test_another_checkpoint_is_refused(artifact: Path, tmp_path: Path) -> None:
     wider = parity_models.save_dense(tmp_path / "wider", vocab_size=VOCABULARY + 1)
     with pytest.raises(ArtifactError, match="vocabulary_size is 96 in the artifact and 97 in the checkpoint"):
@@ -387,6 +453,11 @@ def test_cases_cover_the_cache_and_are_seeded() -> None:
 def test_cases_that_cannot_be_built(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         cases(**changes)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(InputError, match=r"seed must lie in 0\..* got -1"):
+        cases(seed=-1)
 
 
 def test_a_trace_holds_every_real_position_once(checkpoint: Path) -> None:
