@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -83,7 +83,8 @@ def validate(
         prompts=prompts,
     )
     inputs = _Inputs(cases, decode_steps, opened, device, threads)
-    fits(len(cases[2].prompts), cases[2].chunk_sizes[0] + decode_steps, cases[2].chunk_sizes[0])
+    ragged = next(case for case in cases if case.name == "ragged")
+    fits(len(ragged.prompts), ragged.chunk_sizes[0] + decode_steps, ragged.chunk_sizes[0])
     lacking = [_lacking(inputs, candidate, backend) for candidate, backend in candidates]
     expected: Traces = {}
     yardstick: Traces = {}
@@ -136,8 +137,7 @@ def _reference_traces(inputs: _Inputs, checkpoint: Path, dtype: str, *, forced: 
 
 def _candidate_traces(inputs: _Inputs, artifact: Path, backend: Backend, forced: Traces) -> Traces:
     """The artifact's answers: from its graph with all logits, and from the one with the last only where it has it."""
-    opened = partial(open_runner, artifact, backend=backend, device=inputs.device, threads=inputs.threads, check=False)
-    kinds = _kinds(artifact)
+    opened, kinds = _opener(inputs, artifact, backend), _kinds(artifact)
     traces: Traces = {}
     if "all" in kinds:
         with opened(logits="all") as runner:
@@ -182,13 +182,16 @@ def _lacking(inputs: _Inputs, artifact: Path, backend: Backend) -> MissingRequir
     largest = max(len(case.prompts) for case in inputs.cases)
     try:
         for kind in sorted(_kinds(artifact)):
-            with open_runner(
-                artifact, backend=backend, device=inputs.device, threads=inputs.threads, logits=kind
-            ) as runner:
+            with _opener(inputs, artifact, backend)(logits=kind) as runner:
                 runner.start(largest)
     except MissingRequirementError as error:
         return error
     return None
+
+
+def _opener(inputs: _Inputs, artifact: Path, backend: Backend) -> Callable[..., Runner]:
+    """`open_runner` of a candidate, whose files `validate` has looked at."""
+    return partial(open_runner, artifact, backend=backend, device=inputs.device, threads=inputs.threads, check=False)
 
 
 def _blanks(artifact: Path, backend: Backend) -> list[Comparison]:
