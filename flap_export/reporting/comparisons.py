@@ -105,7 +105,7 @@ def _agreement(share: float) -> str:
 def parity_rule(report: ParityReport | None) -> ParityRule:
     """The rule in words, with the constants the report was made with."""
     settings = {} if report is None else report.settings
-    factor, floor_ulps = (float(settings.get(key) or default) for key, default in _CONSTANTS.items())
+    factor, floor_ulps = (settings.get(key) or default for key, default in _CONSTANTS.items())
     own = f"in {settings['dtype']}" if settings.get("dtype") else "in the artifact's precision"
     reference = f"in {settings['reference_dtype']}" if settings.get("reference_dtype") else "in a higher precision"
     return ParityRule(
@@ -117,10 +117,7 @@ def parity_rule(report: ParityReport | None) -> ParityRule:
             f"at most {factor:g} times the yardstick's largest error, and never held below {floor_ulps:g} units in "
             "the last place at the scale of the logits, f"
         ),
-        divergence=(
-            f"at most {factor**2:g} times the yardstick's divergence, which is what errors {factor:g} times as large "
-            "cause, and never held below f² / 2"
-        ),
+        divergence=f"at most {factor:g} times the yardstick's divergence, and never held below f² / 2",
         top1=(
             "wherever the most likely token differs, the reference prefers its own by no more than the bound on the "
             "largest error"

@@ -5,8 +5,7 @@ precision, over the same inputs: its distance from the reference is what that pr
 c = `SAFETY_FACTOR`, a candidate passes when
 
 1. its largest error is at most c times the yardstick's,
-2. its KL divergence from the reference is at most c² times the yardstick's, which is what errors c times as large
-   cause: a divergence grows with their square, and
+2. its KL divergence from the reference is at most c times the yardstick's, and
 3. wherever its most likely token is not the reference's, the reference prefers its own by no more than bound 1.
 
 Both bounds have a floor, so that a yardstick that happens to be perfect cannot fail a good candidate: an error of
@@ -46,5 +45,5 @@ def tolerance_from(reference: Array, yardstick: Array, dtype: DtypeName) -> Tole
     floor = FLOOR_ULPS * PRECISIONS[dtype].epsilon * errormetrics.scale(reference)
     return Tolerance(
         max_abs=max(SAFETY_FACTOR * errormetrics.max_abs(reference, yardstick), floor),
-        kl=max(SAFETY_FACTOR**2 * errormetrics.kl(reference, yardstick), floor**2 / 2),
+        kl=max(SAFETY_FACTOR * errormetrics.kl(reference, yardstick), floor**2 / 2),
     )

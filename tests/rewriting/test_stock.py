@@ -75,6 +75,34 @@ def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) ->
     assert open_checkpoint(stock).shape.decoder_parameters == open_checkpoint(uneven).shape.decoder_parameters
 
 
+SIZED_BY_HEAD_DIM = [
+    family
+    for family in ALL_FAMILIES
+    if not FAMILIES[family].heads.are_fixed and not FAMILIES[family].heads.divide_hidden
+]
+
+
+@pytest.mark.parametrize("family", SIZED_BY_HEAD_DIM)
+def test_heads_that_do_not_divide_the_hidden_size_compute_the_same(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_attention_heads=4, num_key_value_heads=4)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    alignment = EXPERT_ALIGNMENT if family in MIXTURES else 1
+    shared: dict[str, Any] = {"calibration": source, "compensation": "none", "align_channels": alignment}
+    stock, uneven = tmp_path / "stock", tmp_path / "uneven"
+    prune(dense, stock, ratio=0.25, layout="stock", structure="ul-mm", remove_heads=2, **shared)
+    prune(dense, uneven, ratio=0.25, structure="ul-mm", remove_heads=2, **shared)
+    shape = open_checkpoint(stock).shape
+    assert {layer.query_heads for layer in shape.layers} == {3}
+    assert shape.hidden_size % 3
+    model = AutoModelForCausalLM.from_pretrained(
+        stock, dtype=torch.float32, attn_implementation=FAMILIES[family].attention_kernel
+    )
+    tokens = tokens_of(2, 9)
+    with torch.no_grad():
+        found, expected = model(tokens).logits, load_model(uneven, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["obs", "wanda-sp", "random"])
 def test_other_methods_take_the_layout(method: Any, tmp_path: Path) -> None:
     dense = tiny_checkpoint("llama", tmp_path / "dense")
