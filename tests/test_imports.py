@@ -54,6 +54,20 @@ STAGES = (
     "cli",
     "__main__",
 )
+# The same inside packages that hold more than one step.
+WITHIN = {
+    "text": ("sources", "tokenization", "windows"),
+    "families": ("rope", "family", "configuration", "table"),
+    "models": (
+        "weights", "modeling_pruned", "opening", "double_precision", "loading", "own_attention", "attention",
+    ),
+    "calibration": ("products", "moments", "statistics", "reference", "layerwise", "stage"),
+    "allocation": ("ladders", "budgets", "ratios", "reference", "stage", "rates"),
+    "rewriting": ("compensation", "cutting", "restoring", "checkpoint", "stock"),
+    "evidence": ("methods", "elimination", "sensitivity", "measuring", "coupled", "record", "stage"),
+    "pruning": ("choosing", "stage"),
+    "pipeline": ("resuming", "stages", "checking", "running"),
+}  # fmt: skip
 HEAVY = (
     "torch",
     "transformers",
@@ -105,6 +119,15 @@ def test_imports_go_from_later_stages_to_earlier_ones(name: str) -> None:
     for other in GRAPH[name]:
         earlier = other.partition(".")[0]
         assert STAGES.index(earlier) <= STAGES.index(stage), f"{name} imports {other}, a later stage"
+
+
+@pytest.mark.parametrize("package", WITHIN)
+def test_imports_inside_a_package_go_one_way_too(package: str) -> None:
+    order = [f"{package}.{name}" for name in WITHIN[package]]
+    assert sorted(order) == sorted(name for name in MODULES if name.startswith(f"{package}."))
+    for index, name in enumerate(order):
+        later = GRAPH[name] & set(order[index:])
+        assert not later, f"{name} imports {', '.join(sorted(later))}, later modules of {package}"
 
 
 def test_no_module_imports_itself_through_others() -> None:
