@@ -19,6 +19,7 @@ from flap_export.ideal import (
     ideal_speedup,
     read_parameters,
 )
+from flap_export.models.attention import cache_argument
 from flap_export.models.loading import pruned_section
 from flap_export.models.modeling_pruned import resize_decoder
 from flap_export.shapes import DecoderShape, LayerShape
@@ -90,7 +91,8 @@ def test_an_emptied_layer_reads_its_biases_only() -> None:
 def test_cache_bytes_are_those_of_a_real_cache(shape: DecoderShape) -> None:
     cache = DynamicCache()
     with torch.no_grad():
-        llama(shape)(torch.zeros(2, TOKENS, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        model = llama(shape)
+        model(torch.zeros(2, TOKENS, dtype=torch.int64), use_cache=True, **{cache_argument(model): cache})
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cache_bytes(shape, batch_size=2, context_length=TOKENS, bytes_per_value=4) == real
 
@@ -103,7 +105,7 @@ def counted_flops(model: LlamaForCausalLM, *, batch_size: int) -> list[int]:
     cache, counts = DynamicCache(), []
     for _ in range(TOKENS):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(batch_size, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model(torch.zeros(batch_size, 1, dtype=torch.int64), use_cache=True, **{cache_argument(model): cache})
         rotary = counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {})
         counts.append(counter.get_total_flops() - sum(rotary.values()))
     return counts

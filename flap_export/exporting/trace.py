@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
 from flap_export.exporting.dialect import ScatterCache, rotary_tables, speaking_onnx
+from flap_export.models.attention import cache_argument
 from flap_export.models.loading import build_model, meta_model
 from flap_export.models.opening import Checkpoint
 from flap_export.shapes import DecoderShape
@@ -28,6 +29,7 @@ class DecoderStep(nn.Module):
     def __init__(self, model: nn.Module, cache_layers: Sequence[int], max_length: int) -> None:
         super().__init__()
         self.model, self.cache_layers, self.max_length = model, tuple(cache_layers), max_length
+        self.cache_argument = cache_argument(model)
 
     def forward(
         self, input_ids: Tensor, write_indices: Tensor, past: Sequence[tuple[Tensor, Tensor]] = ()
@@ -38,8 +40,8 @@ class DecoderStep(nn.Module):
         output = self.model(
             input_ids=input_ids,
             position_ids=cache.position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_argument: cache},
         )
         return output.logits, [cache.present[layer] for layer in self.cache_layers]
 

@@ -8,20 +8,19 @@ Notation: B sequences, n new tokens, L rows of cache, Q query heads, K KV heads,
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flap_export.families import Family
+from flap_export.models.modeling_pruned import CACHE_ARGUMENTS
 from flap_export.models.own_attention import OWN_ATTENTION
-
-_CACHE_ARGUMENTS: Final = ("past_key_values", "layer_past")
-"""What families call the cache that they hand to an attention."""
 
 
 class StepCache(Cache):  # type: ignore[misc]
@@ -93,8 +92,14 @@ def attend_by(attention: Callable[..., tuple[Tensor, None]], name: str, model: n
             module.forward = partial(own, module)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the causal LM `model` calls the cache that it is given; since transformers 5.24 another name."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in parameters)
+
+
 def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    cache = next(named[name] for name in _CACHE_ARGUMENTS if name in named)
+    cache = next(named[name] for name in CACHE_ARGUMENTS if name in named)
     return given, {**named, "step_cache": cache}
 
 

@@ -28,6 +28,8 @@ from transformers import LlamaForCausalLM as BaseForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 EVERY_EXPERT = ".*."
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+"""What versions and families of transformers call the cache that they hand to an attention."""
 
 
 class Constant(nn.Module):
@@ -58,14 +60,12 @@ class EmptyAttention(nn.Module):
         self.output, self.layer_idx, self.is_sliding = output, layer_idx, is_sliding
         self.add_module(output, constant)
 
-    def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, layer_past: Any = None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """The output bias, and no attention weights; arguments as transformers passes them to attention."""
-        past_key_values = layer_past if past_key_values is None else past_key_values
-        if past_key_values is not None and getattr(past_key_values, "counts_empty_layers", True):
+        cache = next((kwargs[name] for name in CACHE_ARGUMENTS if name in kwargs), None)
+        if cache is not None and getattr(cache, "counts_empty_layers", True):
             placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(placeholder, placeholder, self.layer_idx)
+            cache.update(placeholder, placeholder, self.layer_idx)
         return self.get_submodule(self.output)(hidden_states), None
 
 

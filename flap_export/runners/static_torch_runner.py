@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.devices import check_device
-from flap_export.models.attention import StepCache, attend_by, rotary_modules, softcapped_attention
+from flap_export.models.attention import StepCache, attend_by, cache_argument, rotary_modules, softcapped_attention
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.precision import torch_dtype
@@ -187,9 +187,9 @@ class StaticTorchRunner(Runner):
         logits: Tensor = self._model(
             input_ids=ids,
             position_ids=cache.position_ids,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if self.logits == "last" else 0,
+            **{cache_argument(self._model): cache},
         ).logits
         return logits[:, -1:] if self.logits == "last" else logits
 

@@ -66,13 +66,15 @@ class TorchRunner(Runner):
         """Logits of tokens [b, n] that follow the first `start` rows of `cache`."""
         import torch
 
+        from flap_export.models.attention import cache_argument
+
         _crop(cache, start)
         with torch.inference_mode(), torch_threads(self._threads):
             logits: torch.Tensor = self._model(
                 input_ids=torch.from_numpy(input_ids).to(self._device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1 if self.logits == "last" else 0,
+                **{cache_argument(self._model): cache},
             ).logits
             # OPT of transformers 4.57 gives all of them whatever it is asked.
             logits = logits[:, -1:] if self.logits == "last" else logits

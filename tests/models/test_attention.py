@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from flap_export.errors import ModelError
 from flap_export.families import FAMILIES
-from flap_export.models.attention import attend_by
+from flap_export.models.attention import attend_by, cache_argument
 from flap_export.models.loading import check_weights, meta_model
 from flap_export.models.opening import open_checkpoint
 
@@ -47,7 +47,7 @@ def test_falcon_asks_and_caches_every_key_once(overrides: dict[str, Any], kv_hea
         expected = model(input_ids=tokens).logits
         attend_by(attention, NAME, model, FAMILIES["falcon"])
         cache = DynamicCache()
-        found = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        found = model(input_ids=tokens, use_cache=True, **{cache_argument(model): cache}).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert [layer.keys.shape[1] for layer in cache.layers] == [kv_heads] * 2
     assert {layer.kv_heads for layer in open_checkpoint(path).shape.layers} == {kv_heads}

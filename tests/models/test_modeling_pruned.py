@@ -31,7 +31,7 @@ from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
 from flap_export.models.opening import open_checkpoint
 
 FOREIGN_MACHINE = """
-import importlib.abc, json, sys, warnings
+import importlib.abc, inspect, json, sys, warnings
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -60,7 +60,8 @@ for name, directory in json.load(sys.stdin).items():
         logits = model(input_ids=tokens).logits
         # In two pieces, by the cache alone: positions and mask follow from the length it tells.
         start = model(input_ids=tokens[:, :4], use_cache=True)
-        rest = model(input_ids=tokens[:, 4:], past_key_values=start.past_key_values)
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        rest = model(input_ids=tokens[:, 4:], **{name: start[name]})
         pieces = torch.cat([start.logits, rest.logits], dim=1)
     generated = model.generate(
         tokens,
