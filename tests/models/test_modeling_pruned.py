@@ -60,8 +60,8 @@ for name, directory in json.load(sys.stdin).items():
         logits = model(input_ids=tokens).logits
         # In two pieces, by the cache alone: positions and mask follow from the length it tells.
         start = model(input_ids=tokens[:, :4], use_cache=True)
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        rest = model(input_ids=tokens[:, 4:], **{name: start[name]})
+        argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        rest = model(input_ids=tokens[:, 4:], **{argument: start[argument]})
         pieces = torch.cat([start.logits, rest.logits], dim=1)
     generated = model.generate(
         tokens,
