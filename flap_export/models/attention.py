@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from flap_export.families import Family
-from flap_export.models.modeling_pruned import CACHE_ARGUMENTS
 from flap_export.models.own_attention import OWN_ATTENTION
 
 
@@ -93,13 +92,13 @@ def attend_by(attention: Callable[..., tuple[Tensor, None]], name: str, model: n
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the causal LM `model` calls the cache that it is given; since transformers 5.24 another name."""
-    parameters = inspect.signature(model.forward).parameters
-    return next(name for name in CACHE_ARGUMENTS if name in parameters)
+    """What the causal LM `model` calls the cache that it is given: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    cache = next(named[name] for name in CACHE_ARGUMENTS if name in named)
+    # Families and versions of transformers call it by different names.
+    cache = next(value for value in (*given, *named.values()) if isinstance(value, Cache))
     return given, {**named, "step_cache": cache}
 
 

@@ -25,11 +25,10 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 EVERY_EXPERT = ".*."
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
-"""What versions and families of transformers call the cache that they hand to an attention."""
 
 
 class Constant(nn.Module):
@@ -62,7 +61,8 @@ class EmptyAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """The output bias, and no attention weights; arguments as transformers passes them to attention."""
-        cache = next((kwargs[name] for name in CACHE_ARGUMENTS if name in kwargs), None)
+        # Families and versions of transformers call it by different names.
+        cache: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is not None and getattr(cache, "counts_empty_layers", True):
             placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(placeholder, placeholder, self.layer_idx)
