@@ -24,6 +24,7 @@ PACKAGES: Final = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "onnxruntime-gpu",
     "numpy",
     "polygraphy",
     "tensorrt",

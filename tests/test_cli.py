@@ -14,6 +14,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import transformers
 from tiny import save_tokens, tiny_checkpoint, tokens_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
@@ -281,6 +282,7 @@ def test_what_nobody_foresaw_is_not_taken_for_a_breached_gate(
     outcome = call("export", model, "--output", "nowhere", "--json")
     assert outcome.code == 70
     assert "Traceback" in outcome.err
+    assert f"transformers {transformers.__version__}" in outcome.err
     told = {"kind": "Unforeseen", "message": "ZeroDivisionError: a defect", "exit_code": 70}
     assert json.loads(outcome.out) == {"error": told}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from flap_export.artifact import Artifact
-from flap_export.benchmarking.machine import installed_versions, this_machine
+from flap_export.benchmarking.machine import this_machine
 from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_latency
 from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
@@ -16,6 +16,7 @@ from flap_export.benchmarking.workload import Workload
 from flap_export.building.record import check_runnable, load_runnable, record_digest
 from flap_export.errors import ArtifactError, InputError, check_choice, check_seed
 from flap_export.ideal import Phase, Roofline, ideal_speedup
+from flap_export.manifest import installed_versions
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
 

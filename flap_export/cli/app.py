@@ -14,6 +14,7 @@ import typer
 
 from flap_export.cli import artifacts, console, searching, shrinking, using
 from flap_export.errors import FlapExportError, InputError
+from flap_export.manifest import installed_versions
 
 app = typer.Typer(
     name="flap-export",
@@ -64,6 +65,8 @@ def main() -> None:
         _leave_by(error, as_json)
     except Exception as error:
         traceback.print_exc()
+        versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+        console.side().print(f"a defect of flap_export, or of what it runs on; please report it with these: {versions}")
         if as_json:
             console.emit_error_json("Unforeseen", f"{type(error).__name__}: {error}", UNFORESEEN)
         sys.exit(UNFORESEEN)
