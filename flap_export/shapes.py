@@ -34,6 +34,15 @@ class LayerShape(Value):
     """Experts of a mixture, each of them `ffn_channels` wide and with an output bias of its own; 0 is a plain FFN."""
 
     @property
+    def head_blocks(self) -> int:
+        """Matrices [H, D] of attention: those of query heads in q_proj and o_proj, of KV heads in k_proj and v_proj."""
+        return 2 * self.query_heads + 2 * self.kv_heads
+
+    def with_heads(self, query_heads: int, kv_heads: int) -> LayerShape:
+        """The layer with fewer heads."""
+        return self.model_copy(update={"query_heads": query_heads, "kv_heads": kv_heads})
+
+    @property
     def ffns(self) -> int:
         """How many FFNs stand side by side: E, or 1."""
         return max(self.experts, 1)
@@ -58,14 +67,9 @@ class DecoderShape(Value):
     layers: tuple[LayerShape, ...]
 
     @property
-    def query_head_parameters(self) -> int:
-        """Weights of one query head: a row block of q_proj and a column block of o_proj, 2 H D."""
-        return 2 * self.hidden_size * self.head_dim
-
-    @property
-    def kv_head_parameters(self) -> int:
-        """Weights of one KV head: row blocks of k_proj and v_proj, 2 H D."""
-        return 2 * self.hidden_size * self.head_dim
+    def head_block_parameters(self) -> int:
+        """Weights of one head in one projection, H D."""
+        return self.hidden_size * self.head_dim
 
     @property
     def ffn_channel_parameters(self) -> int:
@@ -78,7 +82,7 @@ class DecoderShape(Value):
 
     def attention_parameters(self, layer: LayerShape) -> int:
         """Attention weights of `layer`, (2 Q + 2 K) H D."""
-        return layer.query_heads * self.query_head_parameters + layer.kv_heads * self.kv_head_parameters
+        return layer.head_blocks * self.head_block_parameters
 
     def ffn_parameters(self, layer: LayerShape) -> int:
         """FFN weights of `layer`, 3 H F when gated, E times that in a mixture; the router is never cut nor counted."""

@@ -124,10 +124,12 @@ def attention_costs(shape: DecoderShape, layer: LayerShape, head_units: HeadUnit
     """Weights of every step of an attention ladder, [K] for groups and [g] for query heads."""
     per_group = layer.query_heads // layer.kv_heads
     if units_of_layer(layer, head_units) == "groups":
-        return np.full(layer.kv_heads, per_group * shape.query_head_parameters + shape.kv_head_parameters)
-    costs = np.full(per_group, layer.kv_heads * shape.query_head_parameters)
-    costs[-1] += layer.kv_heads * shape.kv_head_parameters
-    return costs
+        left = [(per_group * groups, groups) for groups in range(layer.kv_heads, -1, -1)]
+    else:
+        left = [(size * layer.kv_heads, layer.kv_heads if size else 0) for size in range(per_group, -1, -1)]
+    weights = np.array([shape.attention_parameters(layer.with_heads(*heads)) for heads in left], dtype=np.int64)
+    removed: NDArray[np.int64] = weights[:-1] - weights[1:]
+    return removed
 
 
 def _attention_ladder(

@@ -67,7 +67,7 @@ def _counts(shape: DecoderShape, ratio: float, structure: str, remove_heads: int
     per = 1 if structure == "ul-mm" else layers
     heads = remove_heads // layers if structure == "ul-mm" else remove_heads
     removed = per * ratio * (shape.attention_parameters(layer) + shape.ffn_parameters(layer))
-    head_parameters = heads * (shape.query_head_parameters + shape.kv_head_parameters)
+    head_parameters = 4 * heads * shape.head_block_parameters
     return heads, int((removed - head_parameters) / shape.ffn_channel_parameters)
 
 

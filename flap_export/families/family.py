@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flap_export.shapes import LayerShape
+from flap_export.shapes import DecoderShape, LayerShape
 
 Space = Literal["hidden", "query", "kv", "ffn"]
 EVERY_EXPERT = "*"
@@ -248,6 +248,16 @@ def expert_at(path: str) -> int | None:
     """The number of the expert that a path below a layer leads into, or None."""
     number = _NUMBER.search(path)
     return None if number is None else int(number.group())
+
+
+def space_widths(shape: DecoderShape, layer: LayerShape) -> dict[Space, int]:
+    """Channels of every space in one layer of a decoder."""
+    return {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+    }
 
 
 def experts_of(space: Space, layer: LayerShape) -> Sequence[int | None]:

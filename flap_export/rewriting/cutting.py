@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flap_export.calibration.statistics import CUT_SPACES, CutSpace, Site
 from flap_export.errors import ModelError
-from flap_export.families import Family, Projection, Space, expert_at, experts_of
+from flap_export.families import Family, Projection, Space, expert_at, experts_of, space_widths
 from flap_export.models.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.shapes import DecoderShape
@@ -88,8 +88,8 @@ def rewrite_layer(
         parts: attention (`query`), the FFN, or both; norms around them and routers come with attention.
     """
     prefix = f"{checkpoint.family.modules.layers}.{index}."
-    weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
-    groups = checkpoint.shape.layers[index].kv_heads
+    weights, layer = checkpoint.weights, checkpoint.shape.layers[index]
+    widths = space_widths(checkpoint.shape, layer)
     for name in [name for name in weights if name.startswith(prefix)]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
@@ -104,7 +104,7 @@ def rewrite_layer(
         if projection.restores or projection.part not in parts:
             continue
         own = {**kept, "ffn": of_expert(kept["ffn"], expert_at(path))}
-        tensor = cut(weights.finite(name), projection, kind, own, widths, groups)
+        tensor = cut(weights.finite(name), projection, kind, own, widths, layer.kv_heads)
         if tensor.numel():
             yield name, tensor
     for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
@@ -170,16 +170,6 @@ def _kept_heads(path: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
     channels = kept[space] if space is not None else None
     size = checkpoint.shape.head_dim
     return None if channels is None else channels[::size] // size
-
-
-def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:
-    layer = shape.layers[index]
-    return {
-        "hidden": shape.hidden_size,
-        "query": layer.query_heads * shape.head_dim,
-        "kv": layer.kv_heads * shape.head_dim,
-        "ffn": layer.ffn_channels,
-    }
 
 
 def cut(
