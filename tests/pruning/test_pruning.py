@@ -71,7 +71,7 @@ def test_ratios_of_heads_normed_together_are_those_of_the_files(
         options = {"rates": tmp_path / "rates.json"}
     plan = prune(dense, tmp_path / "pruned", calibration=source, **options)
     before, after = (matrices_of_layers(tmp_path / name) for name in ("dense", "pruned"))
-    assert plan.ratio.achieved == 1 - after / before
+    assert plan.ratio.achieved == (before - after) / before
     unit = max(open_checkpoint(dense).shape.ffn_unit_parameters(layer) for layer in open_checkpoint(dense).shape.layers)
     uniform = options.get("structure") == "ul-um" or options.get("method") == "magnitude" or "rates" in options
     assert abs(plan.ratio.achieved - plan.ratio.requested) * before <= unit / 2 * (4 if uniform else 1)
