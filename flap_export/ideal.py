@@ -33,13 +33,16 @@ def read_parameters(shape: DecoderShape) -> int:
     """Parameters every call reads, once for the whole batch.
 
     Attention and FFN weights, output biases, two norms of H per layer (none before an emptied block; one where blocks
-    are parallel and not both of them empty), the last norm and the head, V H. Of a mixture the router, E H, and all
-    experts: the exported graph computes every one of them and weighs those that were not chosen with zero, because
-    standard operators can read no expert by its number without copying it for every token. The embedding is not among
-    them: a call reads n rows of it. A tied head is the embedding's own matrix and is read whole, once.
+    are parallel and not both of them empty), norms over all heads, the last norm and the head, V H. Of a mixture the
+    router, E H, and all experts: the exported graph computes every one of them and weighs those that were not chosen
+    with zero, because standard operators can read no expert by its number without copying it for every token. The
+    embedding is not among them: a call reads n rows of it. A tied head is the embedding's own matrix and is read whole,
+    once.
     """
     vectors = sum(_vectors(layer, shape.parallel_blocks) for layer in shape.layers) + 1
-    return shape.decoder_parameters + shape.head_parameters + vectors * shape.hidden_size
+    normed_heads = sum(layer.joint_query_heads + layer.joint_key_heads for layer in shape.layers)
+    norms = vectors * shape.hidden_size + normed_heads * shape.head_dim
+    return shape.decoder_parameters + shape.head_parameters + norms
 
 
 def stored_parameters(shape: DecoderShape) -> int:

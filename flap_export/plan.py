@@ -31,13 +31,12 @@ class LayerPlan(Value):
 
     def shape(self, dense: LayerShape, *, compensated: bool) -> LayerShape:
         """The layer's shape after the cut; compensated, a module that lost something gains an output bias."""
-        return LayerShape(
-            query_heads=len(self.query_heads),
-            kv_heads=len(self.kv_heads),
-            ffn_channels=self.ffn_width,
-            attention_bias=dense.attention_bias or (compensated and len(self.query_heads) < dense.query_heads),
-            ffn_bias=dense.ffn_bias or (compensated and self.ffn_width < dense.ffn_channels),
-            experts=dense.experts,
+        return dense.with_heads(len(self.query_heads), len(self.kv_heads)).model_copy(
+            update={
+                "ffn_channels": self.ffn_width,
+                "attention_bias": dense.attention_bias or (compensated and len(self.query_heads) < dense.query_heads),
+                "ffn_bias": dense.ffn_bias or (compensated and self.ffn_width < dense.ffn_channels),
+            }
         )
 
     @model_serializer(mode="wrap")

@@ -6,6 +6,10 @@ Notation used throughout the package:
     D   head_dim                         K   KV heads of one layer
     F   FFN channels of one layer        g   query heads per KV head, Q / K
     E   experts of one layer; F is then the width of each of them
+
+In some families one norm runs over all query heads together, and one over all key heads. What such a norm makes of one
+head depends on the others, so their projections go on computing every head of the dense layer, and attention takes the
+first Q and K; an attention without heads needs none of it.
 """
 
 from __future__ import annotations
@@ -30,8 +34,24 @@ class LayerShape(Value):
     ffn_channels: _Channels
     attention_bias: bool = False
     ffn_bias: bool = False
+    joint_query_heads: _Heads = 0
+    """Query heads that are projected and normed together, of which attention takes the first Q; 0 where each head that
+    is projected stands for itself."""
+    joint_key_heads: _Heads = 0
+    """Key heads likewise, of which it takes the first K."""
     experts: _Heads = 0
     """Experts of a mixture, each of them `ffn_channels` wide and with an output bias of its own; 0 is a plain FFN."""
+
+    @property
+    def head_blocks(self) -> int:
+        """Matrices [H, D] of attention: those of query heads in q_proj and o_proj, of KV heads in k_proj and v_proj."""
+        projected = (self.joint_query_heads or self.query_heads) + (self.joint_key_heads or self.kv_heads)
+        return projected + self.query_heads + self.kv_heads
+
+    def with_heads(self, query_heads: int, kv_heads: int) -> LayerShape:
+        """The layer with fewer heads; with none, nothing is left of what its heads were normed with."""
+        nothing = {} if query_heads else {"joint_query_heads": 0, "joint_key_heads": 0}
+        return self.model_copy(update={"query_heads": query_heads, "kv_heads": kv_heads, **nothing})
 
     @property
     def ffns(self) -> int:
@@ -58,14 +78,9 @@ class DecoderShape(Value):
     layers: tuple[LayerShape, ...]
 
     @property
-    def query_head_parameters(self) -> int:
-        """Weights of one query head: a row block of q_proj and a column block of o_proj, 2 H D."""
-        return 2 * self.hidden_size * self.head_dim
-
-    @property
-    def kv_head_parameters(self) -> int:
-        """Weights of one KV head: row blocks of k_proj and v_proj, 2 H D."""
-        return 2 * self.hidden_size * self.head_dim
+    def head_block_parameters(self) -> int:
+        """Weights of one head in one projection, H D."""
+        return self.hidden_size * self.head_dim
 
     @property
     def ffn_channel_parameters(self) -> int:
@@ -77,8 +92,12 @@ class DecoderShape(Value):
         return layer.ffns * self.ffn_channel_parameters
 
     def attention_parameters(self, layer: LayerShape) -> int:
-        """Attention weights of `layer`, (2 Q + 2 K) H D."""
-        return layer.query_heads * self.query_head_parameters + layer.kv_heads * self.kv_head_parameters
+        """Attention weights of `layer`, (2 Q + 2 K) H D; with joint norms, q_proj and k_proj have the dense Q and K."""
+        return layer.head_blocks * self.head_block_parameters
+
+    def joint_parameters(self, layer: LayerShape) -> int:
+        """Attention weights of `layer` that go with its last head only."""
+        return (layer.joint_query_heads + layer.joint_key_heads) * self.head_block_parameters
 
     def ffn_parameters(self, layer: LayerShape) -> int:
         """FFN weights of `layer`, 3 H F when gated, E times that in a mixture; the router is never cut nor counted."""

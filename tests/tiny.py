@@ -60,6 +60,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 12, "rope_theta": 50.0},
     # Norms behind the blocks, windows in every other layer; in the others no head turns.
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
+    # Norms behind the blocks, and one norm over all queries, and over all keys.
+    "flex_olmo": {"head_dim": 12, "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True},
     # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
     "gemma": {"head_dim": 12},
     # A norm of its own for every head; logits that are scaled.
@@ -143,6 +145,20 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 12, "partial_rotary_factor": 0.5},
     # Queries, keys and values beyond the bound are cut off.
     "olmo": {"clip_qkv": 1.0},
+    # Norms behind the blocks, and one norm over all queries, and over all keys.
+    "olmo2": {"head_dim": 12, "rope_theta": 50.0},
+    # The same, with windows in every other layer, whose heads turn faster.
+    "olmo3": {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "layer_types": alternating,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 15.0},
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
+        },
+    },
+    # Normed queries, normed keys and values beyond the bound are cut off.
+    "olmoe": {"clip_qkv": 0.8, "num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Four channels of eight turn.
     "phi": {"partial_rotary_factor": 0.5},

@@ -8,6 +8,10 @@ rate is a cut point in it. Steps are nested, so that a layer's shapes stay regul
     FFN         one channel (3 H weights when gated), or as many as bring the width to the next multiple
     experts     the same of every expert at a time, each its own lowest (3 E H weights)
 
+Where one norm runs over all query heads together and one over all key heads (see `flap_export.shapes`), a head takes
+its part of v_proj and o_proj along only: (g + 1) H D weights of a group, H D of a query head. The step that empties
+attention frees q_proj and k_proj as well.
+
 Element c of expert e is numbered e F + c.
 """
 
@@ -42,6 +46,15 @@ class Ladder:
     """Weights that each step removes; [S]."""
     scores: NDArray[np.float64]
     """Importance of what each step removes, ascending; or what each step adds to a measured loss, in any order; [S]."""
+    shared: int = 0
+    """Weights of the last step that are no element's own: they serve all, and go when none is left."""
+
+    @property
+    def own_removed(self) -> NDArray[np.int64]:
+        """Elements' own weights that are gone after 0, 1, ... steps: what a share of a module's elements is told by."""
+        removed = np.concatenate([[0], np.cumsum(self.costs)])
+        removed[-1] -= self.shared
+        return removed
 
     def kept(self, steps: int) -> tuple[int, ...]:
         """The elements that stay after `steps` steps, ascending."""
@@ -124,10 +137,12 @@ def attention_costs(shape: DecoderShape, layer: LayerShape, head_units: HeadUnit
     """Weights of every step of an attention ladder, [K] for groups and [g] for query heads."""
     per_group = layer.query_heads // layer.kv_heads
     if units_of_layer(layer, head_units) == "groups":
-        return np.full(layer.kv_heads, per_group * shape.query_head_parameters + shape.kv_head_parameters)
-    costs = np.full(per_group, layer.kv_heads * shape.query_head_parameters)
-    costs[-1] += layer.kv_heads * shape.kv_head_parameters
-    return costs
+        left = [(per_group * groups, groups) for groups in range(layer.kv_heads, -1, -1)]
+    else:
+        left = [(size * layer.kv_heads, layer.kv_heads if size else 0) for size in range(per_group, -1, -1)]
+    weights = np.array([shape.attention_parameters(layer.with_heads(*heads)) for heads in left], dtype=np.int64)
+    removed: NDArray[np.int64] = weights[:-1] - weights[1:]
+    return removed
 
 
 def _attention_ladder(
@@ -140,19 +155,23 @@ def _attention_ladder(
         lowest_first = np.argsort(by_group, axis=1, kind="stable")
         heads = np.take_along_axis(heads, lowest_first, axis=1).T
         by_group = np.take_along_axis(by_group, lowest_first, axis=1).T
-    return ladder_of_rows(heads, by_group.mean(axis=1), attention_costs(shape, layer, head_units))
+    costs = attention_costs(shape, layer, head_units)
+    return ladder_of_rows(heads, by_group.mean(axis=1), costs, shape.joint_parameters(layer))
 
 
-def ladder_of_rows(rows: NDArray[np.int64], scores: NDArray[np.float64], costs: NDArray[np.int64]) -> Ladder:
+def ladder_of_rows(
+    rows: NDArray[np.int64], scores: NDArray[np.float64], costs: NDArray[np.int64], shared: int = 0
+) -> Ladder:
     """A ladder whose steps take one row of elements [S, n] each, lowest score first.
 
     Args:
         rows: elements that go together.
         scores: of every row, [S].
         costs: of the steps, in the order of the ladder; [S].
+        shared: weights of the last step that are no row's own.
     """
     order = np.argsort(scores, kind="stable")
-    return Ladder(rows[order].ravel(), (np.arange(len(rows)) + 1) * rows.shape[1], costs, scores[order])
+    return Ladder(rows[order].ravel(), (np.arange(len(rows)) + 1) * rows.shape[1], costs, scores[order], shared)
 
 
 def ffn_ladder(scores: NDArray[np.float64], shape: DecoderShape, align_channels: int = 1) -> Ladder:

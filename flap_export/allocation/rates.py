@@ -115,8 +115,9 @@ def _by_scores(costs: LayerCosts, target: float, reachable: Sequence[int]) -> in
 
 
 def _uniformly(costs: LayerCosts, target: float, reachable: Sequence[int]) -> int:
-    share = target / costs.total * float(costs.attention[-1])
-    return min(reachable, key=lambda steps: abs(float(costs.attention[steps]) - share))
+    removed = costs.ladders.attention.own_removed
+    share = target / costs.total * float(removed[-1])
+    return min(reachable, key=lambda steps: abs(float(removed[steps]) - share))
 
 
 SPLITTINGS: Final[Mapping[Splitting, Callable[[LayerCosts, float, Sequence[int]], int]]] = {

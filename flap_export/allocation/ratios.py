@@ -32,12 +32,8 @@ def achieved_ratio(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: floa
         BudgetError: the plan removes nothing, or everything.
     """
     total, unit = shape.decoder_parameters, smallest_unit(shape)
-    kept = sum(
-        len(plan.query_heads) * shape.query_head_parameters
-        + len(plan.kv_heads) * shape.kv_head_parameters
-        + plan.ffn_width * shape.ffn_unit_parameters(layer)
-        for plan, layer in zip(layers, shape.layers, strict=True)
-    )
+    pruned = tuple(plan.shape(layer, compensated=False) for plan, layer in zip(layers, shape.layers, strict=True))
+    kept = shape.model_copy(update={"layers": pruned}).decoder_parameters
     if kept == total:
         raise BudgetError(
             f"a ratio of {ratio} removes nothing: the smallest unit, one FFN channel{_of_every(shape)}, is "

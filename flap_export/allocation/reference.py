@@ -25,8 +25,13 @@ def check_known(shape: DecoderShape) -> None:
     """Whether the code can prune such a model.
 
     Raises:
-        BudgetError: it has experts or grouped queries, which the code does not know.
+        BudgetError: it has experts, joint norms or grouped queries, which the code does not know.
     """
+    if any(layer.joint_query_heads for layer in shape.layers):
+        raise BudgetError(
+            "the reference code cuts query and key heads, and this model's norm them together; use --statistics "
+            "welford for this model"
+        )
     if any(layer.experts for layer in shape.layers):
         raise BudgetError("the reference code knows no mixtures of experts; use --statistics welford for this model")
     if any(layer.query_heads != layer.kv_heads for layer in shape.layers):
@@ -67,7 +72,7 @@ def _counts(shape: DecoderShape, ratio: float, structure: str, remove_heads: int
     per = 1 if structure == "ul-mm" else layers
     heads = remove_heads // layers if structure == "ul-mm" else remove_heads
     removed = per * ratio * (shape.attention_parameters(layer) + shape.ffn_parameters(layer))
-    head_parameters = heads * (shape.query_head_parameters + shape.kv_head_parameters)
+    head_parameters = 4 * heads * shape.head_block_parameters
     return heads, int((removed - head_parameters) / shape.ffn_channel_parameters)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flap_export.allocation.budgets import cheapest_first, least_loss
 from flap_export.allocation.ladders import HEAD_UNITS, HeadUnits, Ladder, LayerLadders, ladders_from_scores, layer_plan
@@ -192,12 +193,23 @@ def _ul_mm(task: _Task) -> Steps:
 
 
 def _ul_um(task: _Task) -> Steps:
-    """FLAP's UL-UM: the same share of every module; FFN channels make up for what whole groups cannot express."""
+    """FLAP's UL-UM: the same share of every module; FFN channels make up for what whole groups cannot express.
+
+    A share of attention is one of what its heads hold themselves, which no joint norm keeps in place.
+    """
     shares = [
-        _nearest(layer.attention, task.ratio * task.shape.attention_parameters(shape), task.allowed_heads)
-        for layer, shape in zip(task.ladders, task.shape.layers, strict=True)
+        _nearest(layer.attention.own_removed, task.ratio * layer.attention.own_removed[-1], _allowed_steps(layer, task))
+        for layer in task.ladders
     ]
     return _uniform(task, shares)
+
+
+def _allowed_steps(layer: LayerLadders, task: _Task) -> NDArray[np.bool_] | None:
+    """Which numbers of attention's steps leave heads that are allowed; None where all do."""
+    if task.allowed_heads is None:
+        return None
+    left = len(layer.attention.order) - np.concatenate([[0], layer.attention.gone])
+    return np.isin(left, task.allowed_heads)
 
 
 def _uniform(task: _Task, attention_steps: Sequence[int]) -> Steps:
@@ -205,7 +217,7 @@ def _uniform(task: _Task, attention_steps: Sequence[int]) -> Steps:
     steps = []
     for layer, ladders, taken in zip(task.shape.layers, task.ladders, attention_steps, strict=True):
         budget = task.ratio * (task.shape.attention_parameters(layer) + task.shape.ffn_parameters(layer))
-        steps.append((taken, _nearest(ladders.ffn, budget - _cost(ladders.attention, taken))))
+        steps.append((taken, _nearest(ladders.ffn.own_removed, budget - _cost(ladders.attention, taken))))
     return steps
 
 
@@ -226,19 +238,16 @@ def _heads_gone(ladder: Ladder, steps: int) -> int:
     return len(ladder.removed(steps))
 
 
-def _nearest(ladder: Ladder, budget: float, allowed: Sequence[int] | None = None) -> int:
+def _nearest(removed: NDArray[np.int64], budget: float, allowed: NDArray[np.bool_] | None = None) -> int:
     """The number of steps whose cost is nearest to `budget`; fewer where two are.
 
     Args:
-        ladder: of one module.
+        removed: weights that are gone after 0, 1, ... steps.
         budget: weights that shall go.
-        allowed: numbers of elements that may be left; None allows any.
+        allowed: whether so many steps may be taken; None allows any.
     """
-    misses = np.abs(np.concatenate([[0], np.cumsum(ladder.costs)]) - budget)
-    if allowed is not None:
-        left = len(ladder.order) - np.concatenate([[0], ladder.gone])
-        misses = np.where(np.isin(left, allowed), misses, np.inf)
-    return int(np.argmin(misses))
+    misses = np.abs(removed - budget)
+    return int(np.argmin(misses if allowed is None else np.where(allowed, misses, np.inf)))
 
 
 def _check_rest(task: _Task, rest: float) -> None:
@@ -269,6 +278,6 @@ def _reason(structure: StructureName, selection: Selection, layers: int, align_c
     if structure.startswith("ul"):
         return (
             f"{structure} removes the same in each of {layers} layers, so it moves {layers * align_channels} channels "
-            "at a time, and cannot make up for heads that cost more than a layer's share"
+            "at a time, and cannot make up for heads that cost more than a layer's share, or less than the FFN can bear"
         )
     return remainder(align_channels)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flap_export.errors import ModelError
-from flap_export.families import Projection, Space, experts_of
+from flap_export.families import Projection, Space, experts_of, space_widths
 from flap_export.models.loading import load_model
 from flap_export.models.opening import Checkpoint
 from flap_export.rewriting.cutting import grouped_order
@@ -100,12 +100,7 @@ def _scores(dense: Checkpoint, importance: Callable[[str], Tensor]) -> tuple[Lay
 
 def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Tensor]) -> LayerScores:
     layer, size = dense.shape.layers[index], dense.shape.head_dim
-    widths: dict[Space, int] = {
-        "hidden": dense.shape.hidden_size,
-        "query": layer.query_heads * size,
-        "kv": layer.kv_heads * size,
-        "ffn": layer.ffn_channels,
-    }
+    widths = space_widths(dense.shape, layer)
     totals = {space: torch.zeros(width, dtype=torch.float64) for space, width in widths.items()}
     by_expert = [torch.zeros_like(totals["ffn"]) for _ in range(layer.ffns)]
     for projection in dense.family.projections:

@@ -83,7 +83,7 @@ class Sensitivity:
         """Both ladders of every layer; the scores are what each step adds to the loss."""
         return tuple(
             LayerLadders(
-                _ladder(self.modules[index, "query"], attention_costs(shape, layer, self.head_units)),
+                _attention_ladder(self.modules[index, "query"], shape, layer, self.head_units),
                 _ffn_ladder(self.modules[index, "ffn"], shape, layer, align_channels),
             )
             for index, layer in enumerate(shape.layers)
@@ -93,9 +93,11 @@ class Sensitivity:
 _HEADER: Final = ("model", "source", "sequences", "sequence_length", "seed", "head_units", "digests")
 
 
-def _ladder(module: ModuleSensitivity, costs: NDArray[np.int64]) -> Ladder:
-    added = np.diff(module.losses.numpy(), prepend=0.0)
-    return Ladder(module.order.numpy(), module.gone.numpy(), costs, added)
+def _attention_ladder(
+    module: ModuleSensitivity, shape: DecoderShape, layer: LayerShape, head_units: HeadUnits
+) -> Ladder:
+    costs, added = attention_costs(shape, layer, head_units), np.diff(module.losses.numpy(), prepend=0.0)
+    return Ladder(module.order.numpy(), module.gone.numpy(), costs, added, shape.joint_parameters(layer))
 
 
 def _ffn_ladder(module: ModuleSensitivity, shape: DecoderShape, layer: LayerShape, align_channels: int) -> Ladder:

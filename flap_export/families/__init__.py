@@ -9,6 +9,7 @@ from flap_export.families.family import (
     Space,
     expert_at,
     experts_of,
+    space_widths,
 )
 from flap_export.families.table import FAMILIES, family_of
 
@@ -25,4 +26,5 @@ __all__ = [
     "family_of",
     "heads_are_fixed",
     "shape_from_config",
+    "space_widths",
 ]

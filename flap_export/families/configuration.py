@@ -63,15 +63,17 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     head_dim = head_dim or config.hidden_size // heads
-    if family.heads.square_output and heads * head_dim != config.hidden_size:
+    if family.heads.fill_hidden and heads * head_dim != config.hidden_size:
         raise ModelError(
-            f"{family.model_type}'s output projection is square: num_attention_heads times head_dim must be "
+            f"the heads of {family.model_type} must fill its hidden size: num_attention_heads times head_dim must be "
             f"hidden_size ({config.hidden_size}), got {heads} times {head_dim}"
         )
     layer = LayerShape(
         query_heads=heads,
         kv_heads=kv_heads,
         ffn_channels=_ffn_channels(config, family),
+        joint_query_heads=heads if family.has_space("joint_query") else 0,
+        joint_key_heads=kv_heads if family.has_space("joint_key") else 0,
         attention_bias=family.has_bias("query", config),
         ffn_bias=family.has_bias("ffn", config),
         experts=getattr(config, family.ffn.experts_field) if family.ffn.experts_field else 0,

@@ -5,6 +5,8 @@ weights follows from these spaces; a further family is a further row of the tabl
 
     hidden   the residual stream, never cut
     query    Q heads of D channels        kv   K heads of D channels        ffn   F channels
+    joint_query, joint_key    all heads of the dense layer, over which one norm runs: those that attention kept first,
+                              then those that count in the norm only
 
 In a mixture of experts every expert has an `ffn` space of its own; `*` in a path stands for the expert's number, as
 checkpoints have it. Routers are no projections: they read and write what is never cut.
@@ -15,11 +17,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from flap_export.shapes import LayerShape
+from flap_export.shapes import DecoderShape, LayerShape
 
-Space = Literal["hidden", "query", "kv", "ffn"]
+Space = Literal["hidden", "query", "kv", "ffn", "joint_query", "joint_key"]
+JOINT_SPACES: Final[frozenset[Space]] = frozenset({"joint_query", "joint_key"})
 EVERY_EXPERT = "*"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -100,9 +103,9 @@ class Heads:
     """Whether D is H / Q, whatever else a configuration states; so it is with plain heads."""
     size_follows_in_4: bool = False
     """Whether that holds in transformers 4 only; 5 takes what a configuration states."""
-    square_output: bool = False
-    """Whether the class makes its output projection [H, H] whatever the heads are, so that Q D must be H. No class of
-    its own then holds fewer heads."""
+    fill_hidden: bool = False
+    """Whether the class makes its output projection [H, H], or a norm of all queries [H], whatever the heads are, so
+    that Q D must be H. No class of its own then holds fewer heads."""
     divide_hidden: bool = False
     """Whether the class checks that Q divides H."""
     fixed_where: Mapping[str, object] = field(default_factory=dict)
@@ -110,7 +113,8 @@ class Heads:
     fixed_with_rope: tuple[str, ...] = ()
     """Kinds of rotary embedding with which it does."""
     norms: Mapping[str, Space] = field(default_factory=dict)
-    """Norms below a layer, where a configuration has them, with weights [heads, D]: a row for every head of a space."""
+    """Norms below a layer, where a configuration has them, with weights for every head of a space: a row each, [heads,
+    D], or where one norm runs over all heads of a joint space, [heads D]."""
 
     @property
     def derived_size(self) -> bool:
@@ -119,8 +123,12 @@ class Heads:
 
     @property
     def are_fixed(self) -> bool:
-        """Whether the family's own class takes the dense number of heads only, at the dense head size."""
-        return self.derived_size or self.square_output or self.size_follows_in_4
+        """Whether the family's own class takes the dense number of heads only, at the dense head size.
+
+        One with joint norms has no place for heads that count in these and nowhere else.
+        """
+        has_joint_norms = not JOINT_SPACES.isdisjoint(self.norms.values())
+        return self.derived_size or self.fill_hidden or self.size_follows_in_4 or has_joint_norms
 
 
 @dataclass(frozen=True)
@@ -204,8 +212,16 @@ class Family:
     @property
     def ffn_matrices(self) -> int:
         """Matrices [H, F] that an FFN is made of: two, or three where it is gated."""
-        spaces = [space for projection in self.projections for space in (projection.inputs, *projection.outputs)]
-        return spaces.count("ffn")
+        return self._spaces.count("ffn")
+
+    @property
+    def _spaces(self) -> list[Space]:
+        """Of all axes of all projections."""
+        return [space for projection in self.projections for space in (projection.inputs, *projection.outputs)]
+
+    def has_space(self, space: Space) -> bool:
+        """Whether a projection reads or writes it."""
+        return space in self._spaces
 
     def has_bias(self, space: Space, config: Any) -> bool:
         """Whether the projection that maps `space` back to the residual stream has a bias, by a configuration."""
@@ -248,6 +264,18 @@ def expert_at(path: str) -> int | None:
     """The number of the expert that a path below a layer leads into, or None."""
     number = _NUMBER.search(path)
     return None if number is None else int(number.group())
+
+
+def space_widths(shape: DecoderShape, layer: LayerShape) -> dict[Space, int]:
+    """Channels of every space in one layer of a decoder."""
+    return {
+        "hidden": shape.hidden_size,
+        "query": layer.query_heads * shape.head_dim,
+        "kv": layer.kv_heads * shape.head_dim,
+        "ffn": layer.ffn_channels,
+        "joint_query": layer.joint_query_heads * shape.head_dim,
+        "joint_key": layer.joint_key_heads * shape.head_dim,
+    }
 
 
 def experts_of(space: Space, layer: LayerShape) -> Sequence[int | None]:

@@ -16,6 +16,12 @@ _SEPARATE_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_JOINTLY_NORMED_PROJECTIONS = (
+    Projection("self_attn.q_proj", "hidden", ("joint_query",)),
+    Projection("self_attn.k_proj", "hidden", ("joint_key",)),
+    *_SEPARATE_PROJECTIONS[2:],
+)
+
 _UNGATED_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_SEPARATE_PROJECTIONS[5:])
 
 _FUSED_PROJECTIONS = (
@@ -64,10 +70,12 @@ _GPT_NEOX_PROJECTIONS = (
 )
 
 
-def _with_experts(gate: str, up: str, down: str) -> tuple[Projection, ...]:
-    """Separate attention projections, and a mixture of gated experts."""
+def _with_experts(
+    gate: str, up: str, down: str, attention: tuple[Projection, ...] = _SEPARATE_PROJECTIONS[:4]
+) -> tuple[Projection, ...]:
+    """The projections of attention, and a mixture of gated experts."""
     return (
-        *_SEPARATE_PROJECTIONS[:4],
+        *attention,
         Projection(f"mlp.experts.*.{gate}", "hidden", ("ffn",)),
         Projection(f"mlp.experts.*.{up}", "hidden", ("ffn",)),
         Projection(f"mlp.experts.*.{down}", "ffn", ("hidden",)),
@@ -78,6 +86,7 @@ _COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
 _MISTRAL_WITH_IMAGES = ("mistral3",)
+_JOINT_NORMS: dict[str, Space] = {"self_attn.q_norm": "joint_query", "self_attn.k_norm": "joint_key"}
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
 FAMILIES: dict[str, Family] = {
@@ -139,6 +148,15 @@ FAMILIES: dict[str, Family] = {
                 {"new_decoder_architecture": True, "parallel_attn": False},
                 {"new_decoder_architecture": False, "parallel_attn": True, "num_ln_in_parallel_attn": 2},
             ),
+        ),
+        Family(
+            "flex_olmo",
+            "FlexOlmo",
+            _with_experts("gate_proj", "up_proj", "down_proj", _JOINTLY_NORMED_PROJECTIONS[:4]),
+            since="5",
+            ffn=FeedForward(experts_field="num_experts"),
+            heads=Heads(norms=_JOINT_NORMS),
+            bias_flags={"query": "attention_bias"},
         ),
         Family(
             "gemma",
@@ -217,7 +235,7 @@ FAMILIES: dict[str, Family] = {
             "helium",
             "Helium",
             _SEPARATE_PROJECTIONS,
-            heads=Heads(square_output=True),
+            heads=Heads(fill_hidden=True),
             rotary=Rotary(interleaved=True),
             bias_flags={"ffn": "mlp_bias"},
         ),
@@ -271,6 +289,34 @@ FAMILIES: dict[str, Family] = {
             _SEPARATE_PROJECTIONS,
             norm=Norm(epsilon=1e-5, is_centred=True, suffix="LayerNorm"),
             bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "olmo2",
+            "Olmo2",
+            _JOINTLY_NORMED_PROJECTIONS,
+            heads=Heads(norms=_JOINT_NORMS),
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "olmo3",
+            "Olmo3",
+            _JOINTLY_NORMED_PROJECTIONS,
+            # Before, layers with windows and layers without turned by one set of parameters, and the settings for both
+            # kinds were not read.
+            since="5.13",
+            heads=Heads(norms=_JOINT_NORMS),
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "olmoe",
+            "Olmoe",
+            _with_experts("gate_proj", "up_proj", "down_proj", _JOINTLY_NORMED_PROJECTIONS[:4]),
+            since="5",
+            ffn=FeedForward(experts_field="num_experts"),
+            heads=Heads(norms=_JOINT_NORMS, fill_hidden=True),
+            bias_flags={"query": "attention_bias"},
+            # Its class hands a window to attention, and makes masks without one.
+            requires={"sliding_window": (None,)},
         ),
         Family(
             "opt",

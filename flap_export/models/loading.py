@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.errors import ModelError
-from flap_export.families import EVERY_EXPERT, Family, Space
+from flap_export.families import EVERY_EXPERT, Family, space_widths
 from flap_export.models.double_precision import keep_double_precision
 from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.models.weights import Weights
@@ -181,12 +181,7 @@ def _check_projections(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     shape, family = checkpoint.shape, checkpoint.family
     layer = shape.layers[0]
-    widths: dict[Space, int] = {
-        "hidden": shape.hidden_size,
-        "query": layer.query_heads * shape.head_dim,
-        "kv": layer.kv_heads * shape.head_dim,
-        "ffn": layer.ffn_channels,
-    }
+    widths = space_widths(shape, layer)
     for projection in family.projections:
         if EVERY_EXPERT in projection.path or not widths[projection.part]:
             continue

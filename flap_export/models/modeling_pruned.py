@@ -5,8 +5,9 @@ uneven checkpoint, so that `AutoModelForCausalLM.from_pretrained(directory, trus
 The two import lines name the family the checkpoint came from. The configuration carries, under `pruned`:
 
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
-    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
-    head_norms    path of each norm with a row for every head, where a layer has it, and the space of these heads
+    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts, and where norms run
+                  over all heads joint_query_heads, joint_key_heads: those of the dense layer
+    head_norms    path of each norm with weights for every head, where a layer has it, and the space of these heads
     head_dim      of every head
     since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
@@ -17,6 +18,7 @@ router stays and weighs the biases of its experts.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 EVERY_EXPERT = ".*."
+TAKEN_OF = {"joint_query": "query", "joint_key": "kv"}
+"""Of the heads that one norm runs over, which attention takes: as many as there are of these, the first."""
 
 
 class Constant(nn.Module):
@@ -207,6 +211,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         "query": counts["query_heads"] * head_dim,
         "kv": counts["kv_heads"] * head_dim,
         "ffn": counts["ffn_channels"],
+        "joint_query": counts.get("joint_query_heads", 0) * head_dim,
+        "joint_key": counts.get("joint_key_heads", 0) * head_dim,
     }
     output_bias = {"query": counts["attention_bias"], "ffn": counts["ffn_bias"]}
     if counts["query_heads"]:
@@ -245,12 +251,22 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
 
 
 def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:
-    """Give norms with weights [heads, D] as many rows as there are heads left."""
+    """Give norms with weights [heads, D] a row for every head that is left; of norms over all heads take the first."""
     for path, space in norms.items():
         parent_path, _, name = path.rpartition(".")
         norm: Any = dict(layer.get_submodule(parent_path).named_children()).get(name)
-        if norm is not None:
+        if norm is None:
+            continue
+        if space not in TAKEN_OF:
             norm.weight = nn.Parameter(norm.weight.new_ones(widths[space] // head_dim, head_dim))
+        elif widths[TAKEN_OF[space]] < widths[space]:
+            norm.register_forward_hook(partial(_first_channels, widths[TAKEN_OF[space]]))
+
+
+def _first_channels(width: int, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What attention takes of the normed heads [..., heads D], as a forward hook."""
+    # A copy, because OLMoE clamps it in place.
+    return output[..., :width].clone()
 
 
 def resize_decoder(model: Any, layers_path: str, pruned: dict[str, Any], head_dim: int) -> None:

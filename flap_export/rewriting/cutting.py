@@ -13,16 +13,18 @@ from torch import Tensor
 
 from flap_export.calibration.statistics import CUT_SPACES, CutSpace, Site
 from flap_export.errors import ModelError
-from flap_export.families import Family, Projection, Space, expert_at, experts_of
+from flap_export.families import Family, Projection, Space, expert_at, experts_of, space_widths
 from flap_export.models.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
+from flap_export.rewriting.compensation import complement
 from flap_export.shapes import DecoderShape
 
 Restore = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """What becomes of a restoring projection: from its site, weight [H, C] and kept channels int64 [K] to its weight [H, K]
 and what is added to its bias, [H] or None."""
 Kept = Mapping[Space, Tensor | None]
-"""Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; None where all stay."""
+"""Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; of a joint space all, in the
+order they take, or none. None where all stay as they are."""
 
 
 def rewrite(
@@ -62,12 +64,22 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
         return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
 
     all_channels = plan.ffn_width == dense.ffn_channels
+    query, kv = of_heads(plan.query_heads, dense.query_heads), of_heads(plan.kv_heads, dense.kv_heads)
     return {
         "hidden": None,
-        "query": of_heads(plan.query_heads, dense.query_heads),
-        "kv": of_heads(plan.kv_heads, dense.kv_heads),
+        "query": query,
+        "kv": kv,
         "ffn": None if all_channels else torch.tensor(plan.experts or plan.ffn_channels, dtype=torch.int64),
+        "joint_query": _kept_first(query, dense.query_heads * shape.head_dim),
+        "joint_key": _kept_first(kv, dense.kv_heads * shape.head_dim),
     }
+
+
+def _kept_first(kept: Tensor | None, channels: int) -> Tensor | None:
+    """All channels of a joint space, those that attention takes before the others; none where it takes none."""
+    if kept is None or not len(kept):
+        return kept
+    return torch.cat([kept, complement(kept, channels)])
 
 
 def of_expert(channels: Tensor | None, expert: int | None) -> Tensor | None:
@@ -88,23 +100,23 @@ def rewrite_layer(
         parts: attention (`query`), the FFN, or both; norms around them and routers come with attention.
     """
     prefix = f"{checkpoint.family.modules.layers}.{index}."
-    weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
-    groups = checkpoint.shape.layers[index].kv_heads
+    weights, layer = checkpoint.weights, checkpoint.shape.layers[index]
+    widths = space_widths(checkpoint.shape, layer)
     for name in [name for name in weights if name.startswith(prefix)]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
         if projection is None:
             block = _block_of(path, checkpoint.family)
             if (block or "query") in parts and not (block and _is_emptied(kept[block])):
-                heads = _kept_heads(path, checkpoint, kept)
                 tensor = weights.finite(name)
-                yield name, tensor if heads is None else tensor[heads]
+                rows = _kept_rows(path, tensor, checkpoint, kept)
+                yield name, tensor if rows is None else tensor[rows]
             continue
         check_kind(projection, kind)
         if projection.restores or projection.part not in parts:
             continue
         own = {**kept, "ffn": of_expert(kept["ffn"], expert_at(path))}
-        tensor = cut(weights.finite(name), projection, kind, own, widths, groups)
+        tensor = cut(weights.finite(name), projection, kind, own, widths, layer.kv_heads)
         if tensor.numel():
             yield name, tensor
     for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
@@ -164,22 +176,12 @@ def _is_emptied(channels: Tensor | None) -> bool:
     return channels is not None and channels.numel() == 0
 
 
-def _kept_heads(path: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
-    """The heads that stay of a norm with a row for every head, int64; None where all of it stays."""
+def _kept_rows(path: str, tensor: Tensor, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
+    """What stays of the weights of a norm of heads, [heads, D] or [heads D], int64; None where all of it stays."""
     space = checkpoint.family.heads.norms.get(path)
     channels = kept[space] if space is not None else None
     size = checkpoint.shape.head_dim
-    return None if channels is None else channels[::size] // size
-
-
-def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:
-    layer = shape.layers[index]
-    return {
-        "hidden": shape.hidden_size,
-        "query": layer.query_heads * shape.head_dim,
-        "kv": layer.kv_heads * shape.head_dim,
-        "ffn": layer.ffn_channels,
-    }
+    return channels if channels is None or tensor.ndim == 1 else channels[::size] // size
 
 
 def cut(

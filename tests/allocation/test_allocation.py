@@ -26,12 +26,14 @@ from flap_export.shapes import DecoderShape, LayerShape
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> DecoderShape:
+def shapes(draw: st.DrawFn, joint: bool = False) -> DecoderShape:
     kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
+    query_heads = kv_heads * draw(st.sampled_from([1, 2, 4]))
     layer = LayerShape(
-        query_heads=kv_heads * draw(st.sampled_from([1, 2, 4])),
+        query_heads=query_heads,
         kv_heads=kv_heads,
         ffn_channels=draw(st.integers(1, 24)),
+        **({"joint_query_heads": query_heads, "joint_key_heads": kv_heads} if joint else {}),
     )
     return DecoderShape(
         hidden_size=draw(st.sampled_from([4, 6])),
@@ -44,8 +46,8 @@ def shapes(draw: st.DrawFn) -> DecoderShape:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[DecoderShape, tuple[LayerScores, ...], float]:
-    shape = draw(shapes())
+def problems(draw: st.DrawFn, joint: bool = False) -> tuple[DecoderShape, tuple[LayerScores, ...], float]:
+    shape = draw(shapes(joint))
     # Few distinct values, so that ties are common.
     values = st.integers(-3, 3).map(float) | st.floats(-3, 3)
 
@@ -70,9 +72,12 @@ def weights_of(shape: DecoderShape, plans: Sequence[LayerPlan]) -> int:
     """Elements of the matrices that stay, counted matrix by matrix."""
     hidden, size = shape.hidden_size, shape.head_dim
     total = 0
-    for plan in plans:
-        total += 2 * len(plan.query_heads) * size * hidden  # q_proj, o_proj
-        total += 2 * len(plan.kv_heads) * size * hidden  # k_proj, v_proj
+    for plan, layer in zip(plans, shape.layers, strict=True):
+        query, kv = len(plan.query_heads), len(plan.kv_heads)
+        joint = bool(layer.joint_query_heads and query)
+        total += (layer.query_heads if joint else query) * size * hidden  # q_proj
+        total += (layer.kv_heads if joint else kv) * size * hidden  # k_proj
+        total += (kv + query) * size * hidden  # v_proj, o_proj
         total += shape.ffn_matrices * len(plan.ffn_channels) * hidden
     return total
 
@@ -101,7 +106,7 @@ def tried(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@given(problem=problems())
+@given(problem=problems() | problems(joint=True))
 def test_the_achieved_ratio_is_what_was_removed(
     structure: StructureName, problem: tuple[DecoderShape, tuple[LayerScores, ...], float]
 ) -> None:
@@ -255,7 +260,7 @@ def test_a_ratio_below_half_a_unit_or_next_to_everything(structure: StructureNam
 def test_costs_equal_the_sizes_of_transformers_modules(
     family: str, query_heads: int, kv_heads: int, head_dim: int
 ) -> None:
-    if FAMILIES[family].heads.square_output:
+    if FAMILIES[family].heads.fill_hidden:
         head_dim = 24 // query_heads
     # Falcon's configuration takes no head size.
     stated = (
@@ -279,7 +284,8 @@ def test_costs_equal_the_sizes_of_transformers_modules(
     sizes = shape.layers[0]
     expected = {**dict.fromkeys(ALWAYS_MULTI_HEAD, query_heads), "gpt_bigcode": 1}.get(family, kv_heads)
     assert sizes.kv_heads == expected
-    assert sizes.kv_heads * group_parameters(shape, sizes) == attention == shape.attention_parameters(sizes)
+    assert attention == shape.attention_parameters(sizes)
+    assert {int(attention_costs(shape, sizes, units).sum()) for units in HEAD_UNITS} == {attention}
     assert sizes.ffn_channels * shape.ffn_unit_parameters(sizes) == ffn == shape.ffn_parameters(sizes)
     assert shape.head_parameters == model.lm_head.weight.numel()
     assert shape.decoder_parameters == 2 * (attention + ffn)
@@ -589,3 +595,60 @@ def test_the_official_choice_knows_no_alignment() -> None:
     allocate(scores, shape, 0.3, selection="reference")
     with pytest.raises(BudgetError, match="know no aligned widths; leave out --align-channels"):
         allocate(scores, shape, 0.3, selection="reference", align_channels=8)
+
+
+JOINT = LayerShape(query_heads=4, kv_heads=2, ffn_channels=40, joint_query_heads=4, joint_key_heads=2)
+"""Matrices [H, D] of 4 x 2 weights: 12, of which 6 serve all heads; a group takes 3 along."""
+
+
+def joint_shape(layers: int) -> DecoderShape:
+    return shape_of(heads=4, kv_heads=2, head_dim=2, hidden=4, channels=40, layers=1).model_copy(
+        update={"layers": (JOINT,) * layers}
+    )
+
+
+def test_the_group_that_empties_attention_takes_joint_projections_along() -> None:
+    """All of attention scores below every channel: the first group is its own weights, the second everything else."""
+    shape = joint_shape(1)
+    scores = (LayerScores(torch.tensor([-9.0, -9.0, -8.0, -8.0]), torch.arange(40.0)),)
+    total, block, channel = shape.decoder_parameters, 4 * 2, 3 * 4
+    assert total == 12 * block + 40 * channel
+    one, _ = allocate(scores, shape, 3 * block / total, "al-am")
+    assert (one[0].kv_heads, len(one[0].ffn_channels)) == ((1,), 40)
+    # Too little for the second group, which costs nine: channels make up for it.
+    some, ratio = allocate(scores, shape, (3 * block + 5 * channel) / total, "al-am")
+    assert (some[0].kv_heads, len(some[0].ffn_channels)) == ((1,), 35)
+    assert ratio.reason is None
+    everything, ratio = allocate(scores, shape, 12 * block / total, "al-am")
+    assert (everything[0].kv_heads, len(everything[0].ffn_channels)) == ((), 40)
+    assert ratio.achieved == 12 * block / total
+
+
+@pytest.mark.parametrize(("ratio", "groups"), [(0.2, 2), (0.4, 1), (0.7, 1), (0.74, 1), (0.8, 0)])
+def test_a_uniform_share_is_one_of_heads_where_their_projections_stay(ratio: float, groups: int) -> None:
+    """By weights, a group is a quarter of attention and the last one three quarters: 0.7 would empty it everywhere."""
+    shape = joint_shape(2)
+    scores = tuple(LayerScores(torch.arange(4.0), torch.arange(40.0)) for _ in range(2))
+    layers, found = allocate(scores, shape, ratio, "ul-um")
+    assert {len(layer.kv_heads) for layer in layers} == {groups}
+    # Half a channel of either layer.
+    assert abs(found.achieved - ratio) * shape.decoder_parameters <= shape.ffn_channel_parameters
+
+
+def test_a_uniform_share_that_the_ffn_cannot_bear_says_so() -> None:
+    """A head of many frees little: the FFN has to go, and attention does not for its sake."""
+    layer = LayerShape(query_heads=8, kv_heads=8, ffn_channels=4, joint_query_heads=8, joint_key_heads=8)
+    shape = joint_shape(1).model_copy(update={"layers": (layer,)})
+    scores = (LayerScores(torch.arange(8.0), torch.arange(4.0)),)
+    layers, found = allocate(scores, shape, 0.5, "ul-um")
+    assert (len(layers[0].kv_heads), len(layers[0].ffn_channels)) == (4, 0)
+    assert found.reason is not None
+    assert "or less than the FFN can bear" in found.reason
+
+
+def test_the_reference_code_knows_no_joint_norms() -> None:
+    layer = LayerShape(query_heads=4, kv_heads=4, ffn_channels=40, joint_query_heads=4, joint_key_heads=4)
+    shape = joint_shape(1).model_copy(update={"layers": (layer,)})
+    scores = (LayerScores(torch.arange(4.0), torch.arange(40.0)),)
+    with pytest.raises(BudgetError, match=r"norm them together; use --statistics welford"):
+        allocate(scores, shape, 0.3, "ul-um", selection="reference")

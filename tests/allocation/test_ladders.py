@@ -23,8 +23,14 @@ from flap_export.scoring import LayerScores
 from flap_export.shapes import DecoderShape, LayerShape
 
 
-def shape_of(query_heads: int, kv_heads: int, channels: int, head_dim: int = 3) -> DecoderShape:
-    layer = LayerShape(query_heads=query_heads, kv_heads=kv_heads, ffn_channels=channels)
+def shape_of(query_heads: int, kv_heads: int, channels: int, head_dim: int = 3, *, joint: bool = False) -> DecoderShape:
+    layer = LayerShape(
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        ffn_channels=channels,
+        joint_query_heads=query_heads * joint,
+        joint_key_heads=kv_heads * joint,
+    )
     return DecoderShape(
         hidden_size=4, head_dim=head_dim, vocabulary_size=11, ffn_matrices=3, tied_embeddings=False, layers=(layer,)
     )
@@ -39,7 +45,7 @@ def problems(draw: st.DrawFn) -> tuple[DecoderShape, LayerScores, int]:
     def drawn(count: int) -> torch.Tensor:
         return torch.tensor(draw(st.lists(values, min_size=count, max_size=count)), dtype=torch.float64)
 
-    shape = shape_of(kv_heads * size, kv_heads, channels)
+    shape = shape_of(kv_heads * size, kv_heads, channels, joint=draw(st.booleans()))
     return shape, LayerScores(drawn(kv_heads * size), drawn(channels)), draw(st.integers(1, 6))
 
 
@@ -94,6 +100,18 @@ def test_every_round_takes_the_lowest_query_head_of_every_group() -> None:
         96,
         96,
     ]
+
+
+def test_heads_that_are_normed_together_take_values_and_outputs_along() -> None:
+    """(g + 1) H D of a group and H D of a query head, until the last step frees q_proj and k_proj too: (Q + K) H D."""
+    scores = LayerScores(torch.arange(6.0), torch.zeros(2))
+    shape, block = shape_of(6, 2, 2, joint=True), 4 * 3
+    (groups,) = ladders_from_scores((scores,), shape)
+    assert groups.attention.costs.tolist() == [4 * block, 4 * block + 8 * block]
+    assert groups.attention.own_removed.tolist() == [0, 4 * block, 8 * block]
+    (queries,) = ladders_from_scores((scores,), shape, head_units="queries")
+    assert queries.attention.costs.tolist() == [2 * block, 2 * block, 4 * block + 8 * block]
+    assert queries.attention.own_removed.tolist() == [0, 2 * block, 4 * block, 8 * block]
 
 
 def test_channels_of_a_step_count_by_their_mean() -> None:

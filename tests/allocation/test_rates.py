@@ -304,8 +304,7 @@ def test_every_method_takes_rates(method: MethodName, tmp_path: Path) -> None:
     shape = open_checkpoint(path).shape
     for kept, layer, rate in zip(plan.layers, shape.layers, (0.5, 0.1, 0.0, 0.2), strict=True):
         left = (
-            len(kept.query_heads) * shape.query_head_parameters
-            + len(kept.kv_heads) * shape.kv_head_parameters
+            2 * (len(kept.query_heads) + len(kept.kv_heads)) * shape.head_block_parameters
             + kept.ffn_width * shape.ffn_channel_parameters
         )
         whole = shape.attention_parameters(layer) + shape.ffn_parameters(layer)

@@ -71,8 +71,11 @@ def expected_scores(importance: Importance, path: Path) -> tuple[NDArray[np.floa
     for head in range(layer.query_heads):
         own = slice(head * size, (head + 1) * size)
         shared = slice(head // group * size, (head // group + 1) * size)
-        total = found["q_proj"][own].sum() + found["o_proj"][:, own].sum()
-        heads.append(total + (found["k_proj"][shared].sum() + found["v_proj"][shared].sum()) / group)
+        total, of_group = found["o_proj"][:, own].sum(), found["v_proj"][shared].sum()
+        # Where one norm runs over all of them, queries and keys of heads that go stay.
+        if not layer.joint_query_heads:
+            total, of_group = total + found["q_proj"][own].sum(), of_group + found["k_proj"][shared].sum()
+        heads.append(total + of_group / group)
     for channel in range(layer.ffn_channels):
         gate = found["gate_proj"][channel].sum() if "gate_proj" in found else 0.0
         channels.append(gate + found["up_proj"][channel].sum() + found["down_proj"][:, channel].sum())

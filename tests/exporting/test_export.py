@@ -52,6 +52,7 @@ NODES = {
     "ernie4_5": (22, 11),
     "exaone4": (24, 16),
     "falcon": (22, 11),
+    "flex_olmo": (45, 21),
     "gemma": (21, 12),
     "gemma2": (36, 25),
     "gemma3_text": (25, 19),
@@ -71,6 +72,9 @@ NODES = {
     "mixtral": (37, 27),
     "nemotron": (20, 11),
     "olmo": (30, 11),
+    "olmo2": (29, 11),
+    "olmo3": (29, 18),
+    "olmoe": (46, 21),
     "opt": (21, 20),
     "phi": (22, 12),
     "phi3": (22, 17),
@@ -91,6 +95,7 @@ NORM_VECTORS = {
     "stablelm": 2, "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
+NORMS_BEHIND = ("exaone4", "flex_olmo", "olmo2", "olmo3")
 ALIGNMENT_BYTES = 1 << 16
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -248,14 +253,31 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     assert "lm_head.weight" not in weights
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
     # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
-    # that of parallel blocks is read unless both are empty, as in the last layer; EXAONE's are behind.
-    norms = 1 if artifact.shape.parallel_blocks else 2 if family in MIXTURES else 0 if family == "exaone4" else 4
+    # that of parallel blocks is read unless both are empty, as in the last layer; some families' are behind.
+    norms = 1 if artifact.shape.parallel_blocks else 2 if family in MIXTURES else 4
+    norms = 0 if family in NORMS_BEHIND else norms
     unread = norms * NORM_VECTORS.get(family, 1) * artifact.shape.hidden_size * 4
     # A norm without weights, or with a row of them for every head, has ones in their place.
     ones = {"cohere": artifact.shape.head_dim, "olmo": artifact.shape.hidden_size}.get(family, 0) * 4
     stored = sum(weights[name].nbytes for name in weights if weights.shape(name))
     assert float_bytes(tmp_path / "onnx") == stored - unread + tables + ones
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("family", [family for family in ("olmo2", "olmoe") if family in ALL_FAMILIES])
+def test_a_norm_over_all_heads_is_cut_once(family: str, tmp_path: Path) -> None:
+    """A Slice of queries and one of keys in the two layers that lost heads and kept some; none where all stay."""
+    pruned = tiny_pruned(family, tmp_path)
+    slices = {}
+    for name in ("dense", "pruned"):
+        export(tmp_path / name, tmp_path / f"{name}-onnx", max_length=MAX_LENGTH)
+        graph = onnx.load(tmp_path / f"{name}-onnx" / "model.onnx", load_external_data=False).graph
+        made_by = {output: node.op_type for node in graph.node for output in node.output}
+        slices[name] = [made_by[node.input[0]] for node in graph.node if node.op_type == "Slice"]
+        assert not {node.op_type for node in graph.node} & {"Split", "ScatterND"}
+    assert slices == {"dense": [], "pruned": ["RMSNormalization"] * 4}
+    norms = [pruned_shape for pruned_shape in open_checkpoint(pruned).shape.layers if pruned_shape.query_heads]
+    assert [(layer.joint_query_heads, layer.joint_key_heads) for layer in norms] == [(4, 2)] * 2
 
 
 def test_every_initializer_is_the_checkpoints_weight(tmp_path: Path) -> None:

@@ -45,12 +45,9 @@ def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     shape = shape_from_config(model.config, row)
     layer = shape.layers[0]
-    widths = {
-        "hidden": shape.hidden_size,
-        "query": layer.query_heads * shape.head_dim,
-        "kv": layer.kv_heads * shape.head_dim,
-        "ffn": layer.ffn_channels,
-    }
+    query, kv = layer.query_heads * shape.head_dim, layer.kv_heads * shape.head_dim
+    widths = {"hidden": shape.hidden_size, "query": query, "kv": kv, "ffn": layer.ffn_channels}
+    widths |= {"joint_query": query, "joint_key": kv}
     for projection in row.projections:
         if EVERY_EXPERT in projection.path:
             continue
@@ -82,7 +79,7 @@ def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     shape = shape_from_config(model.config, row)
     layer, experts = shape.layers[0], model.get_submodule(f"{row.modules.layers}.0.mlp.experts")
-    assert layer.experts == {"mixtral": 3, "qwen3_moe": 5}[family]
+    assert layer.experts == {"flex_olmo": 3, "mixtral": 3, "olmoe": 4, "qwen3_moe": 5}[family]
     assert experts.get_parameter("gate_up_proj").shape == (layer.experts, 2 * layer.ffn_channels, shape.hidden_size)
     assert experts.get_parameter("down_proj").shape == (layer.experts, shape.hidden_size, layer.ffn_channels)
 
@@ -115,7 +112,7 @@ def test_heads_that_do_not_fill_a_square_output() -> None:
     assert shape_from_config(config, FAMILIES["helium"]).head_dim == 8
     config.head_dim = 12
     with pytest.raises(
-        ModelError, match=r"helium's output projection is square: .* hidden_size \(32\), got 4 times 12"
+        ModelError, match=r"the heads of helium must fill its hidden size: .* hidden_size \(32\), got 4 times 12"
     ):
         shape_from_config(config, FAMILIES["helium"])
 

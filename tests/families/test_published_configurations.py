@@ -352,6 +352,51 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
             "vocab_size": 50304,
         },
     ),
+    "olmo-2-1124-7b": (
+        "olmo2",
+        7.30,
+        sizes(4096, 11008, 32, 32, 32, 100352, attention_bias=False, rms_norm_eps=1e-06, rope_theta=500000)
+        | {"max_position_embeddings": 4096, "rope_scaling": None, "tie_word_embeddings": False},
+    ),
+    "olmo-2-0325-32b": (
+        "olmo2",
+        32.23,
+        sizes(5120, 27648, 64, 40, 8, 100352, attention_bias=False, rms_norm_eps=1e-06, rope_theta=500000)
+        | {"max_position_embeddings": 4096, "rope_scaling": None, "tie_word_embeddings": False},
+    ),
+    "olmo-3-1025-7b": (
+        "olmo3",
+        7.30,
+        sizes(4096, 11008, 32, 32, 32, 100278, attention_bias=False, rms_norm_eps=1e-06, rope_theta=500000)
+        | {"layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8, "sliding_window": 4096}
+        | {"max_position_embeddings": 65536, "tie_word_embeddings": False}
+        | {
+            "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "yarn",
+            }
+        },
+    ),
+    "olmoe-1b-7b-0924": (
+        "olmoe",
+        6.92,
+        sizes(
+            2048, 1024, 16, 16, 16, 50304, attention_bias=False, clip_qkv=None, rms_norm_eps=1e-05, rope_theta=10000.0
+        )
+        | {"norm_topk_prob": False, "num_experts": 64, "num_experts_per_tok": 8, "output_router_logits": False}
+        | {"max_position_embeddings": 4096, "rope_scaling": None, "tie_word_embeddings": False},
+    ),
+    "flexolmo-7x7b-1t": (
+        "flex_olmo",
+        33.27,
+        sizes(4096, 11008, 32, 32, 32, 100352, attention_bias=False, rms_norm_eps=1e-06, rope_theta=500000)
+        | {"norm_topk_prob": False, "num_experts": 7, "num_experts_per_tok": 5, "output_router_logits": False}
+        | {"max_position_embeddings": 4096, "rope_scaling": None, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -370,5 +415,10 @@ def test_a_published_configuration(name: str, tmp_path: Path) -> None:
     # Biases of queries, keys and values, and norms within layers, are not counted.
     assert stored_parameters(checkpoint.shape) == pytest.approx(parameters, rel=1e-3)
     # Which channels turn, no parameter tells.
-    turned = {2 * module.inv_freq.numel() for _, module in rotary_modules(model)}
+    turned = {
+        2 * buffer.numel()
+        for _, module in rotary_modules(model)
+        for name, buffer in module.named_buffers()
+        if name.endswith("inv_freq")
+    }
     assert turned == {int(checkpoint.shape.head_dim * fields.get("partial_rotary_factor", 1))}

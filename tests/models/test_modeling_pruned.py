@@ -127,8 +127,9 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         layer = model.get_submodule(f"{row.modules.layers}.{index}")
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
         widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
+        widths |= {"joint_query": 4 * size, "joint_key": 2 * size}
         rows = {"query": shape.query_heads, "kv": shape.kv_heads} if row.heads.norms and shape.query_heads else {}
-        head_norms = {f"{path}.weight": (rows[space], size) for path, space in row.heads.norms.items() if rows}
+        head_norms = {f"{path}.weight": (rows[space], size) for path, space in row.heads.norms.items() if space in rows}
         router = {"mlp.gate.weight": (shape.experts, 32)} if shape.experts else {}
         found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
         assert found == router | head_norms | {

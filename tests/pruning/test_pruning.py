@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,48 @@ def test_from_model_to_checkpoint(family: str, tmp_path: Path) -> None:
     verify(tmp_path / "pruned")
     with torch.no_grad():
         assert load_model(tmp_path / "pruned", dtype=torch.float32)(tokens_of(1, 4)).logits.isfinite().all()
+
+
+NORMED_TOGETHER = [family for family in ("flex_olmo", "olmo2", "olmo3", "olmoe") if family in ALL_FAMILIES]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 0.2},
+        {"ratio": 0.6, "head_units": "queries"},
+        {"ratio": 0.3, "structure": "ul-um"},
+        {"ratio": 0.5, "method": "obs"},
+        {"ratio": 0.3, "method": "magnitude"},
+        {"rates": [0.9, 0.1, 0.3, 0.0]},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())).replace(" ", ""),
+)
+@pytest.mark.parametrize("family", NORMED_TOGETHER)
+def test_ratios_of_heads_normed_together_are_those_of_the_files(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Counted over the matrices of the written checkpoints, whatever the shape says, and met but for half a channel."""
+    dense = tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=4)
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 9))
+    if rates := options.get("rates"):
+        (tmp_path / "rates.json").write_text(json.dumps(rates))
+        options = {"rates": tmp_path / "rates.json"}
+    plan = prune(dense, tmp_path / "pruned", calibration=source, **options)
+    before, after = (matrices_of_layers(tmp_path / name) for name in ("dense", "pruned"))
+    assert plan.ratio.achieved == (before - after) / before
+    unit = max(open_checkpoint(dense).shape.ffn_unit_parameters(layer) for layer in open_checkpoint(dense).shape.layers)
+    uniform = options.get("structure") == "ul-um" or options.get("method") == "magnitude" or "rates" in options
+    assert abs(plan.ratio.achieved - plan.ratio.requested) * before <= unit / 2 * (4 if uniform else 1)
+    assert plan.ratio.reason is None or uniform
+    pruned = open_checkpoint(tmp_path / "pruned")
+    check_weights(meta_model(pruned, torch.float32), pruned)
+
+
+def matrices_of_layers(path: Path) -> int:
+    checkpoint = open_checkpoint(path)
+    shapes = {name: checkpoint.weights.shape(name) for name in checkpoint.weights if ".layers." in name}
+    return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and ".mlp.gate." not in name)
 
 
 def test_saved_statistics_give_the_same_checkpoint(tmp_path: Path) -> None:

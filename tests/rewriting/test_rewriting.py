@@ -25,11 +25,13 @@ from tiny import (
     uneven_plan,
 )
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics
 from flap_export.errors import ModelError, PlanError
 from flap_export.families import FAMILIES, Family, Projection
+from flap_export.models.attention import cache_argument
 from flap_export.models.loading import MetaLayers, load_model, materialize
 from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
@@ -46,6 +48,7 @@ RESTORING = {
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }
 """What families call the projections back to the residual stream, where it is not as in Llama."""
+JOINTLY_NORMED = ("flex_olmo", "olmo2", "olmo3", "olmoe")
 NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
 NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
 WIDENING = ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
@@ -69,6 +72,10 @@ _VARIANTS = [
     pytest.param("cohere", {"use_qk_norm": False, "attention_bias": True}, id="cohere-plain-heads"),
     pytest.param("cohere", {"num_key_value_heads": 4}, id="cohere-mha"),
     pytest.param("phi", {"qk_layernorm": True}, id="phi-norms"),
+    pytest.param("olmo2", {"attention_bias": True}, id="olmo2-biases"),
+    pytest.param("olmo2", {"num_key_value_heads": 4}, id="olmo2-mha"),
+    pytest.param("olmo2", {"num_attention_heads": 8}, id="olmo2-groups-of-four"),
+    pytest.param("olmoe", {"attention_bias": True, "num_key_value_heads": 4}, id="olmoe-mha-biases"),
 ]
 VARIANTS = [variant for variant in _VARIANTS if variant.values[0] in ALL_FAMILIES]
 
@@ -148,6 +155,51 @@ def test_pruned_equals_dense_with_removed_channels_at_their_mean(
     assert (with_bias - expected).abs().max() > 0.1, "compensation changed nothing, the comparison proves nothing"
 
 
+@pytest.mark.parametrize("family", [family for family in JOINTLY_NORMED if family in ALL_FAMILIES])
+def test_heads_normed_together_decode_as_if_the_others_were_mute(family: str, tmp_path: Path) -> None:
+    """Prefill, a chunk and single tokens over caches of fewer heads, against a dense model whose o_proj ignores them.
+
+    Whole groups go in the first layer, a query head of every group in the second, and both in the third.
+    """
+    dense = tiny_checkpoint(
+        family, tmp_path / "dense", num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4
+    )
+    checkpoint = open_checkpoint(dense)
+    every = range(checkpoint.shape.layers[0].ffn_channels)
+    kept = [((2, 3, 6, 7), (1, 3)), ((1, 2, 5, 6), (0, 1, 2, 3)), ((1, 7), (0, 3)), (tuple(range(8)), (0, 1, 2, 3))]
+    plans = [layer_plan(checkpoint, index, kv_heads, every) for index, (_, kv_heads) in enumerate(kept)]
+    plan = plan_of(
+        checkpoint,
+        [own.model_copy(update={"query_heads": heads}) for own, (heads, _) in zip(plans, kept, strict=True)],
+    )
+    pruned = tmp_path / "pruned"
+    save_pruned(dense, plan, pruned, tiny_statistics(dense, tmp_path), compensation="none")
+    reference, size = plain_model(dense), checkpoint.shape.head_dim
+    for (heads, _), layer in zip(kept, reference.model.layers, strict=True):
+        gone = [head * size + i for head in range(8) if head not in heads for i in range(size)]
+        layer.self_attn.o_proj.weight.data[:, gone] = 0
+    loaded = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True, dtype=torch.float32).eval()
+    tokens = tokens_of(2, 17)
+    expected = logits_by_pieces(reference, tokens, [8] * 4, [4] * 4)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(expected, logits_of(reference, tokens), atol=2e-4, rtol=1e-4)
+    for model in (loaded, load_model(pruned, dtype=torch.float32)):
+        found = logits_by_pieces(model, tokens, [4, 4, 2, 8], [2, 4, 2, 4])
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def logits_by_pieces(model: Any, tokens: Tensor, query_heads: list[int], kv_heads: list[int]) -> Tensor:
+    """Of prompt, chunk and single tokens, each with the cache of those before."""
+    cache, found = DynamicCache(config=model.config), []
+    for piece in torch.split(tokens, [7, 5, *[1] * (tokens.shape[1] - 12)], dim=1):
+        found.append(model(input_ids=piece, use_cache=True, **{cache_argument(model): cache}).logits)
+    assert [layer.keys.shape[1] for layer in cache.layers] == kv_heads
+    widths = [layer.self_attn.o_proj.in_features // layer.self_attn.head_dim for layer in model.model.layers]
+    assert widths == query_heads
+    return torch.cat(found, dim=1)
+
+
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     """In bfloat16: every tensor is cut out of the dense one bit for bit, but for the compensated biases."""
@@ -180,6 +232,9 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
     for index, kept in enumerate(plan.layers):
         prefix = f"{checkpoint.family.modules.layers}.{index}."
         rows = {"q": heads(kept.query_heads), "k": heads(kept.kv_heads), "v": heads(kept.kv_heads)}
+        if checkpoint.family.model_type in JOINTLY_NORMED:
+            # All rows stay, those of kept heads before the others.
+            rows |= {"q": kept_first(rows["q"], queries), "k": kept_first(rows["k"], keys)}
         rows["qkv"] = [*rows["q"], *(queries + i for i in rows["k"]), *(queries + keys + i for i in rows["v"])]
         grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
         rows["query"] = sorted(row for part in grouped.values() for row in part)
@@ -194,7 +249,9 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
                 expected[name] = tensor
             elif is_of_heads:
                 heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
-                if kept.query_heads:
+                if checkpoint.family.model_type in JOINTLY_NORMED and kept.query_heads:
+                    expected[name] = tensor[rows[path.removeprefix(attention).partition("_")[0]]]
+                elif kept.query_heads:
                     expected[name] = tensor[list(heads_of)] if tensor.ndim == 2 else tensor
             elif path.startswith(f"{output}."):
                 continue
@@ -207,7 +264,7 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
                 expected[name] = tensor
             elif path.startswith(WIDENING) and channels:
                 expected[name] = tensor[channels]
-        for path, space, columns in ((output, "query", rows["q"]), (down, "ffn", channels)):
+        for path, space, columns in ((output, "query", heads(kept.query_heads)), (down, "ffn", channels)):
             if space == "ffn" and kept.experts:
                 continue
             weight = dense[f"{prefix}{path}.weight"]
@@ -222,6 +279,10 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
             if bias is not None:
                 expected[f"{prefix}{path}.bias"] = bias
     return expected
+
+
+def kept_first(kept: list[int], count: int) -> list[int]:
+    return [*kept, *(row for row in range(count) if row not in kept)]
 
 
 def expected_experts(checkpoint: Checkpoint, index: int, kept: LayerPlan, means: Tensor) -> dict[str, Tensor]:
@@ -358,9 +419,9 @@ def test_attention_and_ffn_together_are_the_layer(family: str, overrides: dict[s
             assert torch.equal(tensor, whole[name]), name
         # A part does not depend on what becomes of the other one.
         for part, found in (("query", attention), ("ffn", ffn)):
-            alone = {"query": None, "kv": None, "ffn": None, "hidden": None}
-            alone |= {space: kept[space] for space in (("query", "kv") if part == "query" else ("ffn",))}
-            again = dict(rewrite_layer(checkpoint, index, alone, restore, (part,)))  # type: ignore[arg-type]
+            own = {"ffn"} if part == "ffn" else {"query", "kv", "joint_query", "joint_key"}
+            alone = {space: channels if space in own else None for space, channels in kept.items()}
+            again = dict(rewrite_layer(checkpoint, index, alone, restore, (part,)))
             assert again.keys() == found.keys()
             assert all(torch.equal(tensor, found[name]) for name, tensor in again.items())
         made = layers.made(index, layer.shape(checkpoint.shape.layers[index], compensated=True))
@@ -384,4 +445,6 @@ def test_quantised_projections_are_refused() -> None:
 def test_a_restoring_projection_undoes_every_cut_space(family: Family) -> None:
     for space in CUT_SPACES:
         assert family.restoring(space).outputs == ("hidden",)
-        assert any(space in projection.outputs for projection in family.projections)
+        joint = {"query": "joint_query", "ffn": None}[space]
+        assert family.has_space(joint) if joint in family.heads.norms.values() else family.has_space(space)
+        assert any({space, joint} & {*projection.outputs} for projection in family.projections)
