@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,8 +180,10 @@ def serve(descriptor: int) -> None:
             raise
         except FlapExportError as error:
             connection.send(_Failure(type(error), str(error), dict(error.__dict__)))
-        # What nobody foresaw has to reach the parent too: it would only learn that the process ended.
+        # What nobody foresaw has to reach the parent too: it would only learn that the process ended. Where it came
+        # from is said here, for that cannot travel.
         except Exception as error:
+            traceback.print_exc()
             message = f"measuring '{path}' failed with {type(error).__name__}: {error}"
             connection.send(_Failure(FlapExportError, message, {}))
 
