@@ -92,10 +92,10 @@ class Maker:
 
     def _opened_by_the_backend(self, checkpoint: Path, folder: Path) -> Path:
         """The checkpoint, or what is made of it, which then goes."""
-        from flap_export.exporting import export
-
         if self.backend == "torch-static":
             return checkpoint
+        from flap_export.exporting import export
+
         artifact = folder / "onnx"
         export(checkpoint, artifact, dtype=self.dtype, max_length=self.max_length)
         shutil.rmtree(checkpoint)

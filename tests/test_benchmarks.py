@@ -418,7 +418,11 @@ def test_what_a_backend_opens_is_all_that_is_left_on_disk(backend: str, ratio: f
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_pooled_checkpoints_load_dense_and_pruned(ratio: float, tmp_path: Path) -> None:
+def test_pooled_checkpoints_load_dense_and_pruned(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the packages that exporting needs."""
+    monkeypatch.setitem(sys.modules, "flap_export.exporting", None)
     maker = script("gpu_models").Maker("torch-static", "float16", 32, 1, "cpu", 0, 0.0)
     path = maker.made("tiny", ratio, tmp_path).path
     model = load_model(path, dtype=torch.float32)
