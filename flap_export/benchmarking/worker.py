@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory
 from flap_export.benchmarking.workload import Call, Workload, prepared_call, timed_ms
+from flap_export.devices import keep_to_quota
 from flap_export.errors import FlapExportError
 
 WARMUP_CALLS: Final = 2
@@ -172,6 +173,7 @@ def _start_python(code: str, inherited: int) -> subprocess.Popen[bytes]:
 
 def serve(descriptor: int) -> None:
     """The worker's side of the pipe at file descriptor `descriptor`: answer until it ends."""
+    keep_to_quota()
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
         path, options = connection.recv()
         try:

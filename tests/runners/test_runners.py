@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny import ALL_FAMILIES, MIXTURES, PLAIN_FAMILIES, tiny_checkpoint, tiny_pruned, tokens_of
 
+from flap_export import devices
 from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
 from flap_export.exporting import export
@@ -220,6 +221,20 @@ def test_idle_sessions_do_not_spin(artifact: Path, monkeypatch: pytest.MonkeyPat
         assert made[0].get_session_config_entry("session.force_spinning_stop") == "1"
         assert made[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"
         assert made[0].intra_op_num_threads == 2
+
+
+def test_a_session_takes_no_more_threads_than_a_container_has_time_for(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    made: list[Any] = []
+    real = onnxruntime.SessionOptions
+    monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: made.append(real()) or made[-1])
+    monkeypatch.setattr(devices, "cpu_quota", lambda: 1.5)
+    for threads in (None, 1):
+        open_runner(artifact, threads=threads).close()
+    assert [options.intra_op_num_threads for options in made] == [2, 1]
 
 
 # --- what is refused, and how
