@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import re
+import struct
 import sys
 import tempfile
 import time
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from flap_export.benchmarking.machine import this_machine
+from flap_export.precision import PRECISIONS
+from flap_export.storage import write_text
 
 RESULTS: Final = Path(__file__).parent / "results"
 VERSIONED: Final = (
@@ -47,6 +51,10 @@ LLAMAS: Final[dict[str, dict[str, Any]]] = {
     "207m": {
         "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
         "num_key_value_heads": 8, "vocab_size": 32000,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000,
     },
     "7b": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -159,6 +167,20 @@ def random_tensors(opened: Any, shape: Any, seed: int) -> Iterator[tuple[str, An
         yield name, torch.ones(size) if is_norm else 0.02 * torch.randn(size, generator=generator)
 
 
+def safetensors_header(sizes: Mapping[str, Sequence[int]], dtype: str) -> tuple[bytes, int]:
+    """What a safetensors file with tensors of these shapes begins with, and the bytes of data that follow."""
+    kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    header, offset = {}, 0
+    for name, size in sizes.items():
+        end = offset + math.prod(size) * PRECISIONS[dtype].bytes_per_value
+        header[name] = {"dtype": kind, "shape": list(size), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    # Data that begins at a multiple of 8 is read where it lies.
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded, offset
+
+
 def exported(directory: Path, checkpoint: Path, max_length: int) -> Path:
     """The artifact of a checkpoint, made unless it is there."""
     from flap_export.artifact import is_artifact
@@ -209,8 +231,7 @@ def save_result(arguments: argparse.Namespace, conditions: Conditions, result: M
     path: Path = arguments.output or _default_path(arguments, described)
     if arguments.quick and arguments.output is None:
         path = Path(tempfile.gettempdir()) / path.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=2, default=str) + "\n")
     return path
 
 

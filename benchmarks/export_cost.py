@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -86,16 +85,11 @@ def write_sparse_weights(directory: Path, dtype: str) -> None:
 
     opened = open_checkpoint(directory)
     model = meta_model(opened, torch.float32)
-    header, offset = {}, 0
-    for name in parameter_names(model, opened):
-        size = model.get_parameter(name).shape
-        end = offset + size.numel() * BYTES[dtype]
-        header[name] = {"dtype": f"F{8 * BYTES[dtype]}", "shape": list(size), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
+    sizes = {name: model.get_parameter(name).shape for name in parameter_names(model, opened)}
+    header, data_bytes = common.safetensors_header(sizes, dtype)
     with (directory / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(file.tell() + offset)
+        file.write(header)
+        file.truncate(len(header) + data_bytes)
 
 
 def measured(kind: str, model: str, dtype: str, work: Path) -> dict[str, Any]:

@@ -1,29 +1,35 @@
-"""Dense against pruned on a GPU, on everything that is installed: TensorRT, TensorRT-RTX, ONNX Runtime, PyTorch.
+"""Dense against pruned on a GPU, on everything that is installed: PyTorch, TensorRT, TensorRT-RTX, ONNX Runtime.
 
 One command for a machine that has a GPU; needs no network. Llamas with random weights are pruned by random scores, so
-that every layer has head counts and an FFN width of its own. For every model, share and backend: time to first token
-(a prefill) and time per output token (a decode step) over a grid of batches and lengths, dense and pruned in turns,
+that every layer has head counts and an FFN width of its own. For every model, backend and share: time per output token
+(a decode step) and time to first token (a prefill) over a grid of batches and lengths, dense and pruned in turns,
 beside what the arithmetic allows on this GPU (bandwidth and matrix rate are measured first), and beside what
-`flap_export.prediction` expects of a GPU with these rates. What is not there, or no longer fits the time, is named.
+`flap_export.prediction` expects of a GPU with these rates.
+
+What matters most comes first: 7 B parameters, one token at batch 1. Every number is printed and saved as soon as it is
+there, and the run ends when its time is up, whatever it is at. What is not there, does not work, has no room or no time
+is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 import common
+from gpu_models import Maker
 
 from flap_export.benchmarking.report import PhaseLatency, phase_latency
 from flap_export.benchmarking.rounds import take_rounds
@@ -36,35 +42,41 @@ from flap_export.prediction import Assumptions, estimate
 
 AIMS: Final = {"7b decode at batch 1": 0.95}
 """Efficiency, speedup over ideal speedup, at 30 % and 50 %."""
-BACKENDS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime", "torch-static")
-MODELS: Final = {"0.1b": "160m", "1b": "1b", "7b": "7b"}
-common.LLAMAS.setdefault(
-    "1b",
-    {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "vocab_size": 32000,
-    },
-)  # fmt: skip
+BACKENDS: Final = ("torch-static", "tensorrt", "tensorrt-rtx", "onnxruntime")
+"""The first needs nothing but PyTorch and transformers, and takes the least time to prepare."""
+MODELS: Final = {"7b": "7b", "1b": "1b", "0.1b": "160m"}
+CLOSING_S: Final = 10.0
+"""Of the time limit, for what is still to be done when measuring has to stop."""
+TRIAL: Final = "tiny"
+TRIAL_WORKLOADS: Final = (Workload("decode", 1, 8), Workload("prefill", 1, 8))
+
+
+class TimeIsUpError(BaseException):
+    """Raised in the middle of whatever is at work; what keeps others' errors to itself must not keep this one."""
 
 
 def main() -> None:
     """Measure everything that is there, print a table, write JSON."""
     arguments = parsed_arguments()
     measured = Comparison(arguments)
-    with common.work_directory(arguments) as work:
-        measured.run(work)
-    if measured.found:
-        common.show("dense against pruned", COLUMNS, [row for found in measured.found for row in rows(found)])
-    for skipped in measured.skipped:
-        print(f"skipped {skipped['what']}: {skipped['why']}")
+    signal.signal(signal.SIGTERM, ended)
+    try:
+        with common.work_directory(arguments) as work:
+            measured.run(work)
+    finally:
+        measured.show()
     if not measured.found:
         sys.exit(3)
-    print(f"written to {measured.saved()}")
+
+
+def ended(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an exception does, so that no worker and no file stays."""
+    sys.exit(128 + number)
 
 
 def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespace:
     made = common.parser(__doc__, "gpu")
-    made.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    made.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     made.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.2])
     made.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     made.add_argument("--dtype", choices=sorted(PRECISIONS), default="float16")
@@ -74,9 +86,7 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--max-length", type=int, default=1152, help="rows of the cache")
     made.add_argument("--repeats", type=int, default=15, help="rounds per phase and shape")
     made.add_argument("--budget", type=float, default=0.8, help="seconds for the rounds of one phase and shape")
-    made.add_argument(
-        "--time-limit", type=float, default=570.0, help="seconds; what would not be done by then is left out"
-    )
+    made.add_argument("--time-limit", type=float, default=570.0, help="seconds after which this command has ended")
     made.add_argument("--device", default="cuda")
     made.add_argument("--seed", type=int, default=0)
     arguments = made.parse_args(command_line)
@@ -95,17 +105,27 @@ def has_cuda() -> bool:
 
 
 @dataclass(frozen=True)
+class Side:
+    """One model open in a worker."""
+
+    worker: Worker
+    shape: Any
+    device_memory_bytes: int | None
+    """After the first workload."""
+
+
+@dataclass(frozen=True)
 class Found:
-    """One backend on one model and share, all shapes."""
+    """One backend on one model and share: the shapes that were measured so far."""
 
     backend: str
     model: str
     ratio: float
-    phases: tuple[PhaseLatency, ...]
-    predicted_ms: tuple[tuple[float, float], ...]
-    """Dense and pruned, per phase."""
     device_memory_bytes: tuple[int | None, int | None]
-    """Dense and pruned, after the first workload."""
+    """Dense and pruned."""
+    phases: list[PhaseLatency] = field(default_factory=list)
+    predicted_ms: list[tuple[float, float]] = field(default_factory=list)
+    """Dense and pruned, per phase."""
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "phases": [phase.model_dump(mode="json") for phase in self.phases]}
@@ -116,23 +136,56 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.conditions = arguments, common.Conditions()
-        self.deadline = time.monotonic() + arguments.time_limit
-        self.slowest_s = 0.0
-        """The longest that one backend took on the current model."""
+        self.started = time.monotonic()
+        self.deadline = self.started + arguments.time_limit - CLOSING_S
+        self.lead_s = 0.0
+        """The longest that it took until the first shape of a share was measured, on the current model and backend."""
         self.found: list[Found] = []
         self.skipped: list[dict[str, str]] = []
         self.roofline: Roofline | None = None
         self.device_name = arguments.device
+        self.gpu: dict[str, Any] | None = None
+        self.finished = False
+        """Whether everything was measured or named; a run that is ended from outside does neither."""
 
     def run(self, work: Path) -> None:
-        reason = None if self.arguments.device == "cpu" else missing_gpu()
-        if reason:
+        """Everything, until the time is up."""
+        if self.arguments.device != "cpu" and (reason := missing_gpu()):
             return self.skip("everything", reason)
-        self.device_name, self.roofline = measured_machine(self.arguments.device, self.arguments.dtype)
-        backends = [name for name in self.arguments.backends if self.is_there(name)]
-        for model in self.arguments.models:
-            self.run_model(model, backends, work / model)
+        try:
+            with alarm(self.deadline - time.monotonic()):
+                self._run(work)
+        # Between two comparisons; within one it is caught there.
+        except TimeIsUpError as error:
+            self.skip("the rest", reason_of(error))
+        self.finished = True
         return None
+
+    def _run(self, work: Path) -> None:
+        self.say(f"measuring {self.arguments.device} itself")
+        self.device_name, self.roofline = measured_machine(self.arguments.device, self.arguments.dtype)
+        self.gpu = described_gpu(self.arguments.device)
+        rates = self.roofline.bandwidth_bytes_per_s / 1e9, self.roofline.flops_per_s / 1e12
+        self.say(f"{self.device_name} sustains {rates[0]:.0f} GB/s and {rates[1]:.1f} TFLOP/s: {self.gpu}")
+        backends = [name for name in self.arguments.backends if self.is_there(name) and self.works(name, work)]
+        for model in self.arguments.models:
+            for backend in backends:
+                self.run_backend(model, backend, work / model)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:5.1f} s] {text}", flush=True)
+
+    def skip(self, what: str, why: str) -> None:
+        self.skipped.append({"what": what, "why": why})
+        self.say(f"skipped {what}: {why}")
+
+    def show(self) -> None:
+        """All that was found, as a table."""
+        for skipped in self.skipped:
+            print(f"skipped {skipped['what']}: {skipped['why']}")
+        if self.found:
+            common.show("dense against pruned", COLUMNS, [row for found in self.found for row in rows(found)])
+            print(f"written to {self.saved()}")
 
     def saved(self) -> Path:
         """Write what there is so far."""
@@ -140,14 +193,13 @@ class Comparison:
         result = {
             "aims": AIMS,
             "device": self.device_name,
+            "gpu": self.gpu,
             "roofline": None if self.roofline is None else vars(self.roofline),
+            "finished": self.finished,
             "comparisons": [found.as_json() for found in self.found],
             "skipped": self.skipped,
         }
         return common.save_result(self.arguments, self.conditions, result)
-
-    def skip(self, what: str, why: str) -> None:
-        self.skipped.append({"what": what, "why": why})
 
     def is_there(self, backend: str) -> bool:
         reason = missing_backend(backend, self.arguments.device)
@@ -155,63 +207,101 @@ class Comparison:
             self.skip(backend, reason)
         return reason is None
 
-    def run_model(self, model: str, backends: Sequence[str], folder: Path) -> None:
-        """All shares of one model; what it wrote is removed, for 7 B parameters are 13 GB a piece."""
-        dense: Made | None = None
-        self.slowest_s = 0.0
-        for ratio in self.arguments.ratios:
-            for backend in backends:
-                what = f"{model} at {ratio:.0%} on {backend}"
-                begin = time.monotonic()
-                if begin + self.slowest_s > self.deadline:
-                    self.skip(what, f"it would not be done within the time limit of {self.arguments.time_limit:g} s")
-                    continue
-                try:
-                    dense = dense or self.made(MODELS.get(model, model), 0.0, folder / "dense")
-                    pruned = self.made(MODELS.get(model, model), ratio, folder / f"pruned-{ratio}")
-                    self.found.append(self.compared(model, ratio, backend, dense, pruned))
-                    # A run that is ended from outside has measured something.
-                    self.saved()
-                # Whatever one backend does not do must not keep the others from being measured.
-                except Exception as error:
-                    self.skip(what, ": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
-                self.slowest_s = max(self.slowest_s, time.monotonic() - begin)
-            shutil.rmtree(folder / f"pruned-{ratio}", ignore_errors=True)
+    def works(self, backend: str, work: Path) -> bool:
+        """Whether a model that costs nothing runs: what fails on every model shall not fail after minutes."""
+        if self.arguments.models == [TRIAL]:
+            return True
+        self.say(f"trying {backend} on a tiny model")
+        try:
+            with self.opened(TRIAL, 0.0, backend, work / "trial", TRIAL_WORKLOADS):
+                return True
+        except (Exception, TimeIsUpError) as error:
+            self.skip(backend, f"it does not run a tiny model: {reason_of(error)}")
+            return False
+        finally:
+            shutil.rmtree(work / "trial", ignore_errors=True)
+
+    def run_backend(self, model: str, backend: str, folder: Path) -> None:
+        """All shares of one model on one backend; the dense one stays open until something fails."""
+        left, self.lead_s = list(self.arguments.ratios), 0.0
+        while left:
+            is_open = False
+            try:
+                self.check_time()
+                with self.opened(model, 0.0, backend, folder / "dense") as dense:
+                    is_open = True
+                    while left:
+                        self.run_share(model, backend, left[0], dense, folder / "pruned")
+                        left.pop(0)
+            # Whatever one backend does not do must not keep the others from being measured.
+            except (Exception, TimeIsUpError) as error:
+                failed = left[:1] if is_open else left
+                left = left[len(failed) :]
+                if failed:
+                    shares = ", ".join(f"{ratio:.0%}" for ratio in failed)
+                    self.skip(f"{model} at {shares} on {backend}", reason_of(error))
         shutil.rmtree(folder, ignore_errors=True)
 
-    def made(self, config: str, ratio: float, folder: Path) -> Made:
-        """Checkpoint and artifact, made unless they are there."""
-        arguments = self.arguments
-        checkpoint = fast_checkpoint(folder / "checkpoint", config, ratio, arguments)
-        return Made(checkpoint, folder, arguments, self.deadline)
+    def run_share(self, model: str, backend: str, ratio: float, dense: Side, folder: Path) -> None:
+        """All shapes of one share; what fails leaves those that were measured before it."""
+        begin = time.monotonic()
+        self.check_time()
+        try:
+            with self.opened(model, ratio, backend, folder) as pruned:
+                found = Found(backend, model, ratio, (dense.device_memory_bytes, pruned.device_memory_bytes))
+                first, *others = workloads(self.arguments)
+                self.measure(found, first, dense, pruned)
+                self.lead_s = max(self.lead_s, time.monotonic() - begin)
+                for workload in others:
+                    self.measure(found, workload, dense, pruned)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def compared(self, model: str, ratio: float, backend: str, dense: Made, pruned: Made) -> Found:
+    def check_time(self) -> None:
+        """Raises TimeIsUpError where nothing new would be measured."""
+        if time.monotonic() + self.lead_s > self.deadline:
+            raise TimeIsUpError
+
+    @contextmanager
+    def opened(
+        self, model: str, ratio: float, backend: str, folder: Path, tried: Sequence[Workload] = ()
+    ) -> Iterator[Side]:
+        """A model on disk and in a worker, with its first workload done."""
         arguments = self.arguments
+        maker = Maker(
+            backend, arguments.dtype, arguments.max_length, max(arguments.batch_sizes), arguments.device,
+            arguments.seed, self.deadline,
+        )  # fmt: skip
+        made = maker.made(MODELS.get(model, model), ratio, folder)
+        self.say(f"made {model} at {ratio:.0%} for {backend}")
         options = WorkerOptions(device=arguments.device, threads=None, seed=arguments.seed)
         if backend == "torch-static":
             options = replace(options, backend=backend, dtype=arguments.dtype, max_length=arguments.max_length)
-        grid, draw = workloads(arguments), random.Random(arguments.seed)
-        paths, shapes = [side.path_for(backend) for side in (dense, pruned)], [dense.shape, pruned.shape]
-        phases = []
-        with ExitStack() as opened:
-            workers: list[Worker] = []
-            memory = []
-            # A worker counts all memory that came into use since it started, so the second starts behind the first.
-            for path in paths:
-                workers.append(opened.enter_context(Worker(path, options)))
-                workers[-1].backend()
-                memory.append(workers[-1].prepare(grid[0]).device_memory_bytes)
-            for workload in grid:
-                samples = take_rounds(
-                    workers, workload, repeats=arguments.repeats, budget_s=arguments.budget, draw=draw
-                )
-                ideal = ideal_speedup(
-                    *shapes, workload.phase, batch_size=workload.batch_size, length=workload.length,
-                    bytes_per_weight=PRECISIONS[arguments.dtype].bytes_per_value, roofline=self.roofline,
-                )  # fmt: skip
-                phases.append(phase_latency(workload, *samples, ideal=ideal, seed=arguments.seed))
-        predicted = tuple(tuple(self.predicted_ms(shape, w) for shape in shapes) for w in grid)
-        return Found(backend, model, ratio, tuple(phases), predicted, (memory[0], memory[1]))  # type: ignore[arg-type]
+        with Worker(made.path, options) as worker:
+            worker.backend()
+            # A worker counts all memory that came into use since it started: the others are idle until this is known.
+            samples = [worker.prepare(workload) for workload in tried or workloads(arguments)[:1]]
+            self.say(f"opened {model} at {ratio:.0%} on {backend}, first call {samples[0].call_ms:.3f} ms")
+            yield Side(worker, made.shape, samples[0].device_memory_bytes)
+
+    def measure(self, found: Found, workload: Workload, dense: Side, pruned: Side) -> None:
+        """One shape; it is saved at once, for a run that is ended from outside has measured something."""
+        arguments, sides = self.arguments, (dense, pruned)
+        samples = take_rounds(
+            [side.worker for side in sides], workload, repeats=arguments.repeats, budget_s=arguments.budget,
+            draw=random.Random(arguments.seed),
+        )  # fmt: skip
+        ideal = ideal_speedup(
+            dense.shape, pruned.shape, workload.phase, batch_size=workload.batch_size, length=workload.length,
+            bytes_per_weight=PRECISIONS[arguments.dtype].bytes_per_value, roofline=self.roofline,
+        )  # fmt: skip
+        found.phases.append(phase_latency(workload, *samples, ideal=ideal, seed=arguments.seed))
+        found.predicted_ms.append((self.predicted_ms(dense.shape, workload), self.predicted_ms(pruned.shape, workload)))
+        if len(found.phases) == 1:
+            self.found.append(found)
+        times = " -> ".join(f"{side.median_ms:.3f}" for side in (found.phases[-1].dense, found.phases[-1].pruned))
+        self.saved()
+        self.say(f"{found.model} at {found.ratio:.0%} on {found.backend}: {times} ms, {found.phases[-1].verdict}")
 
     def predicted_ms(self, shape: Any, workload: Workload) -> float:
         """From the rates measured here, which need no assumed efficiency, and the assumptions about kernels."""
@@ -222,119 +312,40 @@ class Comparison:
         ).ms  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Made:
-    """One model on disk; artifacts and engines are made when a backend asks for them."""
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeIsUpError in the block when so much time has passed."""
+    if seconds <= 0:
+        raise TimeIsUpError
 
-    checkpoint: Path
-    folder: Path
-    arguments: argparse.Namespace
-    deadline: float
+    def ring(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeIsUpError
 
-    @property
-    def shape(self) -> Any:
-        from flap_export.models.opening import open_checkpoint
-
-        return open_checkpoint(self.checkpoint).shape
-
-    def path_for(self, backend: str) -> Path:
-        """What `backend` opens."""
-        if backend == "torch-static":
-            return self.checkpoint
-        artifact = self.artifact()
-        return artifact if backend == "onnxruntime" else self.engine(artifact, backend)
-
-    def artifact(self) -> Path:
-        from flap_export.artifact import is_artifact
-        from flap_export.exporting import export
-
-        target = self.folder / "onnx"
-        if not is_artifact(target):
-            export(self.checkpoint, target, dtype=self.arguments.dtype, max_length=self.arguments.max_length)
-        return target
-
-    def engine(self, artifact: Path, flavour: Any) -> Path:
-        from flap_export.building import is_engine
-
-        target = self.folder / flavour
-        if not is_engine(target):
-            run_build(artifact, target, flavour, max(self.arguments.batch_sizes), self.deadline - time.monotonic())
-        return target
-
-
-def run_build(artifact: Path, target: Path, flavour: str, max_batch: int, timeout_s: float) -> None:
-    """In a process of its own: Polygraphy serves one flavour per process."""
-    command = [sys.executable, "-m", "flap_export", "build", str(artifact), "--output", str(target), "--json"]
-    command += ["--backend", flavour, "--max-batch", str(max_batch)]
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(timeout_s, 1.0))
-    except subprocess.TimeoutExpired:
-        raise FlapExportError("its engine would not be built within the time limit") from None
-    if done.returncode:
-        raise FlapExportError(reason_of(done))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def reason_of(failed: subprocess.CompletedProcess[str]) -> str:
-    """What a build said last: its own error, or where it did not come to that, whatever ended it."""
-    try:
-        message: str = json.loads(failed.stdout)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return (failed.stderr.strip().splitlines() or [f"the build ended with code {failed.returncode}"])[-1]
-    return message
-
-
-def fast_checkpoint(directory: Path, config: str, ratio: float, arguments: argparse.Namespace) -> Path:
-    """A Llama with random weights in the precision that is measured, pruned by random scores where `ratio` is not 0.
-
-    Every tensor is a stretch of one pool of random numbers: drawing 7 B of them would take longer than the rest.
-    """
-    import torch
-    from transformers import LlamaConfig
-
-    from flap_export.models.opening import open_checkpoint
-    from flap_export.rewriting.checkpoint import write_checkpoint, write_shards
-
-    if (directory / "config.json").is_file():
-        return directory
-    directory.mkdir(parents=True)
-    dtype = getattr(torch, arguments.dtype)
-    made: LlamaConfig = common.llama_config(config, arguments.max_length, dtype=arguments.dtype)
-    made.architectures = ["LlamaForCausalLM"]
-    made.save_pretrained(directory)
-    dense = open_checkpoint(directory)
-    if not ratio:
-        write_shards(directory, pooled_tensors(dense, dense.shape, dtype, arguments.seed), 4 * 1024**3)
-        return directory
-    plan = common.random_plan(dense, ratio, 8, arguments.seed)
-    shape = plan.pruned_shape(dense.shape, compensated=True)
-    write_checkpoint(directory, dense, plan, shape, pooled_tensors(dense, shape, dtype, arguments.seed))
-    return directory
-
-
-def pooled_tensors(opened: Any, shape: Any, dtype: Any, seed: int) -> Iterator[tuple[str, Any]]:
-    """Tensors of a model of `shape`: norms are one, all else has deviation 0.02."""
-    import torch
-
-    from flap_export.models.loading import meta_model, parameter_names
-
-    resized = replace(opened, shape=shape, is_pruned=shape != opened.shape)
-    model, generator = meta_model(resized, torch.float32), torch.Generator().manual_seed(seed)
-    pool = (0.02 * torch.randn(1 << 22, generator=generator)).to(dtype)
-    for name in parameter_names(model, resized):
-        size = model.get_parameter(name).shape
-        if "norm" in name:
-            yield name, torch.ones(size, dtype=dtype)
-            continue
-        start = int(torch.randint(len(pool), (1,), generator=generator))
-        stretch = torch.roll(pool, -start).repeat(-(-size.numel() // len(pool)))[: size.numel()]
-        yield name, stretch.reshape(size).clone()
+def reason_of(error: BaseException) -> str:
+    """An error in one line; where one that nobody foresaw comes from goes to standard error."""
+    if isinstance(error, TimeIsUpError):
+        return "there is no time left for it; see --time-limit"
+    if not isinstance(error, FlapExportError):
+        traceback.print_exception(error)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def workloads(arguments: argparse.Namespace) -> list[Workload]:
-    """The grid: every batch with every prompt length, and with one decode step; the most memory first."""
-    sizes = sorted(arguments.batch_sizes, reverse=True)
-    prefills = [Workload("prefill", b, n) for b in sizes for n in sorted(arguments.prompt_lengths, reverse=True)]
-    return prefills + [Workload("decode", batch, arguments.context_length) for batch in sizes]
+    """The grid: every batch with one decode step and with every prompt length; the least memory first."""
+    grid = []
+    for batch_size in sorted(arguments.batch_sizes):
+        grid.append(Workload("decode", batch_size, arguments.context_length))
+        grid += [Workload("prefill", batch_size, length) for length in sorted(arguments.prompt_lengths)]
+    return grid
 
 
 def missing_gpu() -> str | None:
@@ -353,39 +364,64 @@ def missing_backend(backend: str, device: str) -> str | None:
         wanted = "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
         lacks = wanted not in onnxruntime.get_available_providers()
         return f"the installed onnxruntime has no {wanted}: pip install 'flap-export[gpu]'" if lacks else None
-    if importlib.util.find_spec(backend.replace("-", "_")) is None:
-        return f"{backend} is not installed: pip install 'flap-export[{backend}]'"
+    needed = [name for name in (backend.replace("-", "_"), "polygraphy") if importlib.util.find_spec(name) is None]
+    if needed:
+        return f"{' and '.join(needed)} not installed: pip install 'flap-export[{backend}]'"
     return "engines run on a GPU only" if device == "cpu" else None
+
+
+def described_gpu(device: str) -> dict[str, Any] | None:
+    """What a result must say of the GPU; None for a CPU."""
+    import torch
+
+    if device == "cpu":
+        return None
+    found = torch.cuda.get_device_properties(torch.device(device))
+    return {
+        "memory_bytes": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+    }
 
 
 def measured_machine(device: str, dtype: str) -> tuple[str, Roofline]:
     """Name of the device, and the bandwidth and matrix rate it sustains: medians of what PyTorch reaches."""
     import torch
 
-    is_gpu = device != "cpu"
-    name = torch.cuda.get_device_name(torch.device(device)) if is_gpu else "cpu"
-    source = torch.ones(1 << (30 if is_gpu else 24), dtype=torch.uint8, device=device)
+    if device == "cpu":
+        return device, measured_rates(device, dtype, copied_bytes=1 << 24, side=256)
+    found = measured_rates(device, dtype, copied_bytes=1 << 30, side=8192)
+    # The memory is for those that are measured.
+    torch.cuda.empty_cache()
+    return torch.cuda.get_device_name(torch.device(device)), found
+
+
+def measured_rates(device: str, dtype: str, *, copied_bytes: int, side: int) -> Roofline:
+    """By a copy within the device, and a product of two square matrices."""
+    import torch
+
+    source = torch.ones(copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = median_seconds(lambda: target.copy_(source), is_gpu)
-    side = 8192 if is_gpu else 256
+    copy_s = median_seconds(lambda: target.copy_(source), device)
     # Matrices of ones would let a GPU clock higher than any weights do.
     left = torch.randn(side, side, device=device).to(getattr(torch, dtype))
-    product_s = median_seconds(lambda: left @ left, is_gpu)
+    product_s = median_seconds(lambda: left @ left, device)
     # A copy reads and writes every byte.
-    return name, Roofline(2 * source.nbytes / copy_s, 2 * side**3 / product_s)
+    return Roofline(2 * copied_bytes / copy_s, 2 * side**3 / product_s)
 
 
-def median_seconds(call: Callable[[], object], is_gpu: bool, repeats: int = 11) -> float:
+def median_seconds(call: Callable[[], object], device: str, repeats: int = 21, warmups: int = 5) -> float:
     import torch
 
     samples = []
-    for _ in range(repeats + 2):
+    for _ in range(warmups + repeats):
         begin = time.perf_counter()
         call()
-        if is_gpu:
-            torch.cuda.synchronize()
+        if device != "cpu":
+            torch.cuda.synchronize(torch.device(device))
         samples.append(time.perf_counter() - begin)
-    return sorted(samples[2:])[repeats // 2]
+    return sorted(samples[warmups:])[repeats // 2]
 
 
 COLUMNS: Final = (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from flap_export.cgroups import cpu_quota, memory_left_bytes
 from flap_export.errors import InputError, MissingRequirementError
 
 THREADS_PER_CORE: Final = 2
@@ -20,16 +22,46 @@ def check_threads(threads: int | None) -> None:
     Raises:
         InputError: it cannot.
     """
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     if threads is not None and not 1 <= threads <= THREADS_PER_CORE * cores:
         raise InputError(
-            f"threads must lie in 1..{THREADS_PER_CORE * cores} on this machine of {cores} cores, got {threads}; leave "
-            "them out for what the backend takes itself"
+            f"threads must lie in 1..{THREADS_PER_CORE * cores} on the {cores} cores that are to be had here, got "
+            f"{threads}; leave them out for what the backend takes itself"
         )
 
 
+def available_cores() -> int:
+    """Cores this process may use; those of a container with a share of the CPU time are as many as it has time for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, quota_threads() or cores)
+
+
+def quota_threads() -> int | None:
+    """Threads that a container has CPU time for; None where its time is not limited."""
+    quota = cpu_quota()
+    return None if quota is None else max(math.ceil(quota), 1)
+
+
+def keep_to_quota() -> None:
+    """Let OpenMP, by which PyTorch computes, begin with no more threads than a container has CPU time for.
+
+    It would take a thread for every core of the machine, which then wait for time together. Of effect before the first
+    import of PyTorch; what the environment says already is kept.
+    """
+    if (threads := quota_threads()) is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(min(threads, available_cores())))
+
+
 def available_memory_bytes() -> int | None:
-    """What programs can still have of this machine's memory, swap included; None where the system does not tell."""
+    """What this process can still have of memory; None where the system does not tell.
+
+    On a machine that is what nobody uses, swap included; in a container, no more than it has left of its own.
+    """
+    bounds = [left for left in (_machine_memory_bytes(), memory_left_bytes()) if left is not None]
+    return min(bounds, default=None)
+
+
+def _machine_memory_bytes() -> int | None:
     found = {}
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

@@ -9,6 +9,7 @@
     │   ├── RecipeError            a recipe: unknown key, wrong type
     │   ├── ArtifactError          an exported artifact: damaged, or asked for more than it holds
     │   ├── OtherSearchError       a search's directory: begun with other settings
+    │   ├── DamagedSearchError     a search's directory: damaged, or of another version
     │   └── OutputError            an output directory: holds something else, disk full
     ├── MissingRequirementError    a package extra or a device is not there      exit code 3
     └── GateBreachedError          parity, quality or speedup below its gate     exit code 1
@@ -61,6 +62,10 @@ class ArtifactError(InputError):
 
 class OtherSearchError(InputError):
     """The directory of a search holds one that was begun with other settings."""
+
+
+class DamagedSearchError(InputError):
+    """The directory of a search holds one that cannot be gone on with: damaged, or of another version."""
 
 
 class OutputError(InputError):

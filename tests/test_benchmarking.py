@@ -268,6 +268,16 @@ def test_the_workers_own_error_arrives_as_it_was(dense: Path, tmp_path: Path) ->
     assert caught.value.exit_code == 3
 
 
+def test_what_nobody_foresaw_arrives_and_the_worker_says_where_it_happened(
+    dense: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Worker(dense, OPTIONS) as worker:
+        worker.backend()
+        with pytest.raises(FlapExportError, match=f"measuring '{dense}' failed with AssertionError: a workload has to"):
+            worker.measure(1)
+    assert "in _answer_requests" in capfd.readouterr().err
+
+
 def test_a_failing_call_is_an_error_that_names_the_artifact(worker: Worker) -> None:
     with pytest.raises(ArtifactError, match="max-length"):
         worker.prepare(Workload("prefill", 1, 1000))

@@ -6,8 +6,12 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +22,7 @@ import torch
 from flap_export.benchmarking.worker import Sample
 from flap_export.benchmarking.workload import Workload
 from flap_export.errors import FlapExportError
-from flap_export.ideal import Roofline
+from flap_export.ideal import stored_parameters
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 
@@ -168,92 +172,219 @@ serve(Model)
 # --- the comparison on a GPU
 
 
-def test_the_gpu_comparison_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--quick", "--output", str(tmp_path / "gpu.json")]
+def gpu_json(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """Run the script as it is run, where there is no GPU."""
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--output", str(folder / "gpu.json"), *options]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    written = folder / "gpu.json"
+    return done, json.loads(written.read_text(encoding="utf-8")) if written.exists() else None
+
+
+def test_the_gpu_comparison_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> None:
+    done, written = gpu_json(tmp_path, "--quick", "--work", str(tmp_path / "work"))
     assert done.returncode == 0, done.stderr
-    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert {found["backend"] for found in written["comparisons"]} == {"onnxruntime", "torch-static"}
+    assert written["finished"]
+    assert [found["backend"] for found in written["comparisons"]] == ["torch-static", "onnxruntime"]
     for found in written["comparisons"]:
-        assert [phase["phase"] for phase in found["phases"]] == ["prefill", "prefill", "decode", "decode"]
+        assert [(phase["phase"], phase["batch_size"]) for phase in found["phases"]] == [
+            ("decode", 1),
+            ("prefill", 1),
+            ("decode", 2),
+            ("prefill", 2),
+        ]
         assert all(phase["rounds"] >= 3 and phase["dense"]["median_ms"] > 0 for phase in found["phases"])
         assert all(dense > pruned > 0 for dense, pruned in found["predicted_ms"])
     assert {skipped["what"] for skipped in written["skipped"]} == {"tensorrt", "tensorrt-rtx"}
     assert "skipped tensorrt-rtx: " in done.stdout
+    assert list((tmp_path / "work").rglob("*.safetensors")) == []
 
 
 def test_the_gpu_comparison_exits_3_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--output", str(tmp_path / "gpu.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done, written = gpu_json(tmp_path)
     assert done.returncode == 3
-    assert done.stdout.startswith("skipped everything: PyTorch sees no CUDA device")
-    assert not (tmp_path / "gpu.json").exists()
+    assert "skipped everything: PyTorch sees no CUDA device" in done.stdout
+    assert written is None
 
 
-def test_what_no_longer_fits_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_comparison_ends_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured by then is in a whole file, and nothing is left running."""
     gpu = script("gpu")
-    arguments = gpu.parsed_arguments(["--quick", "--time-limit", "-1"])
-    measured = gpu.Comparison(arguments)
-    measured.run_model("tiny", ["onnxruntime", "torch-static"], Path("nowhere"))
-    assert [skipped["what"] for skipped in measured.skipped] == [
-        "tiny at 50% on onnxruntime",
-        "tiny at 50% on torch-static",
-    ]
-    assert all("time limit" in skipped["why"] for skipped in measured.skipped)
+    comparison = fast(gpu, tmp_path)
 
+    def stuck() -> None:
+        comparison.deadline = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        time.sleep(60.0)
 
-def test_what_was_found_is_kept_when_a_backend_fails_or_the_run_is_ended(tmp_path: Path) -> None:
-    gpu = script("gpu")
-    measured = gpu.Comparison(gpu.parsed_arguments(["--quick", "--output", str(tmp_path / "gpu.json")]))
-
-    def compared(model: str, ratio: float, backend: str, *_: Any) -> Any:
-        if backend == "tensorrt":
-            raise AssertionError
-        if backend == "torch-static":
-            raise KeyboardInterrupt
-        return gpu.Found(backend, model, ratio, (), (), (None, None))
-
-    measured.compared = compared
-    with pytest.raises(KeyboardInterrupt):
-        measured.run_model("tiny", ["tensorrt", "onnxruntime", "torch-static"], tmp_path / "work")
+    workers = StandIn.put_in(gpu, monkeypatch, stuck_at=4, stuck=stuck)
+    begin = time.monotonic()
+    comparison.run(tmp_path / "work")
+    assert time.monotonic() - begin < 60.0
+    comparison.saved()
     written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert [found["backend"] for found in written["comparisons"]] == ["onnxruntime"]
-    assert written["skipped"] == [{"what": "tiny at 50% on tensorrt", "why": "AssertionError"}]
+    assert [len(found["phases"]) for found in written["comparisons"]] == [3]
+    skipped = [f"tiny at {ratio} on torch-static" for ratio in ("30%", "50%")]
+    assert [skipped["what"] for skipped in written["skipped"]] == skipped
+    assert all("no time left" in skipped["why"] for skipped in written["skipped"])
+    assert all(worker.is_closed for worker in workers)
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
-def test_the_second_worker_starts_when_the_memory_of_the_first_is_known(
+def test_the_alarm_rings_in_time_through_those_who_catch_exceptions() -> None:
+    gpu = script("gpu")
+
+    def works_on() -> None:
+        while True:
+            with suppress(Exception):
+                time.sleep(60.0)
+
+    begin = time.monotonic()
+    with pytest.raises(gpu.TimeIsUpError), gpu.alarm(0.2):
+        works_on()
+    assert 0.1 < time.monotonic() - begin < 30.0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with pytest.raises(gpu.TimeIsUpError), gpu.alarm(-1.0):
+        raise AssertionError
+
+
+def test_a_share_that_would_not_be_measured_in_time_is_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, log = script("gpu"), []
+    gpu = script("gpu")
+    comparison = fast(gpu, tmp_path)
+    workers = StandIn.put_in(gpu, monkeypatch)
+    comparison.lead_s = 0.0
+    run_share = comparison.run_share
 
-    class Counting:
-        def __init__(self, path: Path, options: Any) -> None:
-            self.name = path.name
-            log.append(f"{self.name} starts")
+    def late(*arguments: Any) -> None:
+        run_share(*arguments)
+        comparison.deadline = time.monotonic() + comparison.lead_s / 2
 
-        def __enter__(self) -> Counting:
-            return self
+    comparison.run_share = late
+    comparison.run(tmp_path / "work")
+    assert [found.ratio for found in comparison.found] == [0.3]
+    assert [skipped["what"] for skipped in comparison.skipped] == ["tiny at 50% on torch-static"]
+    assert len(workers) == 2
 
-        def __exit__(self, *_: object) -> None:
-            pass
 
-        def backend(self) -> str:
-            return "counting"
+def test_the_dense_model_stays_open_until_something_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second worker starts when the memory of the first is known; what was measured before a failure is kept."""
+    gpu = script("gpu")
+    comparison = fast(gpu, tmp_path)
+    log: list[str] = []
+    StandIn.put_in(gpu, monkeypatch, log=log, fails_at=4)
+    comparison.run(tmp_path / "work")
+    starts = [line for line in log if "starts" in line or "prepared" in line or "ends" in line]
+    assert starts[:4] == ["dense starts", "dense is prepared", "pruned starts", "pruned is prepared"]
+    assert [len(found.phases) for found in comparison.found] == [3, 3]
+    assert [found.device_memory_bytes for found in comparison.found] == [(7, 7), (7, 7)]
+    assert [line for line in starts if line == "dense starts"] == ["dense starts"] * 2
+    assert [skipped["why"] for skipped in comparison.skipped] == ["FlapExportError: out of memory"] * 2
 
-        def prepare(self, workload: Any) -> Sample:
-            log.append(f"{self.name} is prepared")
-            return Sample(1.0, None, 7)
 
-        def measure(self, calls: int) -> Sample:
-            return Sample(1.0, None)
+def test_a_backend_that_does_not_run_a_tiny_model_is_not_tried_on_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = script("gpu")
+    comparison = fast(gpu, tmp_path, "7b")
+    StandIn.put_in(gpu, monkeypatch, opening=RuntimeError("no kernel image"))
+    comparison.run(tmp_path / "work")
+    why = "it does not run a tiny model: RuntimeError: no kernel image"
+    assert comparison.skipped == [{"what": "torch-static", "why": why}]
+    assert "Traceback" in capsys.readouterr().err
 
-    monkeypatch.setattr(gpu, "Worker", Counting)
-    measured = gpu.Comparison(gpu.parsed_arguments(["--quick"]))
-    measured.roofline = Roofline(1e9, 1e9)
-    dense, pruned = (measured.made("tiny", ratio, tmp_path / str(ratio)) for ratio in (0.0, 0.5))
-    found = measured.compared("tiny", 0.5, "torch-static", dense, pruned)
-    assert log[:4] == ["checkpoint starts", "checkpoint is prepared"] * 2
-    assert found.device_memory_bytes == (7, 7)
+
+def test_models_without_room_are_named_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, gpu = script("gpu_models"), script("gpu")
+    comparison = fast(gpu, tmp_path)
+    StandIn.put_in(gpu, monkeypatch)
+    monkeypatch.setattr(models, "free_bytes", lambda device: 1000)
+    comparison.run(tmp_path / "work")
+    assert comparison.skipped[0]["what"] == "tiny at 30%, 50% on torch-static"
+    assert "the device 'cpu' must have 0.0 GB free, found 0.0 GB" in comparison.skipped[0]["why"]
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_signal_ends_the_gpu_comparison_and_leaves_no_files(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--quick", "--output", str(tmp_path / "gpu.json")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "decode" in line:
+                process.terminate()
+                break
+        table = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "dense against pruned" in table
+    assert not json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["finished"]
+    assert list(tmp_path.glob("flap-export-benchmark-*")) == []
+
+
+def fast(gpu: ModuleType, folder: Path, model: str = "tiny") -> Any:
+    """A comparison of tiny models on one backend."""
+    arguments = gpu.parsed_arguments(["--quick", "--backends", "torch-static", "--output", str(folder / "gpu.json")])
+    arguments.ratios, arguments.repeats, arguments.models = [0.3, 0.5], 1, [model]
+    return gpu.Comparison(arguments)
+
+
+class StandIn:
+    """A worker that measures nothing."""
+
+    log: list[str]
+    all: list[StandIn]
+    opening: Exception | None
+    fails_at: int | None
+    stuck_at: int | None
+    stuck: Callable[[], None]
+
+    def __init__(self, path: Path, options: Any) -> None:
+        # The first time counts for nothing: it is before the shapes, when the model is opened.
+        self.name, self.shapes, self.is_closed = path.parent.name, -1, False
+        self.log.append(f"{self.name} starts")
+        self.all.append(self)
+
+    @classmethod
+    def put_in(
+        cls,
+        gpu: ModuleType,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        log: list[str] | None = None,
+        opening: Exception | None = None,
+        fails_at: int | None = None,
+        stuck_at: int | None = None,
+        stuck: Callable[[], None] = lambda: None,
+    ) -> list[StandIn]:
+        """In the place of workers; the pruned one's shape `fails_at` does not fit, its shape `stuck_at` has no end."""
+        cls.log, cls.all, cls.opening = [] if log is None else log, [], opening
+        cls.fails_at, cls.stuck_at, cls.stuck = fails_at, stuck_at, staticmethod(stuck)
+        monkeypatch.setattr(gpu, "Worker", cls)
+        return cls.all
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_closed = True
+        self.log.append(f"{self.name} ends")
+
+    def backend(self) -> str:
+        if self.opening is not None:
+            raise self.opening
+        return "standing in"
+
+    def prepare(self, workload: Any) -> Sample:
+        self.shapes += 1
+        self.log.append(f"{self.name} is prepared")
+        if self.name == "pruned" and self.shapes == self.fails_at:
+            raise FlapExportError("out of memory")
+        return Sample(1.0, None, 7)
+
+    def measure(self, calls: int) -> Sample:
+        if self.name == "pruned" and self.shapes == self.stuck_at:
+            self.stuck()
+        return Sample(1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -265,22 +396,42 @@ def test_the_second_worker_starts_when_the_memory_of_the_first_is_known(
     ],
 )
 def test_a_failed_build_is_explained(stdout: str, stderr: str, reason: str) -> None:
-    gpu = script("gpu")
-    assert gpu.reason_of(subprocess.CompletedProcess([], -11, stdout, stderr)) == reason
+    models = script("gpu_models")
+    assert models.reason_of(subprocess.CompletedProcess([], -11, stdout, stderr)) == reason
 
 
 def test_a_build_does_not_outlast_the_time_limit(tmp_path: Path) -> None:
-    gpu = script("gpu")
+    models = script("gpu_models")
     with pytest.raises(FlapExportError, match="within the time limit"):
-        gpu.run_build(tmp_path, tmp_path / "engine", "tensorrt", 1, -5.0)
+        models.run_build(tmp_path, tmp_path / "engine", "tensorrt", 1, -5.0)
 
 
-def test_pooled_checkpoints_load_dense_and_pruned(tmp_path: Path) -> None:
-    gpu = script("gpu")
-    arguments = gpu.parsed_arguments(["--quick"])
-    for ratio in (0.0, 0.5):
-        path = gpu.fast_checkpoint(tmp_path / str(ratio), "tiny", ratio, arguments)
-        model = load_model(path, dtype=torch.float32)
-        assert open_checkpoint(path).is_pruned == bool(ratio)
-        weights = torch.cat([p.flatten() for name, p in model.named_parameters() if "norm" not in name])
-        assert float(weights.std()) == pytest.approx(0.02, rel=0.1)
+@pytest.mark.parametrize("backend", ["torch-static", "onnxruntime"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_what_a_backend_opens_is_all_that_is_left_on_disk(backend: str, ratio: float, tmp_path: Path) -> None:
+    maker = script("gpu_models").Maker(backend, "float16", 32, 1, "cpu", 0, 0.0)
+    made = maker.made("tiny", ratio, tmp_path)
+    assert list(tmp_path.iterdir()) == [made.path]
+    weights = stored_parameters(made.shape) * 2
+    assert weights < sum(file.stat().st_size for file in made.path.rglob("*")) < weights + 200_000
+    assert len(set(made.shape.layers)) == (2 if ratio else 1)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_pooled_checkpoints_load_dense_and_pruned(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the packages that exporting needs."""
+    monkeypatch.setitem(sys.modules, "flap_export.exporting", None)
+    maker = script("gpu_models").Maker("torch-static", "float16", 32, 1, "cpu", 0, 0.0)
+    path = maker.made("tiny", ratio, tmp_path).path
+    model = load_model(path, dtype=torch.float32)
+    assert open_checkpoint(path).is_pruned == bool(ratio)
+    weights = torch.cat([p.flatten() for name, p in model.named_parameters() if "norm" not in name])
+    assert float(weights.std()) == pytest.approx(0.02, rel=0.1)
+    assert all(bool((p == 1).all()) for name, p in model.named_parameters() if "norm" in name)
+
+
+def test_a_pool_is_gone_through_again_and_again() -> None:
+    pieces = script("gpu_models").stretches(bytes(range(5)), 3, 11)
+    assert b"".join(pieces) == bytes([3, 4, *range(5), *range(4)])

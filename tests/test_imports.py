@@ -20,6 +20,7 @@ ROOT = Path(flap_export.__file__).parent
 # From earlier to later: a module imports from what stands above it only.
 STAGES = (
     "errors",
+    "cgroups",
     "devices",
     "precision",
     "storage",

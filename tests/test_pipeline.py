@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -204,6 +205,33 @@ def test_a_search_that_was_killed_goes_on_and_one_of_another_text_begins_anew(
     again = running.run(recipe, tmp_path / "run").search
     assert again is not None
     assert again.digests["calibration"] != whole.digests["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "found"),
+    [
+        ("runs/evolutionary-0/journal.jsonl", r"line 3 of the journal '.*' is damaged$"),
+        ("request.json", r"request\.json' is not a valid search request: .*"),
+    ],
+)
+def test_a_damaged_search_is_set_aside_and_begun_anew(
+    damaged: str, found: str, tmp_path: Path, recipe_of: Callable[..., Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, recipe = tmp_path / "run", recipe_of(search=SEARCH)
+    whole = running.run(recipe, directory).search
+    for number in (1, 2):
+        path = directory / "search" / damaged
+        lines = path.read_bytes().split(b"\n")
+        lines[2] = b"{damaged}"
+        path.write_bytes(b"\n".join(lines))
+        caplog.clear()
+        again = running.run(recipe, directory).search
+        assert (directory / f".search.damaged-{number}" / damaged).read_bytes() == b"\n".join(lines)
+        assert any(re.search(rf"\.search\.damaged-{number}': .*{found}", message) for message in caplog.messages)
+        assert again is not None
+        assert whole is not None
+        assert again.runs[0].best == whole.runs[0].best
+        verify(directory)
 
 
 def test_a_damaged_output_is_made_again(tmp_path: Path, recipe_of: Callable[..., Recipe], performed: list[str]) -> None:

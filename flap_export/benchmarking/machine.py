@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Final
 
+from flap_export.devices import available_cores
 from flap_export.storage import Value
 
 _CPU_INFO: Final = Path("/proc/cpuinfo")
@@ -20,7 +21,7 @@ class Machine(Value):
 
     cpu: str
     cores: int
-    """Cores this process may use."""
+    """Cores this process may use, and has time for; see `flap_export.devices.available_cores`."""
     system: str
     load_average: tuple[float, float, float] | None
     """Of the last 1, 5 and 15 minutes when the measurement began; None where the system does not say."""
@@ -34,11 +35,6 @@ def this_machine() -> Machine:
         system=platform.platform(),
         load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
     )
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reset_peak_memory() -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from flap_export.benchmarking.machine import peak_memory_bytes, reset_peak_memory
 from flap_export.benchmarking.workload import Call, Workload, prepared_call, timed_ms
+from flap_export.devices import keep_to_quota
 from flap_export.errors import FlapExportError
 
 WARMUP_CALLS: Final = 2
@@ -171,6 +173,7 @@ def _start_python(code: str, inherited: int) -> subprocess.Popen[bytes]:
 
 def serve(descriptor: int) -> None:
     """The worker's side of the pipe at file descriptor `descriptor`: answer until it ends."""
+    keep_to_quota()
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
         path, options = connection.recv()
         try:
@@ -179,8 +182,10 @@ def serve(descriptor: int) -> None:
             raise
         except FlapExportError as error:
             connection.send(_Failure(type(error), str(error), dict(error.__dict__)))
-        # What nobody foresaw has to reach the parent too: it would only learn that the process ended.
+        # What nobody foresaw has to reach the parent too: it would only learn that the process ended. Where it came
+        # from is said here, for that cannot travel.
         except Exception as error:
+            traceback.print_exc()
             message = f"measuring '{path}' failed with {type(error).__name__}: {error}"
             connection.send(_Failure(FlapExportError, message, {}))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -36,7 +35,7 @@ from flap_export.building.network import (
 from flap_export.building.profiles import polygraphy_profile, profiles_of
 from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profile, check_runnable
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError, check_choice
-from flap_export.manifest import write_manifest
+from flap_export.manifest import installed_versions, write_manifest
 from flap_export.plan import PLAN_NAME
 from flap_export.storage import check_output, digest_of_file, new_directory, write_text
 
@@ -239,8 +238,8 @@ class _Builder:
 
     def record(self, engines: dict[LogitsKind, Engine], output: Path) -> EngineRecord:
         """Describe the directory that will be at `output`."""
-        packages = {"flap-export": "flap-export", "polygraphy": "polygraphy"}
-        versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
+        packages = ("flap-export", "polygraphy")
+        versions = {package: version for package, version in installed_versions().items() if package in packages}
         return EngineRecord(
             flavour=self.backend,
             model=self.artifact.model,

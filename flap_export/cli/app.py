@@ -13,6 +13,7 @@ from typing import Annotated, Final, NoReturn, TextIO
 import typer
 
 from flap_export.cli import artifacts, console, searching, shrinking, using
+from flap_export.devices import keep_to_quota
 from flap_export.errors import FlapExportError, InputError
 from flap_export.manifest import installed_versions
 
@@ -37,6 +38,7 @@ def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     as_json = "--json" in sys.argv[1:]
     _open_closed_streams()
+    keep_to_quota()
     _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # A handler that is set already, or a signal that is ignored (nohup), was asked for.

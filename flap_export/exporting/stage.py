@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from flap_export.exporting.passes import keep_all_logits, optimize
 from flap_export.exporting.streaming import bind_weights, share_weights, write_graph
 from flap_export.exporting.trace import OPSET, trace
 from flap_export.families.rope import table_positions
-from flap_export.manifest import write_manifest
+from flap_export.manifest import installed_versions, write_manifest
 from flap_export.models.loading import check_weights, meta_model
 from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PLAN_NAME
@@ -104,5 +103,5 @@ def _describe(checkpoint: Checkpoint, dtype: DtypeName, max_length: int) -> Arti
         graphs=GRAPHS,
         opset=OPSET,
         digests={"weights": checkpoint.weights.digest},
-        versions={package: importlib.metadata.version(package) for package in packages},
+        versions={package: version for package, version in installed_versions().items() if package in packages},
     )

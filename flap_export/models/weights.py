@@ -92,7 +92,7 @@ class Weights:
             ModelError: it holds one.
         """
         tensor = self[name]
-        if not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"tensor '{name}' in '{self.directory}' holds {broken} values that are NaN or infinite; "
@@ -129,6 +129,14 @@ class Weights:
     def digest(self) -> str:
         """SHA-256 over the digests of all files."""
         return digest_of_json({file.name: digest_of_file(file) for file in self.files})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, told by the extremes, which NaN spreads to.
+
+    Looking at every value would take 30 times longer in float16, and longer than all else that reading does.
+    """
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def _renamed(name: str, parts: Mapping[str, str]) -> str:

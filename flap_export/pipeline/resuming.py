@@ -7,6 +7,7 @@ exactly the stages whose inputs change. Outputs appear whole or not at all, so a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable
@@ -128,6 +129,14 @@ def _valid_record(stage: Stage, path: Path, key: str, directory: Path) -> StageR
     if problems:
         logger.warning("stage %s is done again: %s", stage.name, "; ".join(problems))
     return None if problems else record
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename an output that cannot be used to a hidden name beside it, which no manifest lists and no stage clears."""
+    names = (folder.with_name(f".{folder.name}.damaged-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    return aside
 
 
 def _measured(stage: Stage, directory: Path) -> dict[str, FileEntry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,13 +13,13 @@ from flap_export.allocation.rates import RATES_NAME, Rates
 from flap_export.benchmarking import LATENCY_NAME, bench
 from flap_export.benchmarking.alignment import ALIGNMENT_NAME, compare_alignment
 from flap_export.building import BuildOptions, build
-from flap_export.errors import OtherSearchError
+from flap_export.errors import DamagedSearchError, OtherSearchError
 from flap_export.evaluation import QUALITY_NAME, evaluate_both
 from flap_export.evidence.methods import PruneOptions, resolved
 from flap_export.evidence.record import Evidence
 from flap_export.evidence.stage import evidence_options, gather
 from flap_export.exporting import export
-from flap_export.pipeline.resuming import Run, Stage
+from flap_export.pipeline.resuming import Run, Stage, set_aside
 from flap_export.plan import PLAN_NAME
 from flap_export.pruning.stage import prune_with
 from flap_export.recipe import BuildSection, Recipe
@@ -26,6 +27,8 @@ from flap_export.reporting.engines import ENGINES
 from flap_export.reporting.records import CHECKPOINT, DENSE_ARTIFACT, PRUNED_ARTIFACT, SEARCH
 from flap_export.searching import search
 from flap_export.validation import PARITY_NAME, validate
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_FOLDER: Final = "calibration"
 
@@ -61,6 +64,11 @@ def _search(current: Run) -> None:
         searched()
     except OtherSearchError:
         shutil.rmtree(folder)
+        searched()
+    except DamagedSearchError as error:
+        # What a search has found is dear, and a person may mend it.
+        found, aside = str(error).partition("; ")[0], set_aside(folder)
+        logger.warning("stage search is begun anew, and the search that was there is now '%s': %s", aside, found)
         searched()
 
 

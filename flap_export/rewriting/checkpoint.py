@@ -62,6 +62,11 @@ def write_checkpoint(
         max_shard_bytes: size at which a further weight file is begun.
     """
     write_shards(directory, as_stored(dense.family, tensors), max_shard_bytes)
+    write_beside_uneven(directory, dense, plan, shape)
+
+
+def write_beside_uneven(directory: Path, dense: Checkpoint, plan: PruningPlan, shape: DecoderShape) -> None:
+    """Write all of an uneven checkpoint but its weights; see `write_checkpoint`."""
     config = uneven_config(dense, shape)
     (directory / MODELING_NAME).write_text(modeling_source(dense.family), encoding="utf-8")
     write_beside_weights(directory, dense, plan, config)

@@ -25,7 +25,7 @@ from flap_export.artifact import (
 from flap_export.building.flavours import Flavour
 from flap_export.building.masks import masked_graph
 from flap_export.building.profiles import profiles_of, provider_options
-from flap_export.devices import parsed_device
+from flap_export.devices import parsed_device, quota_threads
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
 from flap_export.precision import PRECISIONS, DtypeName
 from flap_export.runners.base import Logits, Runner, RunnerOptions, TokenIds
@@ -251,7 +251,8 @@ def _graph_file(artifact: Artifact, path: Path, logits: LogitsKind) -> Path:
 def _session_options(onnxruntime: Any, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads or 0
+    # Its own choice, 0, is every core of the machine, also of those that a container has no time for.
+    options.intra_op_num_threads = threads or quota_threads() or 0
     options.inter_op_num_threads = 1
     for key, value in _SESSION_SETTINGS.items():
         options.add_session_config_entry(key, value)

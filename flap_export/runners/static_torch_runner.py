@@ -1,7 +1,8 @@
 """A checkpoint on PyTorch with caches of a fixed length, its decode step captured in a CUDA graph where there is one.
 
 What engines and ONNX Runtime are measured against on a GPU, where launching the kernels of PyTorch's own loop takes
-longer than they run. On the CPU it computes the same without a graph. The CUDA part is *untested on hardware*.
+longer than they run. On the CPU, and for mixtures of experts, it computes the same without a graph. The CUDA part is
+*untested on hardware*.
 
 Notation: B sequences, n new tokens, L rows of cache, Q query heads, K KV heads, D head_dim.
 """
@@ -131,12 +132,21 @@ class StaticTorchRunner(Runner):
         self._step: tuple[Tensor, Tensor, Tensor] | None = None
         self._generators: dict[int, torch.Generator] = {}
 
+    @property
+    def _captures(self) -> bool:
+        """Whether a decode step goes into a CUDA graph.
+
+        Which experts its tokens are sent to is asked of the device, and a graph cannot wait for the answer.
+        """
+        return self._device.type != "cpu" and not any(layer.experts for layer in self._shape.layers)
+
     def close(self) -> None:
         """Free the model and its cache."""
         self._graph, self._step, self._caches, self._model = None, None, {}, None
 
     def _allocate(self, batch_size: int) -> None:
-        self._graph, self._step, self._generators = None, None, {}
+        # The caches of the last batch make room before there are others.
+        self._graph, self._step, self._generators, self._caches = None, None, {}, {}
         self._caches = {
             index: (self._zeros(batch_size, layer.kv_heads), self._zeros(batch_size, layer.kv_heads))
             for index, layer in enumerate(self._shape.layers)
@@ -169,7 +179,7 @@ class StaticTorchRunner(Runner):
 
     def _on_device(self, input_ids: TokenIds, write_indices: TokenIds) -> Tensor:
         ids, starts = torch.from_numpy(input_ids), torch.from_numpy(write_indices)
-        if ids.shape[1] > 1 or self._device.type == "cpu":
+        if ids.shape[1] > 1 or not self._captures:
             # Rows behind the last new token hold nothing that any query sees.
             length = int(write_indices.max()) + ids.shape[1]
             return self._called(ids.to(self._device), starts.to(self._device), length)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, final
 
-from flap_export.errors import InputError, OtherSearchError, OutputError
+from flap_export.errors import DamagedSearchError, OtherSearchError, OutputError
 from flap_export.searching.space import Candidate
 from flap_export.storage import digest_of_json, writing_errors
 
@@ -42,7 +42,8 @@ class Journal:
             settings: all that a search depends on, as JSON; two searches may not share a journal.
 
         Raises:
-            InputError: the journal is another search's, or a whole line of it is damaged.
+            OtherSearchError: the journal is another search's.
+            DamagedSearchError: a whole line of it is damaged, or it is of another version.
             OutputError: it cannot be written.
         """
         self.path = path
@@ -109,13 +110,13 @@ class Journal:
         """The next recorded answer, or None where there are no more.
 
         Raises:
-            InputError: it answers another question; the journal was written by another version or another search.
+            DamagedSearchError: it answers another question; another version or another search wrote the journal.
         """
         if not self._answers:
             return None
         digest, recorded = self._answers.popleft()
         if digest != digest_of_json(question):
-            raise InputError(
+            raise DamagedSearchError(
                 f"the journal '{self.path}' answers another question than the one asked now; begin a new search"
             )
         return recorded
@@ -178,7 +179,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int, str]:
     """The whole lines of a journal, how many bytes they are, and the check value of the last.
 
     Raises:
-        InputError: the journal is of another version, or a line of it is damaged.
+        DamagedSearchError: the journal is of another version, or a line of it is damaged.
     """
     if not path.is_file():
         return [], 0, ""
@@ -211,11 +212,13 @@ def _checked(path: Path, events: list[dict[str, Any]]) -> str:
 def _check_version(path: Path, first: Mapping[str, Any]) -> None:
     own_kind = ("search", SCHEMA_VERSION, dict)
     if (first.get("event"), first.get("schema_version"), type(first.get("settings"))) != own_kind:
-        raise InputError(f"'{path}' is not a journal of this version; begin a new search")
+        raise DamagedSearchError(f"'{path}' is not a journal of this version; begin a new search")
 
 
-def _damaged(path: Path, number: int) -> InputError:
-    return InputError(f"line {number} of the journal '{path}' is damaged; begin a new search in another directory")
+def _damaged(path: Path, number: int) -> DamagedSearchError:
+    return DamagedSearchError(
+        f"line {number} of the journal '{path}' is damaged; begin a new search in another directory"
+    )
 
 
 def _check_same(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from flap_export.allocation.rates import RATES_NAME, Rates, rates_of_steps
 from flap_export.calibration.stage import open_dense
-from flap_export.errors import InputError, OtherSearchError, check_choice, check_seed
+from flap_export.errors import DamagedSearchError, InputError, OtherSearchError, check_choice, check_seed
 from flap_export.evidence.methods import PruneOptions, resolved
 from flap_export.evidence.record import CalibrationText, Evidence
 from flap_export.manifest import write_manifest
@@ -67,6 +67,7 @@ def search(
 
     Raises:
         OtherSearchError: `output` holds a search with other settings, or of other weights or text.
+        DamagedSearchError: `output` holds a search that cannot be gone on with.
         InputError: one of its kinds, for an unusable model, text, budget, option or output directory.
         MissingRequirementError: a package or the proposer is not there; the same command goes on.
     """
@@ -164,16 +165,24 @@ def _begin(directory: Path, request: SearchRequest) -> None:
 
     Raises:
         OtherSearchError: the directory holds a search that was asked otherwise.
+        DamagedSearchError: what was asked cannot be read.
     """
     path = directory / REQUEST_NAME
     if path.is_file() and any((directory / made).exists() for made in (FITS_FOLDER, RUNS_FOLDER)):
-        there, here = (one.settings() for one in (SearchRequest.load(path), request))
+        there, here = (one.settings() for one in (_read_request(path), request))
         if changed := sorted(name for name in here if here[name] != there.get(name)):
             raise OtherSearchError(
                 f"the search in '{directory}' was begun with other settings ({', '.join(changed)}); name a new output "
                 "directory, or the settings it was begun with"
             )
     request.save(path)
+
+
+def _read_request(path: Path) -> SearchRequest:
+    try:
+        return SearchRequest.load(path)
+    except InputError as error:
+        raise DamagedSearchError(f"{error}; begin a new search in another directory") from error
 
 
 def _write_plan(ready: Prepared, directory: Path, prune: PruneOptions, candidate: Candidate) -> PruningPlan:

@@ -108,7 +108,7 @@ def check_memory(sequences: int, length: int, piece: int, shape: DecoderShape, d
     if available is not None and needed > available:
         raise InputError(
             f"parity of {sequences} sequences of {length} tokens needs {needed / 1e9:.1f} GB for caches and logits, "
-            f"and this machine has {available / 1e9:.1f} GB left; ask for a smaller batch_size or prompt_length, or "
+            f"and {available / 1e9:.1f} GB are left here; ask for a smaller batch_size or prompt_length, or "
             "export with a smaller --max-length"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -477,6 +478,21 @@ def test_wrong_requests(dense_llama: Path, tmp_path: Path, options: dict[str, An
     with pytest.raises(InputError, match=message):
         export(dense_llama, tmp_path / "onnx", **{"max_length": MAX_LENGTH, **options})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_run_without_being_installed_exports(
+    dense_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "flap-export":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    exported = export(dense_llama, tmp_path / "onnx", max_length=8)
+    assert set(exported.versions) == {"torch", "transformers", "onnx", "onnx-ir", "onnxscript"}
 
 
 def test_an_output_directory_with_other_files_is_not_touched(dense_llama: Path, tmp_path: Path) -> None:

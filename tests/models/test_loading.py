@@ -338,10 +338,13 @@ def test_a_tensor_of_another_shape(dense: Path) -> None:
         load(dense)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_no_number(dense: Path, value: float) -> None:
+def test_a_weight_that_is_no_number(dense: Path, value: float, dtype: torch.dtype) -> None:
     def damage(tensors: dict[str, Tensor]) -> None:
-        tensors["model.layers.0.mlp.up_proj.weight"][2, 3:5] = value
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][2, 3:5] = value
 
     edit_weights(dense, damage)
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight'.*holds 2 values that are NaN or infinite"):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,9 @@ import numpy as np
 import parity_models
 import pytest
 import torch
-from tiny import ALL_FAMILIES, tiny_checkpoint, tiny_pruned, tokens_of
+from tiny import ALL_FAMILIES, MIXTURES, PLAIN_FAMILIES, tiny_checkpoint, tiny_pruned, tokens_of
 
+from flap_export import devices
 from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
 from flap_export.exporting import export
@@ -218,6 +221,20 @@ def test_idle_sessions_do_not_spin(artifact: Path, monkeypatch: pytest.MonkeyPat
         assert made[0].get_session_config_entry("session.force_spinning_stop") == "1"
         assert made[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"
         assert made[0].intra_op_num_threads == 2
+
+
+def test_a_session_takes_no_more_threads_than_a_container_has_time_for(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    made: list[Any] = []
+    real = onnxruntime.SessionOptions
+    monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: made.append(real()) or made[-1])
+    monkeypatch.setattr(devices, "cpu_quota", lambda: 1.5)
+    for threads in (None, 1):
+        open_runner(artifact, threads=threads).close()
+    assert [options.intra_op_num_threads for options in made] == [2, 1]
 
 
 # --- what is refused, and how
@@ -561,6 +578,20 @@ def test_static_torch_asks_no_position_within_the_models_own(max_length: int, as
         found = runner.prefill(RAGGED)
     with open_runner(checkpoint, backend="torch", threads=1) as runner:
         np.testing.assert_allclose(found, runner.prefill(RAGGED), rtol=0, atol=1e-5)
+
+
+def test_a_decode_step_of_every_family_can_be_captured(tmp_path: Path) -> None:
+    """But those of mixtures, which are not."""
+    script, written = Path(__file__).with_name("captured_steps.py"), tmp_path / "steps.json"
+    path = os.pathsep.join([str(script.parents[1]), *sys.path])
+    command = [sys.executable, str(script), str(tmp_path), str(written)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(written.read_text())
+    assert list(steps) == ALL_FAMILIES
+    assert [family for family, step in steps.items() if not step["captured"]] == MIXTURES
+    assert all("nonzero" in steps[family]["waited"] for family in MIXTURES)
+    assert all(steps[family] == {"captured": True, "waited": None, "host": []} for family in PLAIN_FAMILIES)
 
 
 def test_static_torch_captures_on_its_own_device(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
