@@ -241,7 +241,7 @@ def test_resized_projections_are_the_familys_own_modules(family: str, tmp_path: 
         assert type(resized) is type(dense)
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon", "opt", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "falcon", "opt", "gemma3_text", "olmo2"])
 def test_every_parameter_has_a_gradient(family: str, tmp_path: Path) -> None:
     """Whoever trains in parallel waits for all of them, also around attentions and FFNs that are empty."""
     model = AutoModelForCausalLM.from_pretrained(tiny_pruned(family, tmp_path), trust_remote_code=True)
