@@ -1,4 +1,4 @@
-"""Random ladders and spaces of rates: grouped and single heads, narrow FFNs, aligned widths, layers that differ."""
+"""Random ladders and spaces of rates: grouped, single and jointly normed heads, narrow FFNs, layers that differ."""
 
 from __future__ import annotations
 
@@ -29,8 +29,17 @@ def shape_of(layers: Sequence[LayerShape], head_dim: int = 2) -> DecoderShape:
     )
 
 
-def layer_of(query_heads: int = 4, kv_heads: int = 2, channels: int = 24, experts: int = 0) -> LayerShape:
-    return LayerShape(query_heads=query_heads, kv_heads=kv_heads, ffn_channels=channels, experts=experts)
+def layer_of(
+    query_heads: int = 4, kv_heads: int = 2, channels: int = 24, experts: int = 0, *, joint: bool = False
+) -> LayerShape:
+    return LayerShape(
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        ffn_channels=channels,
+        joint_query_heads=query_heads * joint,
+        joint_key_heads=kv_heads * joint,
+        experts=experts,
+    )
 
 
 def ladders_of(
@@ -49,7 +58,8 @@ def ladders_of(
 def layers(draw: st.DrawFn) -> LayerShape:
     kv_heads = draw(st.integers(1, 4))
     group_size, channels = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 3, 12, 24, 60]))
-    return layer_of(kv_heads * group_size, kv_heads, channels, draw(st.sampled_from([0, 0, 0, 3])))
+    experts, joint = draw(st.sampled_from([0, 0, 0, 3])), draw(st.sampled_from([False, False, True]))
+    return layer_of(kv_heads * group_size, kv_heads, channels, experts, joint=joint)
 
 
 @st.composite

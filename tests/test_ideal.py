@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import layer_plan, plan_of, save_pruned, tiny_checkpoint, tiny_statistics
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +25,7 @@ from flap_export.ideal import (
 from flap_export.models.attention import cache_argument
 from flap_export.models.loading import pruned_section
 from flap_export.models.modeling_pruned import resize_decoder
+from flap_export.models.opening import open_checkpoint
 from flap_export.shapes import DecoderShape, LayerShape
 
 TOKENS = 7
@@ -79,6 +83,17 @@ def test_read_parameters_are_all_but_an_untied_embedding(shape: DecoderShape) ->
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = 0 if shape.tied_embeddings else model.model.embed_tokens.weight.numel()
     assert read_parameters(shape) == parameters - embedding
+
+
+def test_norms_over_all_heads_are_read_whole(tmp_path: Path) -> None:
+    """Every parameter of a model that lost heads, but the embedding."""
+    dense = tiny_checkpoint("olmo2", tmp_path / "dense")
+    checkpoint, statistics = open_checkpoint(dense), tiny_statistics(dense, tmp_path)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, 0, [1], range(7)), layer_plan(checkpoint, 1, [0, 1], range(9))])
+    save_pruned(dense, plan, tmp_path / "pruned", statistics, compensation="none")
+    for name in ("dense", "pruned"):
+        found = open_checkpoint(tmp_path / name)
+        assert read_parameters(found.shape) == found.weights.parameters - found.shape.head_parameters
 
 
 def test_an_emptied_layer_reads_its_biases_only() -> None:

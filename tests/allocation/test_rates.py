@@ -100,6 +100,15 @@ def test_the_split_by_losses_is_the_least_sum(
         assert losses[split(costs, target, "losses")] == pytest.approx(min(losses.values()))
 
 
+def test_the_uniform_split_is_by_heads_where_their_projections_stay() -> None:
+    """Half of eight heads at half of the layer; by weights it would be seven, as the last one frees half of all."""
+    (layer,) = ladders_of(shape_of([layer_of(8, 8, 80, joint=True)]))
+    costs = LayerCosts.of(layer)
+    assert costs.attention.tolist() == [*range(0, 8 * 16, 16), 32 * 8]
+    assert split(costs, costs.total / 2, "uniform") == 4
+    assert costs.removed(4, costs.ffn_steps(costs.total / 2, 4)) == pytest.approx(costs.total / 2, abs=6)
+
+
 def test_the_split_by_scores_takes_what_is_lowest_and_the_uniform_one_the_same_share() -> None:
     (layer,) = ladders_of(shape_of([layer_of(8, 8, 48)]))
     attention, ffn = layer.attention, layer.ffn

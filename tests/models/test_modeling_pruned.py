@@ -182,6 +182,20 @@ def test_it_saves_and_loads_through_transformers(tmp_path: Path) -> None:
         assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
+def test_checkpoints_from_before_there_were_joint_norms_are_read(tmp_path: Path) -> None:
+    pruned = tiny_pruned("llama", tmp_path)
+    tokens, shape = tokens_of(2, 9), open_checkpoint(pruned).shape
+    config = json.loads((pruned / "config.json").read_text())
+    for layer in config["pruned"]["layers"]:
+        assert (layer.pop("joint_query_heads"), layer.pop("joint_key_heads")) == (0, 0)
+    with torch.no_grad():
+        expected = load_model(pruned, dtype=torch.float32)(input_ids=tokens).logits
+        (pruned / "config.json").write_text(json.dumps(config))
+        assert open_checkpoint(pruned).shape == shape
+        loaded = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True, dtype=torch.float32)
+        torch.testing.assert_close(loaded.eval()(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_copy_names_its_family(family: str, tmp_path: Path) -> None:
     dense = tiny_checkpoint(family, tmp_path / "dense")
@@ -227,7 +241,7 @@ def test_resized_projections_are_the_familys_own_modules(family: str, tmp_path: 
         assert type(resized) is type(dense)
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon", "opt", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "falcon", "opt", "gemma3_text", "olmo2"])
 def test_every_parameter_has_a_gradient(family: str, tmp_path: Path) -> None:
     """Whoever trains in parallel waits for all of them, also around attentions and FFNs that are empty."""
     model = AutoModelForCausalLM.from_pretrained(tiny_pruned(family, tmp_path), trust_remote_code=True)
