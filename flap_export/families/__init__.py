@@ -3,20 +3,25 @@
 from flap_export.families.configuration import check_config, heads_are_fixed, shape_from_config
 from flap_export.families.family import (
     EVERY_EXPERT,
+    PARTS,
     Family,
     Norm,
+    Part,
     Projection,
     Space,
     expert_at,
     experts_of,
+    space_widths,
 )
 from flap_export.families.table import FAMILIES, family_of
 
 __all__ = [
     "EVERY_EXPERT",
     "FAMILIES",
+    "PARTS",
     "Family",
     "Norm",
+    "Part",
     "Projection",
     "Space",
     "check_config",
@@ -25,4 +30,5 @@ __all__ = [
     "family_of",
     "heads_are_fixed",
     "shape_from_config",
+    "space_widths",
 ]

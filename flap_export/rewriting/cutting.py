@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flap_export.calibration.statistics import CUT_SPACES, CutSpace, Site
+from flap_export.calibration.statistics import CutSpace, Site, cut_spaces, part_of
 from flap_export.errors import ModelError
-from flap_export.families import Family, Projection, Space, expert_at, experts_of
+from flap_export.families import PARTS, Part, Projection, Space, expert_at, experts_of, space_widths
 from flap_export.models.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.shapes import DecoderShape
@@ -22,7 +22,8 @@ Restore = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """What becomes of a restoring projection: from its site, weight [H, C] and kept channels int64 [K] to its weight [H, K]
 and what is added to its bias, [H] or None."""
 Kept = Mapping[Space, Tensor | None]
-"""Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; None where all stay."""
+"""Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; None where all stay, or there
+is no such space."""
 
 
 def rewrite(
@@ -61,12 +62,16 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
         starts = torch.tensor(heads, dtype=torch.int64) * shape.head_dim
         return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
 
-    all_channels = plan.ffn_width == dense.ffn_channels
+    def of_ffn(channels: Sequence[int] | Sequence[Sequence[int]], width: int, available: int) -> Tensor | None:
+        return None if width == available else torch.tensor(channels, dtype=torch.int64)
+
+    shared = plan.shared_channels or ()
     return {
         "hidden": None,
         "query": of_heads(plan.query_heads, dense.query_heads),
         "kv": of_heads(plan.kv_heads, dense.kv_heads),
-        "ffn": None if all_channels else torch.tensor(plan.experts or plan.ffn_channels, dtype=torch.int64),
+        "ffn": of_ffn(plan.experts or plan.ffn_channels, plan.ffn_width, dense.ffn_channels),
+        "shared": of_ffn(shared, len(shared), dense.shared_width),
     }
 
 
@@ -76,7 +81,7 @@ def of_expert(channels: Tensor | None, expert: int | None) -> Tensor | None:
 
 
 def rewrite_layer(
-    checkpoint: Checkpoint, index: int, kept: Kept, restore: Restore, parts: Collection[CutSpace] = CUT_SPACES
+    checkpoint: Checkpoint, index: int, kept: Kept, restore: Restore, parts: Collection[Part] = PARTS
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield one layer's tensors by name; see `rewrite`.
 
@@ -85,17 +90,17 @@ def rewrite_layer(
         index: of the layer.
         kept: the channels of every space that stay.
         restore: what the projections that lose inputs become.
-        parts: attention (`query`), the FFN, or both; norms around them and routers come with attention.
+        parts: attention (`query`), the FFN, or both; norms around them, routers and gates come with attention.
     """
     prefix = f"{checkpoint.family.modules.layers}.{index}."
-    weights, widths = checkpoint.weights, _widths(checkpoint.shape, index)
+    weights, widths = checkpoint.weights, space_widths(checkpoint.shape, index)
     groups = checkpoint.shape.layers[index].kv_heads
     for name in [name for name in weights if name.startswith(prefix)]:
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
         if projection is None:
-            block = _block_of(path, checkpoint.family)
-            if (block or "query") in parts and not (block and _is_emptied(kept[block])):
+            block = _block_of(path, checkpoint, index)
+            if part_of(block or "query") in parts and not (block and _is_emptied(kept[block])):
                 heads = _kept_heads(path, checkpoint, kept)
                 tensor = weights.finite(name)
                 yield name, tensor if heads is None else tensor[heads]
@@ -107,16 +112,21 @@ def rewrite_layer(
         tensor = cut(weights.finite(name), projection, kind, own, widths, groups)
         if tensor.numel():
             yield name, tensor
-    for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
-        path = f"{prefix}{checkpoint.family.restoring(site.space).at(site.expert)}"
+    for site in (site for site in sites_of(checkpoint, index) if part_of(site.space) in parts):
+        path = f"{prefix}{path_of(checkpoint, site)}"
         yield from _restoring(checkpoint, path, site, of_expert(kept[site.space], site.expert), restore)
 
 
 def sites_of(checkpoint: Checkpoint, index: int) -> Iterator[Site]:
     """Every restoring projection of one layer."""
     layer = checkpoint.shape.layers[index]
-    for space in CUT_SPACES:
+    for space in cut_spaces(layer):
         yield from (Site(index, space, expert) for expert in experts_of(space, layer))
+
+
+def path_of(checkpoint: Checkpoint, site: Site) -> str:
+    """The path of a restoring projection below its layer."""
+    return checkpoint.family.restoring(site.space, checkpoint.shape.layers[site.layer]).at(site.expert)
 
 
 def _restoring(
@@ -151,10 +161,11 @@ def check_kind(projection: Projection, kind: str) -> None:
         )
 
 
-def _block_of(path: str, family: Family) -> CutSpace | None:
+def _block_of(path: str, checkpoint: Checkpoint, index: int) -> CutSpace | None:
     """The block that `path`, no projection, is inside of and leaves with: query and key norms, an activation."""
-    for space in CUT_SPACES:
-        module = family.restoring(space).path.rpartition(".")[0]
+    layer = checkpoint.shape.layers[index]
+    for space in cut_spaces(layer):
+        module = checkpoint.family.restoring(space, layer).path.rpartition(".")[0]
         if module and path.startswith(f"{module}."):
             return space
     return None
@@ -170,16 +181,6 @@ def _kept_heads(path: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
     channels = kept[space] if space is not None else None
     size = checkpoint.shape.head_dim
     return None if channels is None else channels[::size] // size
-
-
-def _widths(shape: DecoderShape, index: int) -> dict[Space, int]:
-    layer = shape.layers[index]
-    return {
-        "hidden": shape.hidden_size,
-        "query": layer.query_heads * shape.head_dim,
-        "kv": layer.kv_heads * shape.head_dim,
-        "ffn": layer.ffn_channels,
-    }
 
 
 def cut(
