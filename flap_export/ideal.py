@@ -39,7 +39,7 @@ def read_parameters(shape: DecoderShape) -> int:
     embedding is not among them: a call reads n rows of it. A tied head is the embedding's own matrix and is read whole,
     once.
     """
-    vectors = sum(_vectors(layer, shape.parallel_blocks) for layer in shape.layers) + 1
+    vectors = sum(_vectors(shape, layer) for layer in shape.layers) + 1
     normed_heads = sum(layer.joint_query_heads + layer.joint_key_heads for layer in shape.layers)
     norms = vectors * shape.hidden_size + normed_heads * shape.head_dim
     return shape.decoder_parameters + shape.head_parameters + norms
@@ -50,13 +50,14 @@ def stored_parameters(shape: DecoderShape) -> int:
     return read_parameters(shape) + (0 if shape.tied_embeddings else shape.head_parameters)
 
 
-def _vectors(layer: LayerShape, parallel_blocks: bool) -> int:
-    """Vectors of H that one layer reads: norms, output biases and the router's rows."""
-    norms = bool(layer.query_heads) + bool(layer.ffn_channels or (layer.experts and layer.ffn_bias))
-    if parallel_blocks:
-        norms = min(norms, 1)
+def _vectors(shape: DecoderShape, layer: LayerShape) -> int:
+    """Vectors of H that one layer reads: norms, output biases, the router's rows and a shared expert's gate."""
     router = layer.experts if layer.ffn_channels or layer.ffn_bias else 0
-    return norms + layer.attention_bias + layer.ffns * layer.ffn_bias + router
+    gate = shape.shared_gates and bool(layer.shared_width or layer.shared_bias)
+    norms = bool(layer.query_heads) + bool(layer.ffn_channels or layer.shared_width or router or gate)
+    if shape.parallel_blocks:
+        norms = min(norms, 1)
+    return norms + layer.attention_bias + layer.ffns * layer.ffn_bias + layer.shared_bias + router + gate
 
 
 def weight_bytes(shape: DecoderShape, bytes_per_weight: float) -> float:

@@ -22,12 +22,19 @@ class LayerPlan(Value):
     kv_heads: tuple[int, ...]
     ffn_channels: tuple[int, ...] = ()
     experts: tuple[tuple[int, ...], ...] = ()
-    """Of a mixture, instead of `ffn_channels`: the channels that every expert keeps, as many in each."""
+    """Of a mixture, instead of `ffn_channels`: the channels that every routed expert keeps, as many in each."""
+    shared_channels: tuple[int, ...] | None = None
+    """Beside these the channels that the shared expert keeps, where there is one."""
 
     @property
     def ffn_width(self) -> int:
         """Channels of the FFN, or of each of its experts."""
         return len(self.experts[0] if self.experts else self.ffn_channels)
+
+    @property
+    def shared_width(self) -> int:
+        """Channels of the shared expert; 0 where there is none."""
+        return len(self.shared_channels or ())
 
     def shape(self, dense: LayerShape, *, compensated: bool) -> LayerShape:
         """The layer's shape after the cut; compensated, a module that lost something gains an output bias."""
@@ -36,14 +43,18 @@ class LayerPlan(Value):
                 "ffn_channels": self.ffn_width,
                 "attention_bias": dense.attention_bias or (compensated and len(self.query_heads) < dense.query_heads),
                 "ffn_bias": dense.ffn_bias or (compensated and self.ffn_width < dense.ffn_channels),
+                "shared_channels": None if self.shared_channels is None else len(self.shared_channels),
+                "shared_bias": dense.shared_bias or (compensated and self.shared_width < dense.shared_width),
             }
         )
 
     @model_serializer(mode="wrap")
     def _only_its_own_ffn(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A record states a plain FFN's channels or its experts', not both."""
+        """A record states a plain FFN's channels or its experts', and a shared expert's where there is one."""
         fields: dict[str, Any] = serialise(self)
         fields.pop("ffn_channels" if self.experts else "experts")
+        if self.shared_channels is None:
+            fields.pop("shared_channels")
         return fields
 
 
@@ -114,9 +125,9 @@ def _check_ffn(layer: int, kept: LayerPlan, full: LayerShape) -> None:
     if len(kept.experts) != full.experts or (kept.experts and kept.ffn_channels):
         found = f"{len(kept.experts)} experts" if kept.experts else "ffn_channels alone"
         raise PlanError(
-            f"layer {layer}: the plan must list the channels of each of the model's {full.experts} experts, got {found}"
+            f"layer {layer}: the plan must list the channels of each of the layer's {full.experts} experts, got {found}"
             if full.experts
-            else f"layer {layer}: the plan lists experts, and this model has none; use its own plan"
+            else f"layer {layer}: the plan lists experts, and this layer has none; use its own plan"
         )
     for expert, channels in enumerate(kept.experts):
         _check_indices(layer, f"channels of expert {expert}", channels, full.ffn_channels)
@@ -124,6 +135,13 @@ def _check_ffn(layer: int, kept: LayerPlan, full: LayerShape) -> None:
     if len(widths) > 1:
         raise PlanError(f"layer {layer}: every expert must keep the same number of channels, got {widths}")
     _check_indices(layer, "ffn_channels", kept.ffn_channels, full.ffn_channels)
+    if (kept.shared_channels is None) != (full.shared_channels is None):
+        raise PlanError(
+            f"layer {layer}: the plan must list the shared_channels of the model's shared expert, got none"
+            if kept.shared_channels is None
+            else f"layer {layer}: the plan lists shared_channels, and this layer has no shared expert; use its own plan"
+        )
+    _check_indices(layer, "shared_channels", kept.shared_channels or (), full.shared_width)
 
 
 def _check_groups(layer: int, kept: LayerPlan, full: LayerShape) -> None:

@@ -182,7 +182,8 @@ def sustained(gpu: Gpu, dtype: DtypeName, assumptions: Assumptions) -> Roofline:
 def kernels_of(shape: DecoderShape, assumptions: Assumptions) -> int:
     """Kernels of one call; an emptied block has none."""
     attention = sum(bool(layer.query_heads) for layer in shape.layers) * assumptions.attention_kernels
-    ffn = sum(bool(layer.ffn_channels) for layer in shape.layers) * assumptions.ffn_kernels
+    ffns = sum(bool(layer.ffn_channels) + bool(layer.shared_width) for layer in shape.layers)
+    ffn = ffns * assumptions.ffn_kernels
     return attention + ffn + assumptions.other_kernels
 
 

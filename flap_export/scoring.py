@@ -13,7 +13,7 @@ from typing import Final, Literal, final
 import torch
 from torch import Tensor
 
-from flap_export.calibration.statistics import CalibrationStatistics, CutSpace, SiteStatistics
+from flap_export.calibration.statistics import CalibrationStatistics, CutSpace, SiteStatistics, cut_spaces
 from flap_export.errors import PlanError, check_choice
 from flap_export.shapes import DecoderShape, LayerShape
 
@@ -49,6 +49,8 @@ class LayerScores:
     """float64 [Q]"""
     ffn_channels: Tensor
     """float64 [F], or [E, F] in a mixture of experts"""
+    shared_channels: Tensor | None = None
+    """float64 [S], of an expert that every token passes"""
 
 
 def score(
@@ -85,15 +87,17 @@ def layer_scores(
 ) -> LayerScores:
     """Standardised scores of one layer's units; see `score`."""
     layer = shape.layers[index]
-    sites = [statistics.get((index, "query")), statistics.get((index, "ffn"))]
-    widths = [site.mean.numel() if site else None for site in sites]
-    if widths != [layer.query_heads * shape.head_dim, layer.ffns * layer.ffn_channels]:
+    sites = {space: site for space in cut_spaces(layer) if (site := statistics.get((index, space))) is not None}
+    found = {space: site.mean.numel() for space, site in sites.items()}
+    ffn = found.get("ffn", 0) + found.get("shared", 0)
+    if (found.get("query"), ffn) != (layer.query_heads * shape.head_dim, layer.ffn_elements):
         raise PlanError(
-            f"layer {index}: the statistics are of {widths[0]} attention and {widths[1]} FFN channels, the model has "
-            f"{layer.query_heads * shape.head_dim} and {layer.ffns * layer.ffn_channels}; calibrate this model"
+            f"layer {index}: the statistics are of {found.get('query')} attention and {ffn} FFN channels, the model "
+            f"has {layer.query_heads * shape.head_dim} and {layer.ffn_elements}; calibrate this model"
         )
-    attention, ffn = (metric(site) for site in sites if site is not None)
-    return LayerScores(head_means(standardised(attention**attention_power), layer), standardised(ffn))
+    attention = head_means(standardised(metric(sites["query"]) ** attention_power), layer)
+    shared = standardised(metric(sites["shared"])) if "shared" in sites else None
+    return LayerScores(attention, standardised(metric(sites["ffn"])), shared)
 
 
 def standardised(scores: Tensor) -> Tensor:

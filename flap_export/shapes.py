@@ -6,6 +6,7 @@ Notation used throughout the package:
     D   head_dim                         K   KV heads of one layer
     F   FFN channels of one layer        g   query heads per KV head, Q / K
     E   experts of one layer; F is then the width of each of them
+    S   channels of the expert that every token passes beside those, where a layer has one
 
 In some families one norm runs over all query heads together, and one over all key heads. What such a norm makes of one
 head depends on the others, so their projections go on computing every head of the dense layer, and attention takes the
@@ -41,6 +42,10 @@ class LayerShape(Value):
     """Key heads likewise, of which it takes the first K."""
     experts: _Heads = 0
     """Experts of a mixture, each of them `ffn_channels` wide and with an output bias of its own; 0 is a plain FFN."""
+    shared_channels: _Channels | None = None
+    """Channels of a mixture's shared expert, which every token passes; None where there is no such expert."""
+    shared_bias: bool = False
+    """Whether the shared expert's output projection carries a bias."""
 
     @property
     def head_blocks(self) -> int:
@@ -63,6 +68,16 @@ class LayerShape(Value):
         """Shape of what is known of each FFN channel: (F,), or (E, F)."""
         return (self.experts, self.ffn_channels) if self.experts else (self.ffn_channels,)
 
+    @property
+    def shared_width(self) -> int:
+        """S, or 0 where there is no shared expert."""
+        return self.shared_channels or 0
+
+    @property
+    def ffn_elements(self) -> int:
+        """Channels of all its FFNs: F, or E F + S."""
+        return self.ffns * self.ffn_channels + self.shared_width
+
 
 class DecoderShape(Value):
     """Sizes of a decoder whose layers may differ from each other."""
@@ -75,6 +90,8 @@ class DecoderShape(Value):
     tied_embeddings: bool
     parallel_blocks: bool = False
     """Whether attention and FFN of a layer read the same hidden states, behind one norm."""
+    shared_gates: bool = False
+    """Whether shared experts have a gate, H weights that are never cut."""
     layers: tuple[LayerShape, ...]
 
     @property
@@ -88,7 +105,7 @@ class DecoderShape(Value):
         return self.ffn_matrices * self.hidden_size
 
     def ffn_unit_parameters(self, layer: LayerShape) -> int:
-        """Weights of what an FFN loses at a time: one channel, or one of every expert (3 E H)."""
+        """Weights of what an FFN loses at a time: one channel, or one of every routed expert (3 E H)."""
         return layer.ffns * self.ffn_channel_parameters
 
     def attention_parameters(self, layer: LayerShape) -> int:
@@ -100,8 +117,11 @@ class DecoderShape(Value):
         return (layer.joint_query_heads + layer.joint_key_heads) * self.head_block_parameters
 
     def ffn_parameters(self, layer: LayerShape) -> int:
-        """FFN weights of `layer`, 3 H F when gated, E times that in a mixture; the router is never cut nor counted."""
-        return layer.ffn_channels * self.ffn_unit_parameters(layer)
+        """FFN weights of `layer`: 3 H F when gated, 3 H (E F + S) in a mixture.
+
+        Routers and the gates of shared experts are never cut nor counted.
+        """
+        return layer.ffn_elements * self.ffn_channel_parameters
 
     @property
     def decoder_parameters(self) -> int:

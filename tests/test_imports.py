@@ -58,7 +58,7 @@ STAGES = (
 # The same inside packages that hold more than one step.
 WITHIN = {
     "text": ("sources", "tokenization", "windows"),
-    "families": ("rope", "family", "configuration", "table"),
+    "families": ("rope", "family", "sparsity", "configuration", "table"),
     "models": (
         "weights", "modeling_pruned", "opening", "double_precision", "loading", "own_attention", "attention",
     ),

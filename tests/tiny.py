@@ -56,8 +56,34 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "arcee": {"rope_theta": 50.0},
     # Windows in all but every fourth layer.
     "cwm": {"head_dim": 12, "sliding_window": 6, "rope_theta": 50.0},
+    # A plain layer in front, groups of experts, a correction that changes which are chosen.
+    "dots1": {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 3,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+    },
     # Neighbouring channels turn together.
     "ernie4_5": {"head_dim": 12, "rope_theta": 50.0},
+    # Plain layers before and after the mixtures.
+    "ernie4_5_moe": {
+        "head_dim": 12,
+        "rope_theta": 50.0,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 5,
+        "moe_num_shared_experts": 2,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+    },
     # Norms behind the blocks, windows in every other layer; in the others no head turns.
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
     # Norms behind the blocks, and one norm over all queries, and over all keys.
@@ -118,6 +144,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 30.0, "factor": 1.0, "alpha": 5.0},
     },
+    # A shared expert that is as wide as every other one.
+    "hunyuan_v1_moe": {"head_dim": 12, "num_experts": 5, "moe_topk": 2},
     "internlm3": {
         "head_dim": 12,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 6.0},
@@ -139,6 +167,18 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Two pairs of neighbours in every head turn.
     "glm": {"head_dim": 12, "partial_rotary_factor": 0.34, "rope_theta": 50.0},
     "glm4": {"head_dim": 12, "partial_rotary_factor": 0.34, "rope_theta": 50.0},
+    # A plain layer in front; weights of chosen experts as they are, times a factor.
+    "glm4_moe": {
+        "head_dim": 12,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 5,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+    },
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
@@ -166,6 +206,14 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 7},
     # Multi-query attention.
     "qwen2": {"num_key_value_heads": 1},
+    # Every other layer is plain; the shared expert has a gate and is wider than a routed one.
+    "qwen2_moe": {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 56,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 2,
+    },
     # The head size is stated and need not divide the hidden size.
     "qwen3": {"head_dim": 12},
     "qwen3_moe": {
@@ -192,7 +240,7 @@ ALL_FAMILIES = sorted(
 )
 ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
-MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].ffn.experts_field]
+MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].mixture]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]
 """Those whose FFN is linear modules in transformers; for the others see test_mixtures.py."""
 OLD_FALCON: dict[str, Any] = {"new_decoder_architecture": False, "num_kv_heads": ...}
@@ -240,6 +288,9 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.data.copy_(1 + noise if name in norms else noise)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
 
 
 def tiny_checkpoint(
@@ -261,7 +312,7 @@ def tiny_checkpoint(
 def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as transformers loads it, with an attention that leaves nothing out (4.57's sdpa has no softcap)."""
     family = open_checkpoint(path).family
-    experts = {"experts_implementation": "eager"} if family.ffn.experts_field else {}
+    experts = {"experts_implementation": "eager"} if family.mixture else {}
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=family.attention_kernel, **experts
     )
@@ -316,12 +367,18 @@ def layer_plan(checkpoint: Checkpoint, index: int, kv_heads: Sequence[int], ffn_
 
 
 def ffn_fields(layer: LayerShape, ffn_channels: Sequence[int]) -> dict[str, Any]:
-    """Keep these channels, or in every expert as many but others: all shifted by the expert's number."""
+    """Keep these channels, or in every expert as many but others: all shifted by the expert's number.
+
+    A shared expert keeps the same, over and over again.
+    """
     if not layer.experts:
         return {"ffn_channels": tuple(ffn_channels)}
     width = layer.ffn_channels
     shifted = [sorted((channel + expert) % width for channel in ffn_channels) for expert in range(layer.experts)]
-    return {"experts": tuple(map(tuple, shifted))}
+    fields = {"experts": tuple(map(tuple, shifted))}
+    if layer.shared_channels is None:
+        return fields
+    return {**fields, "shared_channels": tuple(c for c in range(layer.shared_channels) if c % width in ffn_channels)}
 
 
 def plan_of(checkpoint: Checkpoint, layers: Sequence[LayerPlan]) -> PruningPlan:
@@ -346,7 +403,7 @@ def uneven_plan(checkpoint: Checkpoint) -> PruningPlan:
 
     One query head of each KV group goes in the uneven layer, besides whole groups where there are several.
     """
-    layer = checkpoint.shape.layers[0]
+    layer, second = checkpoint.shape.layers[:2]
     assert len(checkpoint.shape.layers) == 4
     size = layer.query_heads // layer.kv_heads
     last = layer.kv_heads - 1
@@ -354,7 +411,7 @@ def uneven_plan(checkpoint: Checkpoint) -> PruningPlan:
         layer=1,
         query_heads=tuple(last * size + i for i in range(min(1, size - 1), size)),
         kv_heads=(last,),
-        **ffn_fields(layer, range(1, layer.ffn_channels, 3)),
+        **ffn_fields(second, range(1, second.ffn_channels, 3)),
     )
     return plan_of(
         checkpoint,

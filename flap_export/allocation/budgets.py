@@ -19,20 +19,25 @@ def cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64
         budget: in the same units as the costs.
 
     Returns:
-        Steps taken of each ladder. What is passed over for its cost is the end of its ladder: costs never fall.
+        Steps taken of each ladder. What is passed over for its cost is the end of its ladder.
     """
     values = np.concatenate([scores for scores, _ in ladders])
     costs = np.concatenate([step_costs for _, step_costs in ladders])
     owners = np.repeat(np.arange(len(ladders)), [len(scores) for scores, _ in ladders])
     taken, removed, smallest = [0] * len(ladders), 0, int(costs.min())
+    ended: set[int] = set()
     # A stable sort: equal scores go in layer order, so that the same statistics always give the same plan.
     for step in np.argsort(values, kind="stable"):
-        cost = int(costs[step])
+        owner, cost = int(owners[step]), int(costs[step])
+        if owner in ended:
+            continue
         if removed + cost <= budget + smallest / 2:
-            taken[owners[step]] += 1
+            taken[owner] += 1
             removed += cost
         elif cost == smallest:
             break
+        else:
+            ended.add(owner)
     return taken
 
 

@@ -46,16 +46,20 @@ def achieved_ratio(shape: DecoderShape, layers: Sequence[LayerPlan], ratio: floa
 
 
 def smallest_unit(shape: DecoderShape) -> int:
-    """Weights of the least that can go: one FFN channel, or one of every expert."""
-    return min((shape.ffn_unit_parameters(layer) for layer in shape.layers), default=shape.ffn_channel_parameters)
+    """Weights of the least that can go: one FFN channel, or one of every expert where there are no others."""
+    units = [shape.ffn_unit_parameters(layer) for layer in shape.layers if layer.shared_channels is None]
+    return min(units) if len(units) == len(shape.layers) else shape.ffn_channel_parameters
 
 
 def _of_every(shape: DecoderShape) -> str:
-    return " of every expert" if any(layer.experts for layer in shape.layers) else ""
+    return " of every expert" if smallest_unit(shape) > shape.ffn_channel_parameters else ""
 
 
-def remainder(align_channels: int) -> str:
+def remainder(shape: DecoderShape, align_channels: int) -> str:
     """Why FFN channels may not make up for what whole heads miss."""
     if align_channels > 1:
         return f"FFN widths are multiples of {align_channels}, so the budget moves {align_channels} channels at a time"
+    experts = max(layer.experts for layer in shape.layers)
+    if any(shape.ffn_unit_parameters(layer) > smallest_unit(shape) for layer in shape.layers):
+        return f"up to {experts} experts of a layer lose a channel each at a time, and smaller units are not next"
     return "no FFN channels are left to make up for whole heads"

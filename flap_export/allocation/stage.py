@@ -86,8 +86,10 @@ def allocate(
                 "--statistics welford"
             )
         layers = _reference_layers(scores, shape, ratio, structure, remove_heads)
-        return layers, achieved_ratio(shape, layers, ratio, _reason(structure, selection, len(layers), align_channels))
-    ladders = ladders_from_scores(scores, shape, head_units=head_units, align_channels=align_channels)
+        return layers, achieved_ratio(shape, layers, ratio, _reason(shape, structure, selection, align_channels))
+    ladders = ladders_from_scores(
+        scores, shape, head_units=head_units, align_channels=align_channels, proportional=takes_shares(structure)
+    )
     return allocate_ladders(
         ladders,
         shape,
@@ -97,6 +99,11 @@ def allocate(
         align_channels=align_channels,
         allowed_heads=allowed_heads,
     )
+
+
+def takes_shares(structure: StructureName | None) -> bool:
+    """Whether a structure takes the same of every layer, whatever the scores of its units are beside other layers'."""
+    return (structure or "").startswith("ul")
 
 
 def allocate_ladders(
@@ -112,7 +119,7 @@ def allocate_ladders(
     """Decide how far every ladder is gone down; see `allocate`."""
     task = _Task(ladders, shape, ratio, remove_heads, allowed_heads)
     layers = plan_layers(ladders, shape, STRUCTURES[structure](task))
-    return layers, achieved_ratio(shape, layers, ratio, _reason(structure, "exact", len(layers), align_channels))
+    return layers, achieved_ratio(shape, layers, ratio, _reason(shape, structure, "exact", align_channels))
 
 
 def allocate_by_loss(
@@ -137,7 +144,7 @@ def allocate_by_loss(
     modules = [ladder for layer in ladders for ladder in (layer.attention, layer.ffn)]
     taken = least_loss([(ladder.scores, ladder.costs) for ladder in modules], ratio * shape.decoder_parameters)
     layers = plan_layers(ladders, shape, list(zip(taken[0::2], taken[1::2], strict=True)))
-    return layers, achieved_ratio(shape, layers, ratio, remainder(align_channels))
+    return layers, achieved_ratio(shape, layers, ratio, remainder(shape, align_channels))
 
 
 def plan_layers(ladders: Sequence[LayerLadders], shape: DecoderShape, steps: Steps) -> tuple[LayerPlan, ...]:
@@ -271,13 +278,14 @@ def _check_heads(task: _Task, found: int) -> None:
         )
 
 
-def _reason(structure: StructureName, selection: Selection, layers: int, align_channels: int) -> str:
+def _reason(shape: DecoderShape, structure: StructureName, selection: Selection, align_channels: int) -> str:
     """Why a ratio may be missed by more than half a unit."""
     if selection == "reference":
         return "the official code's thresholds and integer costs are reproduced"
-    if structure.startswith("ul"):
+    if takes_shares(structure):
+        layers = len(shape.layers)
         return (
             f"{structure} removes the same in each of {layers} layers, so it moves {layers * align_channels} channels "
             "at a time, and cannot make up for heads that cost more than a layer's share, or less than the FFN can bear"
         )
-    return remainder(align_channels)
+    return remainder(shape, align_channels)

@@ -15,11 +15,11 @@ from flap_export.calibration.layerwise import streamed
 from flap_export.calibration.moments import RunningMoments
 from flap_export.calibration.reference import ReferenceMoments
 from flap_export.calibration.statistics import (
-    CUT_SPACES,
     CalibrationStatistics,
     CutSpace,
     SiteStatistics,
     StatisticsName,
+    cut_spaces,
     stacked_sites,
 )
 from flap_export.errors import InputError, ModelError, TextError, check_choice
@@ -66,7 +66,7 @@ def calibrate(
         device: where to compute.
         dtype: precision to compute in; None is float32 on a CPU and the checkpoint's own on a GPU.
         chunk_sequences: sequences in memory at a time.
-        removed: says of every layer, from its statistics, which channels of both sites are held at zero before it
+        removed: says of every layer, from its statistics, which channels of its sites are held at zero before it
             hands its outputs on, so that later layers see what the pruned ones give. None hands on what the dense layer
             gives.
         progress: told after every layer.
@@ -77,7 +77,7 @@ def calibrate(
     """
     check_choice("statistics", statistics, ACCUMULATORS)
     checkpoint, windows = calibration_windows(model, source, samples, sequence_length, seed, dtype)
-    if statistics == "reference" and checkpoint.family.ffn.experts_field:
+    if statistics == "reference" and checkpoint.family.mixture:
         raise InputError(
             f"--statistics reference reproduces code that knows no mixtures of experts, and {checkpoint.name} is one; "
             "use --statistics welford"
@@ -97,7 +97,7 @@ def calibrate(
             with _observed(checkpoint, statistics, length, sites, visited.index, visited.layer):
                 visited.observe() if removed else visited.propagate()
             if removed is not None:
-                _zero_columns(checkpoint, visited.layer, removed(visited.index, sites))
+                _zero_columns(checkpoint, visited.index, visited.layer, removed(visited.index, sites))
                 visited.propagate()
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
     return CalibrationStatistics(checkpoint.name, source, sequences, length, seed, statistics, sites, digests)
@@ -167,12 +167,11 @@ def _observed(
     layer: nn.Module,
 ) -> Iterator[None]:
     """Gather the statistics of one layer while it runs."""
+    shape = checkpoint.shape.layers[index]
+    modules = {space: _restoring_modules(checkpoint, index, layer, space) for space in cut_spaces(shape)}
     running = {
-        space: [
-            ACCUMULATORS[kind](module.get_parameter("weight").shape[1])
-            for module in _restoring_modules(checkpoint, layer, space)
-        ]
-        for space in CUT_SPACES
+        space: [ACCUMULATORS[kind](module.get_parameter("weight").shape[1]) for module in own]
+        for space, own in modules.items()
     }
 
     def observe(found: RunningMoments | ReferenceMoments, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -182,36 +181,33 @@ def _observed(
 
     hooks = [
         module.register_forward_pre_hook(partial(observe, found))
-        for space in CUT_SPACES
-        for found, module in zip(running[space], _restoring_modules(checkpoint, layer, space), strict=True)
+        for space, own in modules.items()
+        for found, module in zip(running[space], own, strict=True)
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    for space in CUT_SPACES:
-        modules = _restoring_modules(checkpoint, layer, space)
+    for space, own in modules.items():
         found = [
             _site(moments, module.get_parameter("weight").to(torch.float64))
-            for moments, module in zip(running[space], modules, strict=True)
+            for moments, module in zip(running[space], own, strict=True)
         ]
-        mixed = space == "ffn" and bool(checkpoint.shape.layers[index].experts)
-        sites[index, space] = stacked_sites(found) if mixed else found[0]
-        _check_finite(sites[index, space], index, checkpoint.family.restoring(space).path)
+        sites[index, space] = stacked_sites(found) if space == "ffn" and shape.experts else found[0]
+        _check_finite(sites[index, space], index, checkpoint.family.restoring(space, shape).path)
 
 
-def _restoring_modules(checkpoint: Checkpoint, layer: nn.Module, space: CutSpace) -> list[nn.Module]:
+def _restoring_modules(checkpoint: Checkpoint, index: int, layer: nn.Module, space: CutSpace) -> list[nn.Module]:
     """The projections of a layer that map `space` back to the residual stream: one, or one of every expert."""
-    # The layers of a dense model are all alike.
-    paths = checkpoint.family.restoring_paths(space, checkpoint.shape.layers[0])
+    paths = checkpoint.family.restoring_paths(space, checkpoint.shape.layers[index])
     return [layer.get_submodule(path) for path in paths]
 
 
-def _zero_columns(checkpoint: Checkpoint, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
+def _zero_columns(checkpoint: Checkpoint, index: int, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
     """Let the restoring projections ignore channels, [R] or [E, R]."""
     for space, channels in removed.items():
-        modules = _restoring_modules(checkpoint, layer, space)
+        modules = _restoring_modules(checkpoint, index, layer, space)
         for module, own in zip(modules, channels if channels.ndim == 2 else [channels], strict=True):
             weight = module.get_parameter("weight")
             weight[:, own.to(weight.device)] = 0

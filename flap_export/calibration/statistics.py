@@ -11,17 +11,31 @@ import torch
 from torch import Tensor
 
 from flap_export.errors import InputError
+from flap_export.families import Part
+from flap_export.shapes import LayerShape
 from flap_export.storage import load_tensors, save_tensors
 
 STATISTICS_NAME: Final = "statistics.safetensors"
 KIND: Final = "calibration statistics"
 SCHEMA_VERSION: Final = 2
 
-CutSpace = Literal["query", "ffn"]
+CutSpace = Literal["query", "ffn", "shared"]
 StatisticsName = Literal["welford", "reference"]
 """Exact statistics, or those of the official code; see `flap_export.calibration.reference`."""
 CUT_SPACES: Final[tuple[CutSpace, ...]] = ("query", "ffn")
-"""Spaces whose channels can go: the inputs of o_proj (Q D channels) and of down_proj (F channels)."""
+"""Spaces of every layer whose channels can go: the inputs of o_proj (Q D channels) and of down_proj (F channels)."""
+_WITH_SHARED: Final[tuple[CutSpace, ...]] = (*CUT_SPACES, "shared")
+"""And the inputs of a shared expert's down_proj (S channels)."""
+
+
+def cut_spaces(layer: LayerShape) -> tuple[CutSpace, ...]:
+    """Spaces of a layer whose channels can go."""
+    return CUT_SPACES if layer.shared_channels is None else _WITH_SHARED
+
+
+def part_of(space: CutSpace) -> Part:
+    """Which part of a layer a cut space lies in."""
+    return "query" if space == "query" else "ffn"
 
 
 class Site(NamedTuple):
@@ -52,6 +66,12 @@ class SiteStatistics:
     """||W_:j||^2 of the restoring projection's columns."""
     weight_absolute_mean: Tensor
     """Mean over rows of |W_ij|."""
+
+
+def stored_spaces(tensors: Mapping[str, Tensor], layer: int) -> tuple[CutSpace, ...]:
+    """The cut spaces of a layer that saved tensors, named `layers.<layer>.<space>...`, must tell of."""
+    has_shared = any(name.startswith(f"layers.{layer}.shared.") for name in tensors)
+    return _WITH_SHARED if has_shared else CUT_SPACES
 
 
 def stacked_sites(experts: Sequence[SiteStatistics]) -> SiteStatistics:
@@ -101,7 +121,7 @@ class CalibrationStatistics:
             sites = {
                 (layer, space): SiteStatistics(*(tensors[f"layers.{layer}.{space}.{name}"] for name in _FIELDS))
                 for layer in range(header["layers"])
-                for space in CUT_SPACES
+                for space in stored_spaces(tensors, layer)
             }
             return cls(**{name: header[name] for name in _HEADER}, sites=sites)
         except KeyError as error:

@@ -39,7 +39,8 @@ def of_shape(shape: DecoderShape) -> Iterator[RenderableType]:
         if last or shape.layers[index + 1] != layer:
             label = str(index) if start == index else f"{start}-{index}"
             experts = f"{layer.experts} x " if layer.experts else ""
-            drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), f"{experts}{layer.ffn_channels}")
+            shared = "" if layer.shared_channels is None else f" + {layer.shared_channels}"
+            drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), f"{experts}{layer.ffn_channels}{shared}")
             start = index + 1
     yield drawn
 

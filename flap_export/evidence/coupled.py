@@ -41,7 +41,11 @@ def random_scores(shape: DecoderShape, seed: int) -> tuple[LayerScores, ...]:
         return torch.randn(count, generator=generator, dtype=torch.float64)
 
     return tuple(
-        LayerScores(drawn(layer.query_heads), drawn(layer.ffns * layer.ffn_channels).view(layer.ffn_scores))
+        LayerScores(
+            drawn(layer.query_heads),
+            drawn(layer.ffns * layer.ffn_channels).view(layer.ffn_scores),
+            None if layer.shared_channels is None else drawn(layer.shared_channels),
+        )
         for layer in shape.layers
     )
 
@@ -81,7 +85,8 @@ def taylor_scores(
 
     scores = _scores(dense, salience)
     for index, layer in enumerate(scores):
-        if not bool(torch.isfinite(layer.query_heads).all() and torch.isfinite(layer.ffn_channels).all()):
+        found = (layer.query_heads, layer.ffn_channels, layer.shared_channels)
+        if not all(bool(torch.isfinite(own).all()) for own in found if own is not None):
             raise ModelError(
                 f"layer {index}: gradients are NaN or infinite; the model overflows in this precision, "
                 "set --dtype float32"
@@ -103,9 +108,8 @@ def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Ten
     widths = space_widths(dense.shape, layer)
     totals = {space: torch.zeros(width, dtype=torch.float64) for space, width in widths.items()}
     by_expert = [torch.zeros_like(totals["ffn"]) for _ in range(layer.ffns)]
-    for projection in dense.family.projections:
-        space: Space = "ffn" if "ffn" in (projection.inputs, *projection.outputs) else "query"
-        for expert in experts_of(space, layer):
+    for projection in dense.family.projections_of(layer):
+        for expert in experts_of(projection.space, layer):
             own = {**totals, "ffn": by_expert[expert or 0]}
             values = importance(f"{dense.family.modules.layers}.{index}.{projection.at(expert)}.weight")
             _add_rows(own, projection, values.sum(dim=1), widths, layer.kv_heads)
@@ -113,8 +117,12 @@ def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Ten
     ffn = torch.stack(by_expert) if layer.experts else by_expert[0]
     group_size = layer.query_heads // layer.kv_heads
     heads = totals["query"].view(layer.query_heads, size).sum(dim=1)
-    shared = totals["kv"].view(layer.kv_heads, size).sum(dim=1) / group_size
-    return LayerScores(standardised(heads + shared.repeat_interleave(group_size)), standardised(ffn))
+    keys_and_values = totals["kv"].view(layer.kv_heads, size).sum(dim=1) / group_size
+    return LayerScores(
+        standardised(heads + keys_and_values.repeat_interleave(group_size)),
+        standardised(ffn),
+        None if layer.shared_channels is None else standardised(totals["shared"]),
+    )
 
 
 def _add_rows(

@@ -1,6 +1,6 @@
 """Stage `measure`: what every module of every layer costs the model when it shrinks, measured in one pass.
 
-In each layer the inputs of both restoring projections are observed, their units are ordered by second-order
+In each layer the inputs of its restoring projections are observed, their units are ordered by second-order
 elimination, and at a few levels of removal the refitted module takes the place of the dense one. What it gives branches
 off and is carried through the remaining, dense layers beside the model's own hidden states; at the end stands the KL
 divergence between the dense logits and those of every branch. Between the levels the loss follows the projection's
@@ -24,14 +24,15 @@ from flap_export.allocation.ladders import HEAD_UNITS, HeadUnits, attention_cost
 from flap_export.calibration.layerwise import LayerPass, LayerStream, streamed
 from flap_export.calibration.moments import RunningComoments
 from flap_export.calibration.stage import calibration_windows, compute_dtype
-from flap_export.calibration.statistics import CUT_SPACES, CutSpace, Site
+from flap_export.calibration.statistics import CutSpace, Site, cut_spaces
 from flap_export.errors import check_choice
 from flap_export.evidence.elimination import RIDGE, Elimination, eliminate
 from flap_export.evidence.sensitivity import ModuleSensitivity, Sensitivity, interpolated_losses
+from flap_export.families import space_widths
 from flap_export.models.opening import Checkpoint
 from flap_export.progress import Progress, no_progress
 from flap_export.rewriting.compensation import complement, least_squares
-from flap_export.rewriting.cutting import sites_of
+from flap_export.rewriting.cutting import path_of, sites_of
 from flap_export.rewriting.restoring import SiteInputs, check_finite, observed, replace, restoring_module
 from flap_export.shapes import DecoderShape
 
@@ -138,12 +139,12 @@ def _branched(
         dense, visited, list(sites_of(dense, visited.index)), visited.hidden.shape[1], device
     ) as observations:
         visited.propagate()
-    for space in CUT_SPACES:
+    for space in cut_spaces(dense.shape.layers[visited.index]):
         sites = {site: observations.pop(site) for site in list(observations) if site.space == space}
         orders = {}
         for site, found in sites.items():
             found.moments.update(found.take_held_out())
-            check_finite(found, visited.index, dense.family.restoring(space).path)
+            check_finite(found, visited.index, path_of(dense, site))
             orders[site] = _ordered(dense, visited, site, found, head_units)
         steps_of_all = _step_count(dense.shape, visited.index, space, head_units)
         branches = []
@@ -184,8 +185,8 @@ def _together(experts: Sequence[Elimination], tokens: Sequence[int]) -> Eliminat
 def _units(shape: DecoderShape, site: Site, head_units: HeadUnits) -> tuple[Tensor, Tensor | None]:
     """Input channels of every unit [U, n], and the group each belongs to where one of every group goes at a time."""
     layer = shape.layers[site.layer]
-    if site.space == "ffn":
-        return torch.arange(layer.ffn_channels).unsqueeze(1), None
+    if site.space != "query":
+        return torch.arange(space_widths(shape, shape.layers[site.layer])[site.space]).unsqueeze(1), None
     heads = torch.arange(layer.query_heads * shape.head_dim).view(layer.query_heads, shape.head_dim)
     if units_of_layer(layer, head_units) == "groups":
         return heads.view(layer.kv_heads, -1), None
@@ -193,8 +194,9 @@ def _units(shape: DecoderShape, site: Site, head_units: HeadUnits) -> tuple[Tens
 
 
 def _step_count(shape: DecoderShape, index: int, space: CutSpace, head_units: HeadUnits) -> int:
-    layer = shape.layers[index]
-    return layer.ffn_channels if space == "ffn" else len(attention_costs(shape, layer, head_units))
+    if space != "query":
+        return space_widths(shape, shape.layers[index])[space]
+    return len(attention_costs(shape, shape.layers[index], head_units))
 
 
 def _levels(steps: int, levels: Sequence[float]) -> list[int]:

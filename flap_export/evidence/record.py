@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Final, final
 
@@ -21,6 +21,7 @@ from flap_export.storage import Record, Seed, Value, load_tensors, save_tensors
 EVIDENCE_NAME: Final = "evidence.json"
 SCORES_NAME: Final = "scores.safetensors"
 _SCORES_VERSION: Final = 1
+_SCORED: Final = tuple(field.name for field in fields(LayerScores))
 
 
 class CalibrationText(Value):
@@ -116,15 +117,16 @@ class Evidence:
 
 def _score_tensors(scores: Sequence[LayerScores]) -> dict[str, Tensor]:
     return {
-        f"layers.{index}.{name}": getattr(layer, name)
+        f"layers.{index}.{name}": values
         for index, layer in enumerate(scores)
-        for name in ("query_heads", "ffn_channels")
+        for name in _SCORED
+        if (values := getattr(layer, name)) is not None
     }
 
 
 def _loaded_scores(path: Path, layers: int) -> tuple[LayerScores, ...]:
     tensors, _ = load_tensors(path, "scores", _SCORES_VERSION)
     return tuple(
-        LayerScores(tensors[f"layers.{index}.query_heads"], tensors[f"layers.{index}.ffn_channels"])
+        LayerScores(**{name: tensors[key] for name in _SCORED if (key := f"layers.{index}.{name}") in tensors})
         for index in range(layers)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, final
 
@@ -11,8 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flap_export.allocation.ladders import HeadUnits, Ladder, LayerLadders, attention_costs, ffn_steps
-from flap_export.calibration.statistics import CUT_SPACES, CutSpace
+from flap_export.allocation.ladders import (
+    HeadUnits,
+    Ladder,
+    LayerLadders,
+    attention_costs,
+    elements_of,
+    ffn_steps,
+    in_proportion,
+    merged,
+    numbered_from,
+)
+from flap_export.calibration.statistics import CutSpace, stored_spaces
 from flap_export.errors import InputError
 from flap_export.shapes import DecoderShape, LayerShape
 from flap_export.storage import load_tensors, save_tensors
@@ -73,21 +84,41 @@ class Sensitivity:
                     *(tensors[f"layers.{layer}.{space}.{name}"] for name in ("order", "gone", "losses"))
                 )
                 for layer in range(header["layers"])
-                for space in CUT_SPACES
+                for space in stored_spaces(tensors, layer)
             }
             return cls(**{name: header[name] for name in _HEADER}, modules=modules)
         except KeyError as error:
             raise InputError(f"'{path}' lacks {error}; measure again") from error
 
-    def ladders(self, shape: DecoderShape, align_channels: int = 1) -> tuple[LayerLadders, ...]:
-        """Both ladders of every layer; the scores are what each step adds to the loss."""
+    def ladders(
+        self, shape: DecoderShape, align_channels: int = 1, *, proportional: bool = False
+    ) -> tuple[LayerLadders, ...]:
+        """Both ladders of every layer; the scores are what each step adds to the loss.
+
+        Args:
+            shape: the dense decoder.
+            align_channels: FFN widths that are left are multiples of this, or the dense width.
+            proportional: whether routed experts and a shared one lose the same share, whatever that costs.
+        """
         return tuple(
             LayerLadders(
                 _attention_ladder(self.modules[index, "query"], shape, layer, self.head_units),
-                _ffn_ladder(self.modules[index, "ffn"], shape, layer, align_channels),
+                self._ffn_ladder(shape, index, align_channels, proportional),
             )
             for index, layer in enumerate(shape.layers)
         )
+
+    def _ffn_ladder(self, shape: DecoderShape, index: int, align_channels: int, proportional: bool) -> Ladder:
+        """The ladder of all FFNs of a layer; losses of routed experts and of a shared one are taken to add up."""
+        layer = shape.layers[index]
+        routed = _ffn_ladder(self.modules[index, "ffn"], layer.ffn_channels, layer.ffns, shape, align_channels)
+        if layer.shared_channels is None:
+            return routed
+        own = _ffn_ladder(self.modules[index, "shared"], layer.shared_channels, 1, shape, align_channels)
+        shared = numbered_from(elements_of("shared", None, layer)[0], own)
+        if proportional:
+            return in_proportion(routed, shared)
+        return merged([routed, shared], [hull_slopes(routed), hull_slopes(shared)])
 
 
 _HEADER: Final = ("model", "source", "sequences", "sequence_length", "seed", "head_units", "digests")
@@ -100,11 +131,33 @@ def _attention_ladder(
     return Ladder(module.order.numpy(), module.gone.numpy(), costs, added, shape.joint_parameters(layer))
 
 
-def _ffn_ladder(module: ModuleSensitivity, shape: DecoderShape, layer: LayerShape, align_channels: int) -> Ladder:
-    gone = ffn_steps(layer.ffn_channels, align_channels)
+def _ffn_ladder(module: ModuleSensitivity, width: int, ffns: int, shape: DecoderShape, align_channels: int) -> Ladder:
+    """Of so many FFNs side by side that lose a channel each at a time."""
+    gone = ffn_steps(width, align_channels)
     losses = module.losses.numpy()[gone - 1]
-    costs = np.diff(gone, prepend=0) * shape.ffn_unit_parameters(layer)
-    return Ladder(module.order.numpy(), gone * layer.ffns, costs, np.diff(losses, prepend=0.0))
+    costs = np.diff(gone, prepend=0) * ffns * shape.ffn_channel_parameters
+    return Ladder(module.order.numpy(), gone * ffns, costs, np.diff(losses, prepend=0.0))
+
+
+def hull_slopes(ladder: Ladder) -> NDArray[np.float64]:
+    """Loss per weight of every step along the lower convex hull of loss over weights; [S], never falling.
+
+    Steps of several ladders in this order remove any number of weights at nearly the least loss.
+    """
+    weights, losses = (np.concatenate([[0.0], np.cumsum(values)]) for values in (ladder.costs, ladder.scores))
+    corners = [0]
+    for point in range(1, len(weights)):
+        while len(corners) > 1 and _slope(weights, losses, *corners[-2:]) >= _slope(
+            weights, losses, corners[-1], point
+        ):
+            corners.pop()
+        corners.append(point)
+    slopes = [_slope(weights, losses, first, last) for first, last in pairwise(corners)]
+    return np.repeat(slopes, np.diff(corners))
+
+
+def _slope(weights: NDArray[np.float64], losses: NDArray[np.float64], first: int, last: int) -> float:
+    return float((losses[last] - losses[first]) / (weights[last] - weights[first]))
 
 
 def interpolated_losses(errors: NDArray[np.float64], measured: Mapping[int, float]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flap_export.allocation.ladders import check_widths, ladders_from_scores
 from flap_export.allocation.rates import check_rates, steps_of_rates
 from flap_export.allocation.reference import check_known
-from flap_export.allocation.stage import allocate, plan_layers
+from flap_export.allocation.stage import allocate, plan_layers, takes_shares
 from flap_export.calibration.stage import (
     RemovedChannels,
     Sites,
@@ -20,7 +20,7 @@ from flap_export.calibration.stage import (
     compute_dtype,
     open_dense,
 )
-from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics, CutSpace, StatisticsName
+from flap_export.calibration.statistics import CalibrationStatistics, CutSpace, StatisticsName, cut_spaces
 from flap_export.devices import check_device
 from flap_export.errors import InputError, TextError
 from flap_export.evidence.coupled import magnitude_scores, random_scores, taylor_scores
@@ -202,12 +202,12 @@ def _prefix_removal(dense: Checkpoint, options: PruneOptions, statistics: Statis
         alone = dense.shape.model_copy(update={"layers": (dense.shape.layers[index],)})
         scores = layer_scores(sites, dense.shape, METRICS[metric], index, attention_power)
         kept = kept_channels(_plan_alone(alone, scores, index, dense, options, statistics), alone)
-        widths = {space: sites[index, space].mean.shape[-1] for space in CUT_SPACES}
+        widths = {space: sites[index, space].mean.shape[-1] for space in cut_spaces(dense.shape.layers[index])}
         return {
             space: complement(channels, widths[space])
             if channels.ndim == 1
             else torch.stack([complement(own, widths[space]) for own in channels])
-            for space in CUT_SPACES
+            for space in widths
             if (channels := kept[space]) is not None
         }
 
@@ -225,7 +225,11 @@ def _plan_alone(
     """What layer `index` keeps at its own rate, or at the same share as every other."""
     if options.rates is not None:
         ladders = ladders_from_scores(
-            (scores,), alone, head_units=options.head_units, align_channels=options.align_channels
+            (scores,),
+            alone,
+            head_units=options.head_units,
+            align_channels=options.align_channels,
+            proportional=takes_shares(options.structure),
         )
         # Methods that decide about a layer alone spread the budget uniformly.
         return plan_layers(ladders, alone, steps_of_rates(ladders, options.rates[index : index + 1], "uniform"))[0]

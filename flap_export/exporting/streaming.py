@@ -24,7 +24,7 @@ _SCALE_INPUT: Final = 1
 
 
 def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Let every initializer that is named in the checkpoint stream from there, cast to `dtype`.
+    """Let every initializer that is named in the checkpoint stream from there, cast to what it was traced in.
 
     A tied head is the embedding. Where a family's norms add to their weights, the sum is stored, as `<norm>.scale`.
     """
@@ -43,7 +43,9 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
         is_scale = any(use.node.op_type in _NORMS and use.idx == _SCALE_INPUT for use in traced.uses())
         offset = family.norm.offset if is_scale else 0.0
         stored = f"{name.removesuffix('.weight')}.scale" if offset else name
-        read = partial(_read, checkpoint, name, dtype, offset)
+        # Routers stay in single precision in some families.
+        precision = torch.float32 if traced.dtype == ir.DataType.FLOAT else dtype
+        read = partial(_read, checkpoint, name, precision, offset)
         bound = lazy_initializer(graph, stored, traced.dtype, traced.shape.numpy(), read)
         ir.convenience.replace_all_uses_with(traced, bound)
 

@@ -3,8 +3,10 @@
 from flap_export.families.configuration import check_config, heads_are_fixed, shape_from_config
 from flap_export.families.family import (
     EVERY_EXPERT,
+    PARTS,
     Family,
     Norm,
+    Part,
     Projection,
     Space,
     expert_at,
@@ -16,8 +18,10 @@ from flap_export.families.table import FAMILIES, family_of
 __all__ = [
     "EVERY_EXPERT",
     "FAMILIES",
+    "PARTS",
     "Family",
     "Norm",
+    "Part",
     "Projection",
     "Space",
     "check_config",

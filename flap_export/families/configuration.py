@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from flap_export.errors import ModelError
-from flap_export.families.family import Family
+from flap_export.families.family import Family, SharedExpert
 from flap_export.families.rope import rope_types
 from flap_export.shapes import DecoderShape, LayerShape
 
@@ -68,16 +68,13 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
             f"the heads of {family.model_type} must fill its hidden size: num_attention_heads times head_dim must be "
             f"hidden_size ({config.hidden_size}), got {heads} times {head_dim}"
         )
-    layer = LayerShape(
-        query_heads=heads,
-        kv_heads=kv_heads,
-        ffn_channels=_ffn_channels(config, family),
-        joint_query_heads=heads if family.has_space("joint_query") else 0,
-        joint_key_heads=kv_heads if family.has_space("joint_key") else 0,
-        attention_bias=family.has_bias("query", config),
-        ffn_bias=family.has_bias("ffn", config),
-        experts=getattr(config, family.ffn.experts_field) if family.ffn.experts_field else 0,
-    )
+    attention = {
+        "query_heads": heads,
+        "kv_heads": kv_heads,
+        "joint_query_heads": heads if family.has_space("joint_query") else 0,
+        "joint_key_heads": kv_heads if family.has_space("joint_key") else 0,
+        "attention_bias": family.has_bias("query", config),
+    }
     return DecoderShape(
         hidden_size=config.hidden_size,
         head_dim=head_dim,
@@ -85,7 +82,10 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         ffn_matrices=family.ffn_matrices,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         parallel_blocks=_is_set(config, family.parallel_blocks),
-        layers=(layer,) * config.num_hidden_layers,
+        shared_gates=family.mixture is not None and family.mixture.shared is not None and family.mixture.shared.gated,
+        layers=tuple(
+            LayerShape(**attention, **_ffn_fields(config, family, index)) for index in range(config.num_hidden_layers)
+        ),
     )
 
 
@@ -113,6 +113,29 @@ def _kv_heads(config: Any, family: Family) -> int:
 def _holds(config: Any, settings: Mapping[str, object]) -> bool:
     """Whether every field holds the stated value; one that holds nothing is false."""
     return all((getattr(config, name) or False) == value for name, value in settings.items())
+
+
+def _ffn_fields(config: Any, family: Family, index: int) -> dict[str, Any]:
+    """The fields of a layer's shape that say what kind of FFN it has, and how large."""
+    mixture = family.mixture
+    if mixture is None or not (mixture.layers is None or mixture.layers(config, index)):
+        return {"ffn_channels": _ffn_channels(config, family), "ffn_bias": family.has_bias("ffn", config)}
+    width: int = getattr(config, mixture.width_field)
+    return {
+        "ffn_channels": width,
+        "experts": getattr(config, mixture.experts_field),
+        "shared_channels": _shared_channels(config, mixture.shared, width),
+    }
+
+
+def _shared_channels(config: Any, shared: SharedExpert | None, expert_width: int) -> int | None:
+    """S, or None where there is no shared expert."""
+    if shared is None:
+        return None
+    if shared.width_field is not None:
+        return getattr(config, shared.width_field) or None
+    count = 1 if shared.count_field is None else getattr(config, shared.count_field)
+    return count * expert_width or None
 
 
 def _ffn_channels(config: Any, family: Family) -> int:

@@ -5,24 +5,29 @@ weights follows from these spaces; a further family is a further row of the tabl
 
     hidden   the residual stream, never cut
     query    Q heads of D channels        kv   K heads of D channels        ffn   F channels
+    shared   S channels of a mixture's expert that every token passes
     joint_query, joint_key    all heads of the dense layer, over which one norm runs: those that attention kept first,
                               then those that count in the norm only
 
-In a mixture of experts every expert has an `ffn` space of its own; `*` in a path stands for the expert's number, as
-checkpoints have it. Routers are no projections: they read and write what is never cut.
+In a mixture of experts every routed expert has an `ffn` space of its own; `*` in a path stands for the expert's number,
+as checkpoints have it. Routers and the gates of shared experts are no projections: they read and write what is never
+cut. A family may have plain FFNs in some layers and mixtures in others; each layer has the projections of its own kind.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from flap_export.shapes import DecoderShape, LayerShape
 
-Space = Literal["hidden", "query", "kv", "ffn", "joint_query", "joint_key"]
+Space = Literal["hidden", "query", "kv", "ffn", "shared", "joint_query", "joint_key"]
 JOINT_SPACES: Final[frozenset[Space]] = frozenset({"joint_query", "joint_key"})
+Part = Literal["query", "ffn"]
+"""The two parts of a layer: attention, whose heads are cut, and the FFN, a shared expert included."""
+PARTS: tuple[Part, ...] = ("query", "ffn")
 EVERY_EXPERT = "*"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -44,9 +49,20 @@ class Projection:
         return self.inputs != "hidden" and self.outputs == ("hidden",)
 
     @property
-    def part(self) -> Literal["query", "ffn"]:
-        """Which part of a layer it belongs to: attention, whose heads are cut, or the FFN."""
-        return "ffn" if "ffn" in (self.inputs, *self.outputs) else "query"
+    def space(self) -> Space:
+        """The cut space that it reads from or first writes to."""
+        return self.outputs[0] if self.inputs == "hidden" else self.inputs
+
+    @property
+    def part(self) -> Part:
+        """Which part of a layer it belongs to."""
+        return "ffn" if self.space in ("ffn", "shared") else "query"
+
+    def is_of(self, layer: LayerShape) -> bool:
+        """Whether a layer of this kind has it: routed experts are a mixture's, an FFN beside them is shared."""
+        if self.space == "shared":
+            return layer.shared_channels is not None
+        return self.part == "query" or bool(layer.experts) == (EVERY_EXPERT in self.path)
 
     def at(self, expert: int | None) -> str:
         """The path in one expert, or in a plain FFN."""
@@ -147,14 +163,42 @@ class Rotary:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """What a configuration's numbers mean for the FFN: F channels, in each of E experts where it is a mixture."""
+    """What a configuration's numbers mean for a plain FFN of F channels."""
 
     width_field: str = "intermediate_size"
     """Configuration field that holds F."""
     multiple: int | None = None
     """F in units of H where that field holds nothing."""
-    experts_field: str | None = None
-    """Configuration field that holds E, in mixtures of experts."""
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """What a configuration's numbers mean for the expert of a mixture that every token passes, S channels wide.
+
+    Where neither field is named it is as wide as a routed one.
+    """
+
+    width_field: str | None = None
+    """Configuration field that holds S."""
+    count_field: str | None = None
+    """Or the one that holds S in units of F; several shared experts are one that is as wide as they are together."""
+    gated: bool = False
+    """Whether a gate, which is never cut, weighs what it gives."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a configuration's numbers mean for a mixture: E routed experts of F channels, and perhaps a shared one."""
+
+    experts_field: str
+    """Configuration field that holds E."""
+    width_field: str = "moe_intermediate_size"
+    """Configuration field that holds F."""
+    shared: SharedExpert | None = None
+    layers: Callable[[Any, int], bool] | None = None
+    """Says of a configuration and a layer's index whether that layer is a mixture; None where all are."""
+    router: str = "mlp.gate"
+    """The module that chooses experts, relative to its layer."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +209,9 @@ class Stored:
     """Parts of tensors' names in checkpoints, and what the model calls them."""
     buffers: tuple[str, ...] = ()
     """Ends of the names of what old checkpoints hold beside parameters, and the model computes."""
+    unused: tuple[str, ...] = ()
+    """Beginnings of the names of what they hold beside the model, to predict several tokens at once; `{layers}` stands
+    for the number of layers."""
     transposed: bool = False
     """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
 
@@ -188,6 +235,9 @@ class Family:
     modules: Modules = Modules()
     heads: Heads = Heads()
     ffn: FeedForward = FeedForward()
+    """Of plain layers."""
+    mixture: Mixture | None = None
+    """Of layers that are mixtures of experts, in families that have such."""
     rotary: Rotary = Rotary()
     stored: Stored = Stored()
     norm: Norm = Norm()
@@ -212,16 +262,12 @@ class Family:
     @property
     def ffn_matrices(self) -> int:
         """Matrices [H, F] that an FFN is made of: two, or three where it is gated."""
-        return self._spaces.count("ffn")
-
-    @property
-    def _spaces(self) -> list[Space]:
-        """Of all axes of all projections."""
-        return [space for projection in self.projections for space in (projection.inputs, *projection.outputs)]
+        own = [projection for projection in self.projections if EVERY_EXPERT in projection.path]
+        return _spaces(own or self.projections).count("ffn")
 
     def has_space(self, space: Space) -> bool:
         """Whether a projection reads or writes it."""
-        return space in self._spaces
+        return space in _spaces(self.projections)
 
     def has_bias(self, space: Space, config: Any) -> bool:
         """Whether the projection that maps `space` back to the residual stream has a bias, by a configuration."""
@@ -233,6 +279,10 @@ class Family:
     def can_hold_bias(self, space: Space) -> bool:
         """Whether its own class has, or can be told to have, a bias there."""
         return space in self.bias_flags
+
+    def projections_of(self, layer: LayerShape) -> tuple[Projection, ...]:
+        """The projections that a layer of this kind has."""
+        return tuple(projection for projection in self.projections if projection.is_of(layer))
 
     def projection(self, path: str) -> Projection | None:
         """The projection at `path` below a layer, in whichever expert, or None."""
@@ -250,14 +300,25 @@ class Family:
         path, _, kind = name.removeprefix(f"{self.modules.layers}.").partition(".")[2].rpartition(".")
         return self.stored.transposed and kind == "weight" and self.projection(path) is not None
 
-    def restoring(self, space: Space) -> Projection:
-        """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn."""
-        return next(p for p in self.projections if p.restores and p.inputs == space)
+    def restoring(self, space: Space, layer: LayerShape | None = None) -> Projection:
+        """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn.
+
+        Args:
+            space: that is cut.
+            layer: of the kind that is meant; None in families whose layers are all of one kind.
+        """
+        own = self.projections if layer is None else self.projections_of(layer)
+        return next(p for p in own if p.restores and p.inputs == space)
 
     def restoring_paths(self, space: Space, layer: LayerShape) -> list[str]:
         """Where the restoring projections of `space` are: one, or that of every expert in turn."""
-        restoring = self.restoring(space)
+        restoring = self.restoring(space, layer)
         return [restoring.at(expert) for expert in experts_of(space, layer)]
+
+
+def _spaces(projections: Iterable[Projection]) -> list[Space]:
+    """Of all axes of all of them."""
+    return [space for projection in projections for space in (projection.inputs, *projection.outputs)]
 
 
 def expert_at(path: str) -> int | None:
@@ -267,12 +328,13 @@ def expert_at(path: str) -> int | None:
 
 
 def space_widths(shape: DecoderShape, layer: LayerShape) -> dict[Space, int]:
-    """Channels of every space in one layer of a decoder."""
+    """Channels of every space in one layer of a decoder; in a mixture, `ffn` is one expert's."""
     return {
         "hidden": shape.hidden_size,
         "query": layer.query_heads * shape.head_dim,
         "kv": layer.kv_heads * shape.head_dim,
         "ffn": layer.ffn_channels,
+        "shared": layer.shared_width,
         "joint_query": layer.joint_query_heads * shape.head_dim,
         "joint_key": layer.joint_key_heads * shape.head_dim,
     }

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from flap_export.errors import ModelError
-from flap_export.families.family import Family, FeedForward, Heads, Modules, Norm, Projection, Rotary, Space, Stored
+from flap_export.families import sparsity
+from flap_export.families.family import (
+    Family,
+    FeedForward,
+    Heads,
+    Mixture,
+    Modules,
+    Norm,
+    Projection,
+    Rotary,
+    SharedExpert,
+    Space,
+    Stored,
+)
 
 _DIVIDING_HEADS = Heads(divide_hidden=True)
 _SEPARATE_PROJECTIONS = (
@@ -70,23 +83,34 @@ _GPT_NEOX_PROJECTIONS = (
 )
 
 
-def _with_experts(
-    gate: str, up: str, down: str, attention: tuple[Projection, ...] = _SEPARATE_PROJECTIONS[:4]
+def _gated(
+    path: str, space: Space, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[Projection, ...]:
-    """The projections of attention, and a mixture of gated experts."""
+    """The projections of a gated FFN at `path`."""
+    gate, up, down = names
     return (
-        *attention,
-        Projection(f"mlp.experts.*.{gate}", "hidden", ("ffn",)),
-        Projection(f"mlp.experts.*.{up}", "hidden", ("ffn",)),
-        Projection(f"mlp.experts.*.{down}", "ffn", ("hidden",)),
+        Projection(f"{path}.{gate}", "hidden", (space,)),
+        Projection(f"{path}.{up}", "hidden", (space,)),
+        Projection(f"{path}.{down}", space, ("hidden",)),
     )
 
+
+_MIXTRAL_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn", ("w1", "w3", "w2")))
+_JOINTLY_NORMED_MIXTURE = (*_JOINTLY_NORMED_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn"))
+_EXPERTS_IN_SOME_LAYERS = (*_SEPARATE_PROJECTIONS, *_gated("mlp.experts.*", "ffn"))
+_WITH_SHARED_EXPERTS = (*_EXPERTS_IN_SOME_LAYERS, *_gated("mlp.shared_experts", "shared"))
 
 _COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
 _MISTRAL_WITH_IMAGES = ("mistral3",)
 _JOINT_NORMS: dict[str, Space] = {"self_attn.q_norm": "joint_query", "self_attn.k_norm": "joint_key"}
+_ROUTERS_CHOOSE = "5.24"
+"""Before, mixtures chose experts themselves, and other weights of routers were in single precision."""
+_EVERY_LAYER_A_MIXTURE = Mixture("num_experts", width_field="intermediate_size")
+_MIXTURE_AFTER_THE_FIRST = Mixture(
+    "n_routed_experts", shared=SharedExpert(count_field="n_shared_experts"), layers=sparsity.after_the_first
+)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
 FAMILIES: dict[str, Family] = {
@@ -123,11 +147,34 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("cwm", "Cwm", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags={"ffn": "mlp_bias"}),
         Family(
+            "dots1",
+            "Dots1",
+            _WITH_SHARED_EXPERTS,
+            since=_ROUTERS_CHOOSE,
+            mixture=_MIXTURE_AFTER_THE_FIRST,
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
             "ernie4_5",
             "Ernie4_5",
             _SEPARATE_PROJECTIONS,
             rotary=Rotary(interleaved=True, in_float32=True),
             bias_flags={"query": "use_bias", "ffn": "use_bias"},
+        ),
+        Family(
+            "ernie4_5_moe",
+            "Ernie4_5_Moe",
+            _WITH_SHARED_EXPERTS,
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture(
+                "moe_num_experts",
+                shared=SharedExpert(count_field="moe_num_shared_experts"),
+                layers=sparsity.in_range,
+            ),
+            rotary=Rotary(interleaved=True, in_float32=True),
+            stored=Stored(names={".mlp.moe_statics.": ".mlp.gate.moe_statics."}, unused=("model.mtp_",)),
+            # Routed experts have none in any case.
+            requires={"use_bias": (False, None)},
         ),
         Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
         Family(
@@ -152,9 +199,9 @@ FAMILIES: dict[str, Family] = {
         Family(
             "flex_olmo",
             "FlexOlmo",
-            _with_experts("gate_proj", "up_proj", "down_proj", _JOINTLY_NORMED_PROJECTIONS[:4]),
+            _JOINTLY_NORMED_MIXTURE,
             since="5",
-            ffn=FeedForward(experts_field="num_experts"),
+            mixture=_EVERY_LAYER_A_MIXTURE,
             heads=Heads(norms=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
@@ -189,6 +236,14 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("glm", "Glm", _GLM_PROJECTIONS, rotary=Rotary(interleaved=True)),
         Family("glm4", "Glm4", _GLM_PROJECTIONS, rotary=Rotary(interleaved=True)),
+        Family(
+            "glm4_moe",
+            "Glm4Moe",
+            _WITH_SHARED_EXPERTS,
+            since=_ROUTERS_CHOOSE,
+            mixture=_MIXTURE_AFTER_THE_FIRST,
+            stored=Stored(unused=("model.layers.{layers}.",)),
+        ),
         Family(
             "gpt2",
             "GPT2",
@@ -240,6 +295,18 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"ffn": "mlp_bias"},
         ),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
+        Family(
+            "hunyuan_v1_moe",
+            "HunYuanMoEV1",
+            (
+                *_SEPARATE_PROJECTIONS[:4],
+                *_gated("mlp.experts.*", "ffn"),
+                *_gated("mlp.shared_mlp", "shared"),
+            ),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_experts", width_field="intermediate_size", shared=SharedExpert()),
+            bias_flags={"query": "attention_bias"},
+        ),
         # Transformers computes it by Llama's classes, with biases everywhere or nowhere; no checkpoint has them.
         Family(
             "internlm3",
@@ -270,9 +337,9 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mixtral",
             "Mixtral",
-            _with_experts("w1", "w3", "w2"),
+            _MIXTRAL_PROJECTIONS,
             since="5",
-            ffn=FeedForward(experts_field="num_local_experts"),
+            mixture=Mixture("num_local_experts", width_field="intermediate_size"),
             stored=Stored(names={".block_sparse_moe.": ".mlp."}),
         ),
         Family(
@@ -310,9 +377,9 @@ FAMILIES: dict[str, Family] = {
         Family(
             "olmoe",
             "Olmoe",
-            _with_experts("gate_proj", "up_proj", "down_proj", _JOINTLY_NORMED_PROJECTIONS[:4]),
+            _JOINTLY_NORMED_MIXTURE,
             since="5",
-            ffn=FeedForward(experts_field="num_experts"),
+            mixture=_EVERY_LAYER_A_MIXTURE,
             heads=Heads(norms=_JOINT_NORMS, fill_hidden=True),
             bias_flags={"query": "attention_bias"},
             # Its class hands a window to attention, and makes masks without one.
@@ -347,15 +414,25 @@ FAMILIES: dict[str, Family] = {
         # It holds the factors of longrope against H / Q.
         Family("phi3", "Phi3", _FUSED_PROJECTIONS, heads=Heads(fixed_with_rope=("longrope",))),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
+        Family(
+            "qwen2_moe",
+            "Qwen2Moe",
+            (*_EXPERTS_IN_SOME_LAYERS, *_gated("mlp.shared_expert", "shared")),
+            since="5",
+            mixture=Mixture(
+                "num_experts",
+                shared=SharedExpert(width_field="shared_expert_intermediate_size", gated=True),
+                layers=sparsity.by_step,
+            ),
+        ),
         Family("qwen3", "Qwen3", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
         Family(
             "qwen3_moe",
             "Qwen3Moe",
-            _with_experts("gate_proj", "up_proj", "down_proj"),
+            _EXPERTS_IN_SOME_LAYERS,
             since="5",
-            ffn=FeedForward(width_field="moe_intermediate_size", experts_field="num_experts"),
+            mixture=Mixture("num_experts", layers=sparsity.by_step),
             bias_flags={"query": "attention_bias"},
-            requires={"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
         ),
         # Its flag attention_bias is of queries, keys and values only.
         Family(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flap_export.families import Family, Norm
 
@@ -20,17 +22,28 @@ def keep_double_precision(model: nn.Module, family: Family) -> None:
             module.forward = partial(_double_norm, module, family.norm)
         if family.rotary.in_float32 and path.endswith(family.modules.attention) and hasattr(module, "head_dim"):
             module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary.interleaved), module)
-        if type(module).__name__.endswith("TopKRouter"):
-            module.forward = partial(_double_router, module)
+        if family.mixture is not None and f".{path}".endswith(f".{family.mixture.router}"):
+            module.forward = partial(_double_router, module.forward)
 
 
-def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), module.weight)
-    weights, experts = torch.topk(logits.softmax(dim=-1), module.top_k, dim=-1)
-    # Mixtral always does what Qwen3 asks its configuration about.
-    if getattr(module, "norm_topk_prob", True):
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return logits, weights, experts
+@final
+class _DoubleForSingle(TorchFunctionMode):
+    """While it is active, what is asked for in float32 comes in float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        doubled = Tensor.double if func is Tensor.float else func
+        return doubled(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def _double_router(forward: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:
+    with _DoubleForSingle():
+        return forward(hidden_states)
 
 
 def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:

@@ -72,7 +72,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     from flap_export.models.modeling_pruned import resize_decoder
 
     model = _stock_model(checkpoint, dtype)
-    if checkpoint.is_pruned or checkpoint.family.ffn.experts_field:
+    if checkpoint.is_pruned or checkpoint.family.mixture:
         section = pruned_section(checkpoint.family, checkpoint.shape)
         resize_decoder(model, checkpoint.family.modules.layers, section, checkpoint.shape.head_dim)
     return model
@@ -175,22 +175,30 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _check_projections(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Whether the first layer's projections have the sizes that their spaces give them.
+    """Whether the projections of every kind of layer have the sizes that their spaces give them.
 
     No configuration that has been seen asks for others; one that does would be cut in the wrong places.
     """
+    kinds = {layer: index for index, layer in reversed(list(enumerate(checkpoint.shape.layers)))}
+    for index in kinds.values():
+        _check_layer(model, checkpoint, index)
+
+
+def _check_layer(model: nn.Module, checkpoint: Checkpoint, index: int) -> None:
+    """Whether the projections of one layer, but those of routed experts, have the sizes that their spaces give them."""
     shape, family = checkpoint.shape, checkpoint.family
-    layer = shape.layers[0]
+    layer = shape.layers[index]
     widths = space_widths(shape, layer)
-    for projection in family.projections:
-        if EVERY_EXPERT in projection.path or not widths[projection.part]:
+    for projection in family.projections_of(layer):
+        if EVERY_EXPERT in projection.path or not widths[projection.space]:
             continue
-        found = tuple(model.get_parameter(f"{family.modules.layers}.0.{projection.path}.weight").shape)
+        found = tuple(model.get_parameter(f"{family.modules.layers}.{index}.{projection.path}.weight").shape)
         expected = (sum(widths[space] for space in projection.outputs), widths[projection.inputs])
         if found != expected:
+            channels = layer.shared_width if projection.space == "shared" else layer.ffn_channels
             raise ModelError(
                 f"'{checkpoint.directory / 'config.json'}' asks for a {projection.path} of shape {list(found)}, where "
-                f"{layer.query_heads} query heads, {layer.kv_heads} KV heads and {layer.ffn_channels} FFN channels "
+                f"{layer.query_heads} query heads, {layer.kv_heads} KV heads and {channels} FFN channels "
                 f"give {list(expected)}; such models are not supported"
             )
 
@@ -229,10 +237,16 @@ def read_parameters(module: nn.Module, prefix: str, weights: Weights) -> Iterato
 def materialize(
     module: nn.Module, parameters: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, device: str | torch.device
 ) -> None:
-    """Give the parameters of `module` the values that `read_parameters` found."""
+    """Give the parameters of `module` the values that `read_parameters` found.
+
+    Some classes keep routers in single precision where the model is in half: so they were made, and so they stay.
+    """
     for name, tensor in parameters:
         owner_path, _, leaf = name.rpartition(".")
-        owner, value = module.get_submodule(owner_path), tensor.to(device=device, dtype=dtype)
+        owner = module.get_submodule(owner_path)
+        made: Tensor | None = owner._buffers.get(leaf, owner._parameters.get(leaf))
+        precision = dtype if made is None else torch.promote_types(dtype, made.dtype)
+        value = tensor.to(device=device, dtype=precision)
         if leaf in owner._buffers:
             owner.register_buffer(leaf, value)
         else:

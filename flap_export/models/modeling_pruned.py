@@ -4,16 +4,19 @@ This file is self-contained: it needs torch and transformers only and is copied 
 uneven checkpoint, so that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it.
 The two import lines name the family the checkpoint came from. The configuration carries, under `pruned`:
 
-    projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
-    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts, and where norms run
-                  over all heads joint_query_heads, joint_key_heads: those of the dense layer
+    projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number.
+                  A layer with experts has those of experts in place of a plain FFN's; `shared` are those of an expert
+                  that every token passes
+    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts, shared_channels
+                  (null where there is no shared expert), shared_bias, and where norms run over all heads
+                  joint_query_heads, joint_key_heads: those of the dense layer
     head_norms    path of each norm with weights for every head, where a layer has it, and the space of these heads
     head_dim      of every head
     since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
 A layer that kept no head (or no channel) is reduced to the bias that compensates for what it lost. In a mixture the
-router stays and weighs the biases of its experts.
+router stays and weighs the biases of its experts, as does the gate of a shared one.
 """
 
 from __future__ import annotations
@@ -132,8 +135,25 @@ class Experts(nn.ModuleList):
         return output
 
 
+def _projections_of(counts: dict[str, Any], projections: list[Any]) -> list[Any]:
+    """Those of a layer of this kind, in the order they are listed."""
+
+    def is_of_layer(path: str, block: str) -> bool:
+        if block == "shared":
+            return counts["shared_channels"] is not None
+        return block == "query" or bool(counts["experts"]) == (EVERY_EXPERT in path)
+
+    return [entry for entry in projections if is_of_layer(entry[0], _block_of(*entry[1:]))]
+
+
+def _block_of(inputs: str, outputs: list[str]) -> str:
+    """What a projection between these spaces is of: attention (`query`), the FFN or the shared expert."""
+    space = inputs if inputs != "hidden" else outputs[0]
+    return space if space in ("ffn", "shared") else "query"
+
+
 def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: list[Any]) -> None:
-    """Give every expert of a mixture modules of its own, as wide as stated."""
+    """Give every routed expert of a mixture modules of its own, as wide as stated."""
     paths = [path for path, _, _ in projections if EVERY_EXPERT in path]
     if not paths:
         return
@@ -213,16 +233,22 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         "ffn": counts["ffn_channels"],
         "joint_query": counts.get("joint_query_heads", 0) * head_dim,
         "joint_key": counts.get("joint_key_heads", 0) * head_dim,
+        "shared": counts["shared_channels"] or 0,
     }
-    output_bias = {"query": counts["attention_bias"], "ffn": counts["ffn_bias"]}
+    output_bias = {
+        "query": counts["attention_bias"],
+        "ffn": counts["ffn_bias"],
+        "shared": counts["shared_bias"],
+    }
+    projections = _projections_of(counts, pruned["projections"])
     if counts["query_heads"]:
         _resize_head_norms(layer, pruned.get("head_norms", {}), widths, head_dim)
-    _separate_experts(layer, counts, pruned["projections"])
-    for path, inputs, outputs in pruned["projections"]:
+    _separate_experts(layer, counts, projections)
+    for path, inputs, outputs in projections:
         if EVERY_EXPERT in path:
             continue
         parent_path, _, name = path.rpartition(".")
-        block = inputs if inputs != "hidden" else ("ffn" if "ffn" in outputs else "query")
+        block = _block_of(inputs, outputs)
         if widths[block] == 0:
             if not parent_path:
                 layer.set_submodule(
@@ -246,8 +272,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         parent = layer.get_submodule(parent_path)
         if block == "query":
             _count_heads(parent, counts["query_heads"], counts["kv_heads"], head_dim)
-        if block == "ffn" and hasattr(parent, "intermediate_size"):
-            parent.intermediate_size = counts["ffn_channels"]
+        if block != "query" and hasattr(parent, "intermediate_size"):
+            parent.intermediate_size = widths[block]
 
 
 def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:

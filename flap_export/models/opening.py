@@ -72,6 +72,7 @@ class Checkpoint:
             base=family.modules.decoder.partition(".")[0],
             head=family.modules.head,
             buffers=family.stored.buffers,
+            unused=tuple(name.format(layers=len(self.shape.layers)) for name in family.stored.unused),
             transposed=family.stores_transposed,
         )
 

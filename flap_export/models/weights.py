@@ -39,6 +39,7 @@ class Weights:
         base: str = "",
         head: str = "",
         buffers: tuple[str, ...] = (),
+        unused: tuple[str, ...] = (),
         transposed: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Look at the files' headers.
@@ -50,11 +51,16 @@ class Weights:
                 out, as transformers knows.
             head: the head's module.
             buffers: ends of further names that are left out, because the model computes what they hold.
+            unused: beginnings of those that are left out, because the model does without them.
             transposed: says of a name here whether its matrix is given as the transpose of what is on disk.
         """
         self.directory, self._transposed = directory, transposed
         left = (*_NO_PARAMETERS, *buffers)
-        files = {name: file for name, file in _files_by_name(directory).items() if not name.endswith(left)}
+        files = {
+            name: file
+            for name, file in _files_by_name(directory).items()
+            if not name.endswith(left) and not name.startswith(unused)
+        }
         for file in set(files.values()):
             _check_complete(file, {name for name, holder in files.items() if holder == file})
         left_out = f"{base}." if base and not any(name.startswith(f"{base}.") for name in files) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flap_export.allocation.ladders import LayerLadders, ffn_plan, ladders_from_scores
 from flap_export.allocation.rates import Splitting, allocate_by_rates, check_rates
-from flap_export.allocation.stage import allocate, allocate_by_loss, allocate_ladders
+from flap_export.allocation.stage import allocate, allocate_by_loss, allocate_ladders, takes_shares
 from flap_export.calibration.statistics import StatisticsName
 from flap_export.errors import BudgetError, InputError
 from flap_export.evidence.methods import PruneOptions, resolved
@@ -54,12 +54,15 @@ def ladders_of(dense: Checkpoint, evidence: Evidence, options: PruneOptions) -> 
     _check_evidence(evidence, options)
     check_ranks_modules(options, _statistics_name(evidence))
     if evidence.sensitivity is not None:
-        return evidence.sensitivity.ladders(dense.shape, options.align_channels)
+        return evidence.sensitivity.ladders(
+            dense.shape, options.align_channels, proportional=takes_shares(options.structure)
+        )
     return ladders_from_scores(
         _scores(dense, evidence, options),
         dense.shape,
         head_units=options.head_units,
         align_channels=options.align_channels,
+        proportional=takes_shares(options.structure),
     )
 
 
@@ -166,7 +169,7 @@ def _between_ends(
             layer=index,
             query_heads=tuple(range(layer.query_heads)),
             kv_heads=tuple(range(layer.kv_heads)),
-            **ffn_plan(range(layer.ffns * layer.ffn_channels), layer),
+            **ffn_plan(range(layer.ffn_elements), layer),
         )
         for index, layer in enumerate(shape.layers)
     ]

@@ -119,30 +119,35 @@ class LayerRow:
 
 
 def layer_charts(dense: DecoderShape, pruned: DecoderShape) -> tuple[LayerChart, ...]:
-    """Plots of attention and FFN; query heads have their own only where groups were cut inside."""
+    """Plots of attention and FFNs; query heads have their own only where groups were cut inside."""
 
     def chart(title: str, unit: str, units: Callable[[LayerShape], int]) -> LayerChart:
         kept, full = ([units(layer) for layer in shape.layers] for shape in (pruned, dense))
         return layer_chart(title, unit, kept, full)
 
-    channels = chart("FFN channels", "FFN channels", lambda layer: layer.ffn_channels)
+    channels = [chart("FFN channels", "FFN channels", lambda layer: layer.ffn_channels)]
+    if any(layer.shared_channels is not None for layer in dense.layers):
+        channels.append(chart("Channels of shared experts", "shared channels", lambda layer: layer.shared_width))
     sizes = {
         layer.query_heads / layer.kv_heads for shape in (dense, pruned) for layer in shape.layers if layer.kv_heads
     }
     if sizes == {1}:
-        return (chart("Attention heads", "heads", lambda layer: layer.kv_heads), channels)
+        return (chart("Attention heads", "heads", lambda layer: layer.kv_heads), *channels)
     if len(sizes) == 1:
         title = f"KV groups, a KV head and {sizes.pop():g} query heads each"
-        return (chart(title, "KV groups", lambda layer: layer.kv_heads), channels)
+        return (chart(title, "KV groups", lambda layer: layer.kv_heads), *channels)
     return (
         chart("KV heads", "KV heads", lambda layer: layer.kv_heads),
         chart("Query heads", "query heads", lambda layer: layer.query_heads),
-        channels,
+        *channels,
     )
 
 
-def _experts(layer: LayerShape) -> str:
-    return f"{layer.experts:,} x " if layer.experts else ""
+def _channels(kept: LayerShape, full: LayerShape) -> str:
+    """Channels of a layer's FFN, or of every routed expert and of a shared one."""
+    experts = f"{full.experts:,} x " if full.experts else ""
+    shared = f", shared {kept.shared_width:,} of {full.shared_width:,}" if full.shared_channels is not None else ""
+    return f"{experts}{kept.ffn_channels:,} of {full.ffn_channels:,}{shared}"
 
 
 def layer_rows(dense: DecoderShape, pruned: DecoderShape) -> tuple[LayerRow, ...]:
@@ -156,7 +161,7 @@ def layer_rows(dense: DecoderShape, pruned: DecoderShape) -> tuple[LayerRow, ...
                 layer=index,
                 kv_heads=f"{kept.kv_heads:,} of {full.kv_heads:,}",
                 query_heads=f"{kept.query_heads:,} of {full.query_heads:,}",
-                ffn_channels=f"{_experts(full)}{kept.ffn_channels:,} of {full.ffn_channels:,}",
+                ffn_channels=_channels(kept, full),
                 kept=formats.percent(after / before if before else math.nan),
             )
         )

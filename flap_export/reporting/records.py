@@ -156,8 +156,10 @@ def _onnx_bytes(directory: Path, name: str, manifest: Manifest | None) -> int | 
 
 def _check_same_run(plan: PruningPlan, dense: Artifact, pruned: Artifact, directory: Path) -> None:
     plan.check(dense.shape)
-    planned = [(len(kept.query_heads), len(kept.kv_heads), kept.ffn_width) for kept in plan.layers]
-    exported = [(layer.query_heads, layer.kv_heads, layer.ffn_channels) for layer in pruned.shape.layers]
+    planned = [(len(kept.query_heads), len(kept.kv_heads), kept.ffn_width, kept.shared_width) for kept in plan.layers]
+    exported = [
+        (layer.query_heads, layer.kv_heads, layer.ffn_channels, layer.shared_width) for layer in pruned.shape.layers
+    ]
     if planned != exported:
         raise PlanError(
             f"'{directory / PRUNED_ARTIFACT}' must have the shape that '{directory / PLAN_NAME}' plans, and has "

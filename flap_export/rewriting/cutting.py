@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flap_export.calibration.statistics import CUT_SPACES, CutSpace, Site
+from flap_export.calibration.statistics import CutSpace, Site, cut_spaces, part_of
 from flap_export.errors import ModelError
-from flap_export.families import Family, Projection, Space, expert_at, experts_of, space_widths
+from flap_export.families import PARTS, Part, Projection, Space, expert_at, experts_of, space_widths
 from flap_export.models.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.rewriting.compensation import complement
@@ -24,7 +24,7 @@ Restore = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 and what is added to its bias, [H] or None."""
 Kept = Mapping[Space, Tensor | None]
 """Per space the kept channels, int64 [K], or [E, K] in the `ffn` of a mixture of experts; of a joint space all, in the
-order they take, or none. None where all stay as they are."""
+order they take, or none. None where all stay as they are, or there is no such space."""
 
 
 def rewrite(
@@ -63,13 +63,17 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
         starts = torch.tensor(heads, dtype=torch.int64) * shape.head_dim
         return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
 
-    all_channels = plan.ffn_width == dense.ffn_channels
+    def of_ffn(channels: Sequence[int] | Sequence[Sequence[int]], width: int, available: int) -> Tensor | None:
+        return None if width == available else torch.tensor(channels, dtype=torch.int64)
+
     query, kv = of_heads(plan.query_heads, dense.query_heads), of_heads(plan.kv_heads, dense.kv_heads)
+    shared = plan.shared_channels or ()
     return {
         "hidden": None,
         "query": query,
         "kv": kv,
-        "ffn": None if all_channels else torch.tensor(plan.experts or plan.ffn_channels, dtype=torch.int64),
+        "ffn": of_ffn(plan.experts or plan.ffn_channels, plan.ffn_width, dense.ffn_channels),
+        "shared": of_ffn(shared, len(shared), dense.shared_width),
         "joint_query": _kept_first(query, dense.query_heads * shape.head_dim),
         "joint_key": _kept_first(kv, dense.kv_heads * shape.head_dim),
     }
@@ -88,7 +92,7 @@ def of_expert(channels: Tensor | None, expert: int | None) -> Tensor | None:
 
 
 def rewrite_layer(
-    checkpoint: Checkpoint, index: int, kept: Kept, restore: Restore, parts: Collection[CutSpace] = CUT_SPACES
+    checkpoint: Checkpoint, index: int, kept: Kept, restore: Restore, parts: Collection[Part] = PARTS
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield one layer's tensors by name; see `rewrite`.
 
@@ -97,7 +101,7 @@ def rewrite_layer(
         index: of the layer.
         kept: the channels of every space that stay.
         restore: what the projections that lose inputs become.
-        parts: attention (`query`), the FFN, or both; norms around them and routers come with attention.
+        parts: attention (`query`), the FFN, or both; norms around them, routers and gates come with attention.
     """
     prefix = f"{checkpoint.family.modules.layers}.{index}."
     weights, layer = checkpoint.weights, checkpoint.shape.layers[index]
@@ -106,8 +110,8 @@ def rewrite_layer(
         path, _, kind = name.removeprefix(prefix).rpartition(".")
         projection = checkpoint.family.projection(path)
         if projection is None:
-            block = _block_of(path, checkpoint.family)
-            if (block or "query") in parts and not (block and _is_emptied(kept[block])):
+            block = _block_of(path, checkpoint, index)
+            if part_of(block or "query") in parts and not (block and _is_emptied(kept[block])):
                 tensor = weights.finite(name)
                 rows = _kept_rows(path, tensor, checkpoint, kept)
                 yield name, tensor if rows is None else tensor[rows]
@@ -119,16 +123,21 @@ def rewrite_layer(
         tensor = cut(weights.finite(name), projection, kind, own, widths, layer.kv_heads)
         if tensor.numel():
             yield name, tensor
-    for site in (site for site in sites_of(checkpoint, index) if site.space in parts):
-        path = f"{prefix}{checkpoint.family.restoring(site.space).at(site.expert)}"
+    for site in (site for site in sites_of(checkpoint, index) if part_of(site.space) in parts):
+        path = f"{prefix}{path_of(checkpoint, site)}"
         yield from _restoring(checkpoint, path, site, of_expert(kept[site.space], site.expert), restore)
 
 
 def sites_of(checkpoint: Checkpoint, index: int) -> Iterator[Site]:
     """Every restoring projection of one layer."""
     layer = checkpoint.shape.layers[index]
-    for space in CUT_SPACES:
+    for space in cut_spaces(layer):
         yield from (Site(index, space, expert) for expert in experts_of(space, layer))
+
+
+def path_of(checkpoint: Checkpoint, site: Site) -> str:
+    """The path of a restoring projection below its layer."""
+    return checkpoint.family.restoring(site.space, checkpoint.shape.layers[site.layer]).at(site.expert)
 
 
 def _restoring(
@@ -163,10 +172,11 @@ def check_kind(projection: Projection, kind: str) -> None:
         )
 
 
-def _block_of(path: str, family: Family) -> CutSpace | None:
+def _block_of(path: str, checkpoint: Checkpoint, index: int) -> CutSpace | None:
     """The block that `path`, no projection, is inside of and leaves with: query and key norms, an activation."""
-    for space in CUT_SPACES:
-        module = family.restoring(space).path.rpartition(".")[0]
+    layer = checkpoint.shape.layers[index]
+    for space in cut_spaces(layer):
+        module = checkpoint.family.restoring(space, layer).path.rpartition(".")[0]
         if module and path.startswith(f"{module}."):
             return space
     return None

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from flap_export.calibration.layerwise import LayerPass, streamed
 from flap_export.calibration.moments import RunningComoments
-from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics, Site
+from flap_export.calibration.statistics import CalibrationStatistics, Site, part_of
 from flap_export.errors import ModelError
+from flap_export.families import PARTS
 from flap_export.models.opening import Checkpoint
 from flap_export.plan import PruningPlan
 from flap_export.progress import Progress, no_progress
 from flap_export.rewriting.compensation import Restored, best_ridge, bias_compensation, complement, least_squares
-from flap_export.rewriting.cutting import Restore, kept_channels, of_expert, sites_of
+from flap_export.rewriting.cutting import Restore, kept_channels, of_expert, path_of, sites_of
 from flap_export.storage import writing_errors
 
 HELD_OUT_EVERY: Final = 8
@@ -135,7 +136,7 @@ def restore(
                 if (channels := of_expert(kept[visited.index][site.space], site.expert)) is not None
             }
             # The FFN's inputs depend on what attention became: in sequence, each is observed on its own.
-            rounds = [[s for s in cut if s.space == space] for space in CUT_SPACES] if sequential else [list(cut)]
+            rounds = [[s for s in cut if part_of(s.space) == part] for part in PARTS] if sequential else [list(cut)]
             for sites in rounds:
                 with observed(dense, visited, sites, length, device) as inputs:
                     visited.observe() if sequential else visited.propagate()
@@ -177,12 +178,12 @@ def observed(
 
 def restoring_module(dense: Checkpoint, layer: nn.Module, site: Site) -> nn.Module:
     """The projection of `layer` that maps a space back to the residual stream."""
-    return layer.get_submodule(dense.family.restoring(site.space).at(site.expert))
+    return layer.get_submodule(path_of(dense, site))
 
 
 def _fit(dense: Checkpoint, visited: LayerPass, site: Site, kept: Tensor, inputs: SiteInputs) -> Restored:
     moments, held_out = inputs.moments, inputs.take_held_out()
-    path = dense.family.restoring(site.space).at(site.expert)
+    path = path_of(dense, site)
     check_finite(inputs, site.layer, path)
     weight = restoring_module(dense, visited.layer, site).get_parameter("weight").to(moments.mean.dtype)
     ridge = best_ridge(weight, kept, moments, held_out)

@@ -1,8 +1,9 @@
 """Pruned checkpoints in a family's own classes: the same counts in every layer, so that every serving stack loads them.
 
-A plan can take this layout when all layers kept as many heads and channels, the number of heads divides the hidden
-size where the family's class checks that, and it has a place for every bias that compensation adds. Where a
-configuration's flag gives all projections around a space a bias, those that need none get zeros.
+A plan can take this layout when all layers kept as many heads, and those of a kind (plain, or a mixture of experts) as
+many channels, the number of heads divides the hidden size where the family's class checks that, and it has a place for
+every bias that compensation adds. Where a configuration's flag gives all projections around a space a bias, those that
+need none get zeros.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) ->
     # A plan may leave attention whole; one that leaves every FFN whole is not to be expected.
     if compensated and "ffn" in without_place:
         raise _no_place_for_bias(family, without_place[0])
-    if family.ffn.experts_field and align_channels % EXPERT_ALIGNMENT:
+    if family.mixture and align_channels % EXPERT_ALIGNMENT:
         raise PlanError(
             f"--layout stock: transformers multiplies the experts of {family.model_type} in groups, which fails for "
             f"widths that are no multiple of {EXPERT_ALIGNMENT}; set --align-channels {EXPERT_ALIGNMENT}, or --layout "
@@ -73,24 +74,23 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
         PlanError: layers differ, lost everything, or the family's class has no place for a bias.
     """
     family, layer = dense.family, shape.layers[0]
-    if any(other != layer for other in shape.layers):
-        raise PlanError(
-            "--layout stock needs the same counts in every layer; use --structure ul-um or ul-mm, or --layout uneven"
-        )
-    if not layer.query_heads or not layer.ffn_channels:
+    kinds = _kinds(dense.shape, shape)
+    if any(not kept.query_heads or not kept.ffn_channels or kept.shared_channels == 0 for _, kept in kinds):
         raise PlanError("--layout stock needs heads and FFN channels in every layer; ask for a lower ratio")
     if layer.query_heads not in allowed_heads(dense):
         raise PlanError(
             f"--layout stock: {family.model_type}'s class takes {', '.join(map(str, allowed_heads(dense)))} query "
             f"heads at a hidden size of {shape.hidden_size}, the plan keeps {layer.query_heads}; keep one of these"
         )
-    config = {**read_config(dense), **_counts(dense, layer)}
-    biases: tuple[tuple[CutSpace, bool, bool], ...] = (
-        ("query", layer.attention_bias, dense.shape.layers[0].attention_bias),
-        ("ffn", layer.ffn_bias, dense.shape.layers[0].ffn_bias),
-    )
-    for space, added, there in biases:
-        if added and not there:
+    config = {**read_config(dense), **_head_counts(dense, layer)}
+    for full, kept in kinds:
+        config |= _ffn_counts(family, kept)
+        biases: dict[CutSpace, bool] = {
+            "query": kept.attention_bias and not full.attention_bias,
+            "ffn": kept.ffn_bias and not full.ffn_bias,
+            "shared": kept.shared_bias and not full.shared_bias,
+        }
+        for space in (space for space, added in biases.items() if added):
             flag = family.bias_flags.get(space)
             if flag is None:
                 raise _no_place_for_bias(family, space)
@@ -99,12 +99,36 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
     return config
 
 
-def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
-    counts = {dense.family.ffn.width_field: layer.ffn_channels}
+def _kinds(dense: DecoderShape, pruned: DecoderShape) -> list[tuple[LayerShape, LayerShape]]:
+    """Every kind of layer, plain or a mixture, before and after.
+
+    Raises:
+        PlanError: layers of a kind differ, or attention does among all.
+    """
+    kinds = dict(zip(dense.layers, pruned.layers, strict=True))
+    attentions = {(layer.query_heads, layer.kv_heads, layer.attention_bias) for layer in pruned.layers}
+    if len(attentions) > 1 or any(kinds[full] != kept for full, kept in zip(dense.layers, pruned.layers, strict=True)):
+        raise PlanError(
+            "--layout stock needs the same counts in every layer; use --structure ul-um or ul-mm, or --layout uneven"
+        )
+    return list(kinds.items())
+
+
+def _ffn_counts(family: Family, layer: LayerShape) -> dict[str, int]:
+    """The fields that state a layer's FFN; where several shared experts have none, the routed ones' state theirs."""
+    if not layer.experts:
+        return {family.ffn.width_field: layer.ffn_channels}
+    assert family.mixture is not None
+    shared = family.mixture.shared
+    own = {shared.width_field: layer.shared_width} if shared is not None and shared.width_field is not None else {}
+    return {family.mixture.width_field: layer.ffn_channels, **own}
+
+
+def _head_counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
     if heads_are_fixed(dense.config, dense.family):
-        return counts
+        return {}
     heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
-    return {**counts, **heads, "head_dim": dense.shape.head_dim}
+    return {**heads, "head_dim": dense.shape.head_dim}
 
 
 def write_stock_checkpoint(

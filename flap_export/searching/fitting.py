@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flap_export.allocation.ladders import LayerLadders
+from flap_export.allocation.ladders import LayerLadders, elements_of
 from flap_export.calibration.layerwise import LayerPass, streamed
 from flap_export.calibration.statistics import Site
 from flap_export.models.opening import Checkpoint
 from flap_export.progress import Progress, no_progress
 from flap_export.rewriting.compensation import NestedLeastSquares, Restored, best_ridge
-from flap_export.rewriting.cutting import sites_of
+from flap_export.rewriting.cutting import path_of, sites_of
 from flap_export.rewriting.restoring import SiteInputs, check_finite, observed, restoring_module
 from flap_export.shapes import DecoderShape
 from flap_export.storage import new_file, writing_errors
@@ -118,7 +118,7 @@ def fit_rankings(
 
 def _fitted(dense: Checkpoint, visited: LayerPass, site: Site, order: Tensor, inputs: SiteInputs) -> NestedLeastSquares:
     moments, held_out = inputs.moments, inputs.take_held_out()
-    path = dense.family.restoring(site.space).at(site.expert)
+    path = path_of(dense, site)
     check_finite(inputs, site.layer, path)
     weight = restoring_module(dense, visited.layer, site).get_parameter("weight").to(moments.mean.dtype)
     kept = order[: max(round(RIDGE_SHARE * len(order)), 1)].sort().values
@@ -134,7 +134,5 @@ def staying_order(ladders: LayerLadders, site: Site, shape: DecoderShape) -> Ten
         heads = torch.from_numpy(ladders.attention.order).flip(0)
         return (heads.unsqueeze(1) * shape.head_dim + torch.arange(shape.head_dim)).flatten()
     elements = torch.from_numpy(ladders.ffn.order).flip(0)
-    if site.expert is None:
-        return elements
-    width = shape.layers[site.layer].ffn_channels
-    return elements[elements // width == site.expert] % width
+    first, count = elements_of(site.space, site.expert, shape.layers[site.layer])
+    return elements[(elements >= first) & (elements < first + count)] - first

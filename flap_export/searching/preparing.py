@@ -211,7 +211,8 @@ def cut_points(plan: PruningPlan, ladders: Sequence[LayerLadders], dense: Checkp
     found = []
     for layer, own, shape in zip(plan.layers, ladders, dense.shape.layers, strict=True):
         heads = shape.query_heads - len(layer.query_heads)
-        elements = (shape.ffn_channels - layer.ffn_width) * shape.ffns
+        shared = shape.shared_width - layer.shared_width
+        elements = (shape.ffn_channels - layer.ffn_width) * shape.ffns + shared
         found.append(
             (int(np.searchsorted(own.attention.gone, heads + 0.5)), int(np.searchsorted(own.ffn.gone, elements + 0.5)))
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flap_export.allocation.ladders import LayerLadders, layer_plan
 from flap_export.calibration.products import with_fast_linears
-from flap_export.calibration.statistics import CutSpace
+from flap_export.families import Part
 from flap_export.models.loading import MetaLayers, materialize
 from flap_export.models.opening import Checkpoint
 from flap_export.rewriting.cutting import Restore, kept_channels, rewrite_layer
@@ -55,7 +55,7 @@ class Supernet:
         self._compensated, self._dtype, self._device = compensated, dtype, device
         self._limit = _room(device) if block_bytes is None else block_bytes
         self._meta = MetaLayers(dense, dtype)
-        self._blocks: OrderedDict[tuple[int, CutSpace, int], dict[str, Tensor]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, Part, int], dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
         self._layers: dict[tuple[int, int, int], nn.Module] = {}
 
@@ -75,7 +75,7 @@ class Supernet:
         """How many layers of so many weights there is memory for; one at least."""
         return max(self._limit // (weights * self._dtype.itemsize), 1)
 
-    def _block(self, index: int, part: CutSpace, steps: int) -> dict[str, Tensor]:
+    def _block(self, index: int, part: Part, steps: int) -> dict[str, Tensor]:
         key = index, part, steps
         if key in self._blocks:
             self._blocks.move_to_end(key)
@@ -88,7 +88,7 @@ class Supernet:
             self._forget(*self._blocks.popitem(last=False))
         return block
 
-    def _made(self, index: int, part: CutSpace, steps: int) -> dict[str, Tensor]:
+    def _made(self, index: int, part: Part, steps: int) -> dict[str, Tensor]:
         attention, ffn = (steps, 0) if part == "query" else (0, steps)
         plan = layer_plan(index, self._dense.shape, self._ladders[index], attention, ffn)
         kept = kept_channels(plan, self._dense.shape)
@@ -98,7 +98,7 @@ class Supernet:
             for name, tensor in rewrite_layer(self._dense, index, kept, self._restore, (part,))
         }
 
-    def _forget(self, key: tuple[int, CutSpace, int], block: dict[str, Tensor]) -> None:
+    def _forget(self, key: tuple[int, Part, int], block: dict[str, Tensor]) -> None:
         self._bytes -= _size(block)
         index, part, steps = key
         position = 1 if part == "query" else 2

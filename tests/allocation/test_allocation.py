@@ -272,23 +272,25 @@ def test_costs_equal_the_sizes_of_transformers_modules(
         assert config.head_dim == head_dim
     shape = shape_from_config(config, FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config)
-    layer = model.get_submodule(f"{FAMILIES[family].modules.layers}.0")
-    matrices = {
-        name: weight.numel()
-        for name, weight in layer.named_parameters()
-        if weight.ndim > 1 and ".gate." not in name and "norm" not in name
-    }
-    prefix = f"{FAMILIES[family].modules.attention}."
-    attention = sum(size for name, size in matrices.items() if name.startswith(prefix))
-    ffn = sum(matrices.values()) - attention
-    sizes = shape.layers[0]
-    expected = {**dict.fromkeys(ALWAYS_MULTI_HEAD, query_heads), "gpt_bigcode": 1}.get(family, kv_heads)
-    assert sizes.kv_heads == expected
-    assert attention == shape.attention_parameters(sizes)
-    assert {int(attention_costs(shape, sizes, units).sum()) for units in HEAD_UNITS} == {attention}
-    assert sizes.ffn_channels * shape.ffn_unit_parameters(sizes) == ffn == shape.ffn_parameters(sizes)
+    total = 0
+    for sizes, layer in zip(shape.layers, model.get_submodule(FAMILIES[family].modules.layers), strict=True):
+        matrices = {
+            name: weight.numel()
+            for name, weight in layer.named_parameters()
+            if weight.ndim > 1 and ".gate." not in name and "expert_gate" not in name and "norm" not in name
+        }
+        prefix = f"{FAMILIES[family].modules.attention}."
+        attention = sum(size for name, size in matrices.items() if name.startswith(prefix))
+        ffn = sum(matrices.values()) - attention
+        expected = {**dict.fromkeys(ALWAYS_MULTI_HEAD, query_heads), "gpt_bigcode": 1}.get(family, kv_heads)
+        assert sizes.kv_heads == expected
+        assert attention == shape.attention_parameters(sizes)
+        assert {int(attention_costs(shape, sizes, units).sum()) for units in HEAD_UNITS} == {attention}
+        shared = sizes.shared_width * shape.ffn_channel_parameters
+        assert sizes.ffn_channels * shape.ffn_unit_parameters(sizes) + shared == ffn == shape.ffn_parameters(sizes)
+        total += attention + ffn
     assert shape.head_parameters == model.lm_head.weight.numel()
-    assert shape.decoder_parameters == 2 * (attention + ffn)
+    assert shape.decoder_parameters == total
 
 
 def shape_of(*, heads: int, kv_heads: int, head_dim: int, hidden: int, channels: int, layers: int) -> DecoderShape:

@@ -278,7 +278,7 @@ def steps_of(plan: PruningPlan, ladders: tuple[LayerLadders, ...]) -> Steps:
 
 
 def _channels(kept: Any) -> int:
-    return sum(map(len, kept.experts)) if kept.experts else len(kept.ffn_channels)
+    return kept.shared_width + (sum(map(len, kept.experts)) if kept.experts else len(kept.ffn_channels))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2", *MIXTURES[:1]])

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from flap_export.calibration.stage import calibrate, compute_dtype, open_dense
-from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics
+from flap_export.calibration.statistics import CalibrationStatistics, cut_spaces
 from flap_export.errors import InputError, ModelError, TextError
 from flap_export.families import FAMILIES
 from flap_export.models.opening import open_checkpoint
@@ -31,18 +31,19 @@ from flap_export.models.opening import open_checkpoint
 @torch.no_grad()
 def site_inputs(path: Path, family: str, tokens: Tensor) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """Inputs [tokens, C] and weights of all restoring projections, from one pass through the whole model."""
-    model = plain_model(path)
+    model, shape = plain_model(path), open_checkpoint(path).shape
     found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     for index, layer in enumerate(model.get_submodule(FAMILIES[family].modules.layers)):
-        for space in CUT_SPACES:
-            if space == "ffn" and FAMILIES[family].ffn.experts_field:
+        for space in cut_spaces(shape.layers[index]):
+            if space == "ffn" and shape.layers[index].experts:
                 continue
 
             def note(module: Any, inputs: tuple[Tensor, ...], key: tuple[int, str] = (index, space)) -> None:
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 found[key] = (inputs[0].flatten(0, -2).double(), weight.double())
 
-            layer.get_submodule(FAMILIES[family].restoring(space).path).register_forward_pre_hook(note)
+            path = FAMILIES[family].restoring(space, shape.layers[index]).path
+            layer.get_submodule(path).register_forward_pre_hook(note)
     model(input_ids=tokens, use_cache=False)
     return found
 
@@ -52,9 +53,9 @@ def test_statistics_equal_a_direct_computation(family: str, tmp_path: Path) -> N
     path, tokens = tiny_checkpoint(family, tmp_path / "dense"), tokens_of(7, 12)
     statistics = calibrate(path, save_tokens(tmp_path / "ids.npy", tokens), chunk_sequences=3)
     expected = site_inputs(path, family, tokens)
-    mixture = FAMILIES[family].ffn.experts_field
-    assert set(statistics.sites) == {(index, space) for index in range(2) for space in CUT_SPACES}
-    assert set(expected) == {key for key in statistics.sites if not (mixture and key[1] == "ffn")}
+    layers = open_checkpoint(path).shape.layers
+    assert set(statistics.sites) == {(index, space) for index in range(2) for space in cut_spaces(layers[index])}
+    assert set(expected) == {key for key in statistics.sites if not (layers[key[0]].experts and key[1] == "ffn")}
     for key, (inputs, weight) in expected.items():
         site = statistics.sites[key]
         torch.testing.assert_close(site.mean, inputs.mean(0), atol=1e-5, rtol=1e-4)

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from tiny import (
     ALL_FAMILIES,
     LONGROPE,
-    MIXTURES,
     OLD_FALCON,
     ROPES,
     layer_plan,
@@ -50,7 +49,9 @@ NODES = {
     "cohere": (29, 12),
     "cohere2": (20, 19),
     "cwm": (22, 18),
+    "dots1": (64, 28),
     "ernie4_5": (22, 11),
+    "ernie4_5_moe": (48, 21),
     "exaone4": (24, 16),
     "falcon": (22, 11),
     "flex_olmo": (45, 21),
@@ -59,6 +60,7 @@ NODES = {
     "gemma3_text": (25, 19),
     "glm": (23, 11),
     "glm4": (25, 11),
+    "glm4_moe": (47, 21),
     "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
     "gpt_neox": (22, 13),
@@ -70,6 +72,7 @@ NODES = {
     "ministral": (22, 18),
     "ministral3": (23, 20),
     "mistral": (22, 17),
+    "hunyuan_v1_moe": (47, 21),
     "mixtral": (37, 27),
     "nemotron": (20, 11),
     "olmo": (30, 11),
@@ -80,6 +83,7 @@ NODES = {
     "phi": (22, 12),
     "phi3": (22, 17),
     "qwen2": (23, 11),
+    "qwen2_moe": (47, 21),
     "qwen3": (24, 11),
     "qwen3_moe": (40, 21),
     "seed_oss": (23, 11),
@@ -91,6 +95,8 @@ NODES = {
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
+PLAIN_NODES = {"dots1": 24, "ernie4_5_moe": 22, "glm4_moe": 25, "qwen2_moe": 23}
+"""Nodes of a plain layer among mixtures."""
 NORM_VECTORS = {
     "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2,
     "stablelm": 2, "starcoder2": 2,
@@ -175,7 +181,8 @@ def check_graphs(directory: Path, artifact: Artifact) -> None:
 
 def check_node_count(proto: onnx.ModelProto, artifact: Artifact) -> None:
     of_a_layer, around = NODES[artifact.family]
-    allowed = len(artifact.shape.layers) * of_a_layer + around
+    of_a_plain_one = PLAIN_NODES.get(artifact.family, of_a_layer)
+    allowed = around + sum(of_a_layer if layer.experts else of_a_plain_one for layer in artifact.shape.layers)
     assert len(proto.graph.node) <= allowed, Counter(node.op_type for node in proto.graph.node)
 
 
@@ -255,8 +262,8 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     tables = sum(table.nbytes for table in rotary_tables(open_checkpoint(pruned), MAX_LENGTH).values())
     # Nothing reads the norms in front of the two emptied attentions and the two emptied FFNs, unless there is a router;
     # that of parallel blocks is read unless both are empty, as in the last layer; some families' are behind.
-    norms = 1 if artifact.shape.parallel_blocks else 2 if family in MIXTURES else 4
-    norms = 0 if family in NORMS_BEHIND else norms
+    plain = sum(not layer.experts and not layer.ffn_channels for layer in artifact.shape.layers)
+    norms = 1 if artifact.shape.parallel_blocks else 0 if family in NORMS_BEHIND else 2 + plain
     unread = norms * NORM_VECTORS.get(family, 1) * artifact.shape.hidden_size * 4
     # A norm without weights, or with a row of them for every head, has ones in their place.
     ones = {"cohere": artifact.shape.head_dim, "olmo": artifact.shape.hidden_size}.get(family, 0) * 4

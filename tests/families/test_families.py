@@ -31,10 +31,14 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     layers = model.get_submodule(row.modules.layers)
     assert isinstance(layers, nn.ModuleList)
-    linears = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    plain = {projection.path for projection in row.projections if EVERY_EXPERT not in projection.path}
-    assert plain == linears
-    assert bool(row.ffn.experts_field) == (len(plain) < len(row.projections))
+    shape = shape_from_config(model.config, row)
+    for kind, layer in zip(shape.layers, layers, strict=True):
+        linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+        own = row.projections_of(kind)
+        plain = {projection.path for projection in own if EVERY_EXPERT not in projection.path}
+        # Routers and gates of shared experts are never cut.
+        assert plain == {name for name in linears if not name.endswith(("gate.wg", "shared_expert_gate"))}
+        assert bool(kind.experts) == (len(plain) < len(own))
     for path in (row.modules.decoder, row.modules.embedding, row.modules.head):
         model.get_submodule(path)
     assert type(model).__name__ == row.class_name
@@ -44,17 +48,17 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
 def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     shape = shape_from_config(model.config, row)
-    layer = shape.layers[0]
-    query, kv = layer.query_heads * shape.head_dim, layer.kv_heads * shape.head_dim
-    widths = {"hidden": shape.hidden_size, "query": query, "kv": kv, "ffn": layer.ffn_channels}
-    widths |= {"joint_query": query, "joint_key": kv}
-    for projection in row.projections:
-        if EVERY_EXPERT in projection.path:
-            continue
-        linear = model.get_submodule(f"{row.modules.layers}.0.{projection.path}")
-        found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
-        assert found == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
-        assert isinstance(linear, Conv1D) == row.stored.transposed
+    for index, layer in enumerate(shape.layers):
+        query, kv = layer.query_heads * shape.head_dim, layer.kv_heads * shape.head_dim
+        widths = {"hidden": shape.hidden_size, "query": query, "kv": kv, "ffn": layer.ffn_channels}
+        widths |= {"shared": layer.shared_channels, "joint_query": query, "joint_key": kv}
+        for projection in row.projections_of(layer):
+            if EVERY_EXPERT in projection.path:
+                continue
+            linear = model.get_submodule(f"{row.modules.layers}.{index}.{projection.path}")
+            found = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+            assert found == (sum(widths[s] for s in projection.outputs), widths[projection.inputs])
+            assert isinstance(linear, Conv1D) == row.stored.transposed
     assert shape.vocabulary_size == model.get_submodule(row.modules.embedding).weight.shape[0]
 
 
@@ -65,10 +69,10 @@ def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> No
     model = dense_model(family, **{flag: biased for flag in row.bias_flags.values() if flag is not None})
     layer = shape_from_config(model.config, row).layers[0]
     for space, stated in (("query", layer.attention_bias), ("ffn", layer.ffn_bias)):
-        if space == "ffn" and row.ffn.experts_field:
+        if space == "ffn" and layer.experts:
             assert not stated
             continue
-        bias = model.get_submodule(f"{row.modules.layers}.0.{row.restoring(space).path}").bias
+        bias = model.get_submodule(f"{row.modules.layers}.0.{row.restoring(space, layer).path}").bias
         always = row.bias_flags.get(space, "never") is None
         assert (bias is not None) == stated == (always or (biased and space in row.bias_flags))
 
@@ -78,8 +82,9 @@ def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
     """Gate and up rows one below the other, in every expert."""
     row, model = FAMILIES[family], dense_model(family)
     shape = shape_from_config(model.config, row)
-    layer, experts = shape.layers[0], model.get_submodule(f"{row.modules.layers}.0.mlp.experts")
-    assert layer.experts == {"flex_olmo": 3, "mixtral": 3, "olmoe": 4, "qwen3_moe": 5}[family]
+    layer, experts = shape.layers[1], model.get_submodule(f"{row.modules.layers}.1.mlp.experts")
+    assert layer.experts == {"mixtral": 3, "flex_olmo": 3, "olmoe": 4, "dots1": 6}.get(family, 5)
+    model.get_submodule(f"{row.modules.layers}.1.{row.mixture.router}")
     assert experts.get_parameter("gate_up_proj").shape == (layer.experts, 2 * layer.ffn_channels, shape.hidden_size)
     assert experts.get_parameter("down_proj").shape == (layer.experts, shape.hidden_size, layer.ffn_channels)
 
@@ -156,12 +161,7 @@ def test_a_family_that_needs_a_newer_transformers_says_so(
     [
         ("llama", {"quantization_config": {"quant_method": "awq"}}, r"quantised.*full-precision"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"\['chunked_attention'\]; supported are"),
-        (
-            "qwen3_moe",
-            {"mlp_only_layers": [1]},
-            r"qwen3_moe is .* mlp_only_layers equal to \[\] only, got \[1",
-        ),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, r"qwen3_moe is supported with decoder_sparse_step equal to 1 only"),
+        ("ernie4_5_moe", {"use_bias": True}, r"ernie4_5_moe is supported with use_bias equal to False only, got True"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),
         ("falcon", {"alibi": True}, r"falcon is supported with alibi equal to False only, got True"),
         (

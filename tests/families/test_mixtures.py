@@ -77,7 +77,8 @@ def routed_inputs(path: Path, tokens: Tensor) -> dict[tuple[int, int], list[Tens
                     gate, up = (module.gate_up_proj[expert] @ token).chunk(2)
                     found.setdefault((index, expert), []).append((module.act_fn(gate) * up).double())
 
-        layer.mlp.experts.register_forward_pre_hook(note)
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(note)
     model(input_ids=tokens, use_cache=False)
     return found
 
@@ -179,7 +180,7 @@ def test_a_plan_states_experts_instead_of_channels(tmp_path: Path) -> None:
         (((0, 1), (0,), (0, 1)), r"layer 0: every expert must keep the same number of channels, got \[1, 2\]"),
         (((0, 1), (1, 0), (0, 1)), "layer 0: channels of expert 1 must be ascending"),
         (((0, 5), (0, 1), (0, 1)), r"layer 0: channels of expert 0 must lie in 0\.\.4"),
-        (((0,), (0,)), "layer 0: the plan must list the channels of each of the model's 3 experts, got 2 experts"),
+        (((0,), (0,)), "layer 0: the plan must list the channels of each of the layer's 3 experts, got 2 experts"),
         ((), "layer 0: the plan must list .* 3 experts, got ffn_channels alone"),
     ],
 )
@@ -194,7 +195,7 @@ def test_plans_that_do_not_fit(experts: tuple[tuple[int, ...], ...], message: st
 def test_experts_in_a_plan_for_a_plain_model_are_refused(tmp_path: Path) -> None:
     plain = open_checkpoint(tiny_checkpoint("llama", tmp_path / "llama"))
     mixture = open_checkpoint(tiny_checkpoint("mixtral", tmp_path / "mixtral"))
-    with pytest.raises(PlanError, match="layer 0: the plan lists experts, and this model has none"):
+    with pytest.raises(PlanError, match="layer 0: the plan lists experts, and this layer has none"):
         keep_all_plan(mixture).check(plain.shape)
 
 
@@ -349,10 +350,12 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 def test_every_expert_is_read_and_computed(family: str, tmp_path: Path) -> None:
     """As the exported graph does, which asks for every stored parameter but the embedding."""
     pruned = open_checkpoint(tiny_pruned(family, tmp_path))
-    stored = sum(pruned.weights[name].numel() for name in pruned.weights if "embed_tokens" not in name)
-    heads = sum(pruned.weights[name].numel() for name in pruned.weights if "q_norm" in name or "k_norm" in name)
-    # Norms before emptied attention are stored and not read.
-    assert read_parameters(pruned.shape) == stored - heads - 2 * pruned.shape.hidden_size
+    left_out = ("embed_tokens", "q_norm", "k_norm", "query_layernorm", "key_layernorm", "e_score_correction_bias")
+    left_out += ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+    stored = sum(pruned.weights[name].numel() for name in pruned.weights if not any(part in name for part in left_out))
+    # Norms before emptied attention and emptied plain FFNs are stored and not read.
+    norms = 2 + sum(not layer.experts and not layer.ffn_channels for layer in pruned.shape.layers)
+    assert read_parameters(pruned.shape) == stored - norms * pruned.shape.hidden_size
     one, two = (call_flops(pruned.shape, batch_size=1, new_tokens=n) for n in (1, 2))
     assert two - one >= 2 * pruned.shape.decoder_parameters
 

@@ -24,12 +24,14 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM
 
+from flap_export.calibration.statistics import cut_spaces
 from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.models import modeling_pruned
 from flap_export.models.loading import load_model, pruned_section
 from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
 from flap_export.models.opening import open_checkpoint
 
+ROUTERS = {"hunyuan_v1_moe": "mlp.gate.wg.weight"}
 FOREIGN_MACHINE = """
 import importlib.abc, inspect, json, sys, warnings
 
@@ -126,16 +128,19 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
     for index, shape in enumerate(checkpoint.shape.layers):
         layer = model.get_submodule(f"{row.modules.layers}.{index}")
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
-        widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn}
-        widths |= {"joint_query": 4 * size, "joint_key": 2 * size}
+        widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn, "shared": shape.shared_width}
+        widths |= {"joint_query": 4 * size, "joint_key": 2 * size} if query else {"joint_query": 0, "joint_key": 0}
         rows = {"query": shape.query_heads, "kv": shape.kv_heads} if row.heads.norms and shape.query_heads else {}
         head_norms = {f"{path}.weight": (rows[space], size) for path, space in row.heads.norms.items() if space in rows}
-        router = {"mlp.gate.weight": (shape.experts, 32)} if shape.experts else {}
+        router = {ROUTERS.get(family, "mlp.gate.weight"): (shape.experts, 32)} if shape.experts else {}
+        router |= {"mlp.shared_expert_gate.weight": (1, 32)} if shape.experts and family == "qwen2_moe" else {}
+        correction = "mlp.gate.moe_statics.e_score_correction_bias"
+        router |= {correction: (1, shape.experts)} if shape.experts and family == "ernie4_5_moe" else {}
         found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
         assert found == router | head_norms | {
             f"{p.at(expert)}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
-            for p in row.projections
-            if widths["query" if p.path.startswith(row.modules.attention) else "ffn"]
+            for p in row.projections_of(shape)
+            if widths[p.space]
             for expert in (range(shape.experts) if EVERY_EXPERT in p.path else [None])
         }
         norms = {
@@ -158,10 +163,11 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
             assert stated or family == "gpt_neox", "which reads them off its weights"
             assert stated == {name: counts[name] for name in stated}
         else:
-            bias = f"{row.restoring('query').path}.bias"
+            bias = f"{row.restoring('query', shape).path}.bias"
             assert {name for name in left if name.startswith(f"{row.modules.attention}.")} == {bias}
         if not shape.ffn_channels:
-            biases = {f"{path}.bias" for path in row.restoring_paths("ffn", shape)}
+            assert not shape.shared_channels
+            biases = {f"{path}.bias" for space in cut_spaces(shape)[1:] for path in row.restoring_paths(space, shape)}
             assert {name for name in left if not name.startswith(f"{row.modules.attention}.")} == biases
         elif hasattr(layer, "mlp"):
             assert getattr(layer.mlp, "intermediate_size", shape.ffn_channels) == shape.ffn_channels

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics
+from flap_export.calibration.statistics import CUT_SPACES, CalibrationStatistics, cut_spaces
 from flap_export.errors import ModelError, PlanError
 from flap_export.families import FAMILIES, Family, Projection
 from flap_export.models.attention import cache_argument
@@ -53,6 +53,7 @@ NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
 NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
 WIDENING = ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+SHARED = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 _VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
@@ -76,6 +77,10 @@ _VARIANTS = [
     pytest.param("olmo2", {"num_key_value_heads": 4}, id="olmo2-mha"),
     pytest.param("olmo2", {"num_attention_heads": 8}, id="olmo2-groups-of-four"),
     pytest.param("olmoe", {"attention_bias": True, "num_key_value_heads": 4}, id="olmoe-mha-biases"),
+    pytest.param("qwen3_moe", {"mlp_only_layers": [0, 2]}, id="qwen3_moe-plain-layers"),
+    pytest.param("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [3]}, id="qwen2_moe-plain-end"),
+    pytest.param("ernie4_5_moe", {"moe_num_shared_experts": 0}, id="ernie4_5_moe-none-shared"),
+    pytest.param("dots1", {"first_k_dense_replace": 0}, id="dots1-all-mixtures"),
 ]
 VARIANTS = [variant for variant in _VARIANTS if variant.values[0] in ALL_FAMILIES]
 
@@ -94,13 +99,13 @@ def masked_dense_logits(
     model = plain_model(dense)
     for index, kept_units in enumerate(plan.layers):
         layer = model.get_submodule(f"{checkpoint.family.modules.layers}.{index}")
-        for space in CUT_SPACES:
+        for space in cut_spaces(checkpoint.shape.layers[index]):
             if space == "ffn" and kept_units.experts:
                 means = statistics.sites[index, space].mean.float() if statistics else None
                 hold_experts(layer.mlp.experts, kept_units.experts, means)
                 continue
             mean = statistics.sites[index, space].mean.float() if statistics else None
-            module = layer.get_submodule(checkpoint.family.restoring(space).path)
+            module = layer.get_submodule(checkpoint.family.restoring(space, checkpoint.shape.layers[index]).path)
             kept = kept_positions(checkpoint, kept_units, space)
             inputs = module.nx if isinstance(module, Conv1D) else module.in_features
             removed = [i for i in range(inputs) if i not in kept]
@@ -133,8 +138,8 @@ def hold_experts(module: Any, kept: Sequence[Sequence[int]], means: Tensor | Non
 
 def kept_positions(checkpoint: Checkpoint, plan: Any, space: str) -> set[int]:
     size = checkpoint.shape.head_dim
-    if space == "ffn":
-        return set(plan.ffn_channels)
+    if space in ("ffn", "shared"):
+        return set(plan.ffn_channels if space == "ffn" else plan.shared_channels)
     return {head * size + i for head in plan.query_heads for i in range(size)}
 
 
@@ -212,7 +217,8 @@ def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: di
     expected = expected_tensors(checkpoint, plan, statistics)
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == torch.bfloat16, name
+        # Transformers saves some routers in single precision.
+        assert found[name].dtype == (tensor.dtype if ".mlp.gate." in name else torch.bfloat16), name
         assert found[name].is_contiguous(), name
         assert torch.equal(found[name], tensor), name
 
@@ -241,11 +247,12 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         rows["c"] = rows["query"] if checkpoint.family.model_type == "gpt_bigcode" else rows["qkv"]
         channels = list(kept.ffn_channels)
         expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
+        shared = f"mlp.{SHARED.get(checkpoint.family.model_type, 'shared_experts')}"
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
             is_of_heads = path.startswith(attention) and "norm." in path
-            if path.endswith(("mlp.gate.weight", *NORMS)) and not is_of_heads:
+            if (path.startswith(("mlp.gate.", "mlp.shared_expert_gate.")) or path.endswith(NORMS)) and not is_of_heads:
                 expected[name] = tensor
             elif is_of_heads:
                 heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
@@ -264,9 +271,14 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
                 expected[name] = tensor
             elif path.startswith(WIDENING) and channels:
                 expected[name] = tensor[channels]
-        for path, space, columns in ((output, "query", heads(kept.query_heads)), (down, "ffn", channels)):
-            if space == "ffn" and kept.experts:
-                continue
+            elif path.startswith((f"{shared}.gate_proj", f"{shared}.up_proj")) and kept.shared_channels:
+                expected[name] = tensor[list(kept.shared_channels)]
+        restoring = [(output, "query", heads(kept.query_heads))]
+        if not kept.experts:
+            restoring.append((down, "ffn", channels))
+        if kept.shared_channels is not None:
+            restoring.append((f"{shared}.down_proj", "shared", list(kept.shared_channels)))
+        for path, space, columns in restoring:
             weight = dense[f"{prefix}{path}.weight"]
             if columns:
                 expected[f"{prefix}{path}.weight"] = weight[:, columns]
@@ -419,7 +431,7 @@ def test_attention_and_ffn_together_are_the_layer(family: str, overrides: dict[s
             assert torch.equal(tensor, whole[name]), name
         # A part does not depend on what becomes of the other one.
         for part, found in (("query", attention), ("ffn", ffn)):
-            own = {"ffn"} if part == "ffn" else {"query", "kv", "joint_query", "joint_key"}
+            own = {"ffn", "shared"} if part == "ffn" else {"query", "kv", "joint_query", "joint_key"}
             alone = {space: channels if space in own else None for space, channels in kept.items()}
             again = dict(rewrite_layer(checkpoint, index, alone, restore, (part,)))
             assert again.keys() == found.keys()

@@ -21,7 +21,7 @@ from flap_export.evidence.record import Evidence
 from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.pruning.choosing import ladders_of
 from flap_export.rewriting.compensation import RIDGES
-from flap_export.rewriting.cutting import kept_channels, of_expert, sites_of
+from flap_export.rewriting.cutting import kept_channels, of_expert, path_of, sites_of
 from flap_export.rewriting.restoring import HELD_OUT_EVERY
 from flap_export.searching import fitting
 from flap_export.searching.fitting import RIDGE_SHARE, NestedFits, fit_rankings, staying_order
@@ -93,7 +93,7 @@ def test_the_bias_makes_up_for_what_was_rounded(family: str, tmp_path: Path) -> 
     dense, ladders = ranked(family, tmp_path, dtype=torch.bfloat16)
     fits = fit_rankings(dense, ladders, tokens_of(18, LENGTH), tmp_path / "fits")
     for where in sites_of(dense, 1):
-        weight = dense.weights[f"model.layers.1.{dense.family.restoring(where.space).at(where.expert)}.weight"]
+        weight = dense.weights[f"model.layers.1.{path_of(dense, where)}.weight"]
         order, mean = staying_order(ladders[1], where, dense.shape), fits.load(where).mean
         for count in (0, len(order) // 2, len(order)):
             kept = order[:count].sort().values

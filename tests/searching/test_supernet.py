@@ -82,7 +82,7 @@ def test_variants(family: str, given: dict[str, Any], tmp_path: Path) -> None:
     check_losses(tiny_problem(family, tmp_path, num_hidden_layers=3, **given), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["cohere", "gemma2", "olmo", "olmo2", "qwen3"])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "olmo", "olmo2", "qwen3", *MIXTURES])
 def test_double_precision_is_double_throughout(family: str, tmp_path: Path) -> None:
     """Norms and rotations too, which transformers passes through single precision."""
     problem = tiny_problem(family, tmp_path, dtype=torch.float64, num_hidden_layers=3)

@@ -14,6 +14,7 @@ from flap_export.exporting.dialect.attention import attention
 from flap_export.exporting.dialect.experts import JoinedExperts
 from flap_export.exporting.dialect.norms import normalized
 from flap_export.exporting.dialect.rotary import turning_by
+from flap_export.exporting.dialect.routers import looks_at_no_group, routed
 from flap_export.models.attention import attend_by
 from flap_export.models.modeling_pruned import Experts
 from flap_export.models.opening import Checkpoint
@@ -37,6 +38,8 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
             module.forward = partial(normalized, module, family.norm)
         if activation := ACTIVATIONS.get(type(module).__name__):
             module.forward = partial(activation, module)
+        if looks_at_no_group(module):
+            module.forward = partial(routed, module)
         if isinstance(module, Experts):
             model.set_submodule(path, JoinedExperts(module))
     with turning_by(tables, model, interleaved=family.rotary.interleaved):
