@@ -15,7 +15,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 import transformers
-from tiny import save_tokens, tiny_checkpoint, tokens_of
+from tiny import save_tokens, tiny_checkpoint, tiny_pruned, tokens_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
@@ -189,6 +189,17 @@ def test_a_speedup_gate_exits_1(call: Call, artifacts: tuple[Path, Path]) -> Non
     outcome = call("bench", artifacts[1], "--baseline", artifacts[0], *options)
     assert outcome.code == 1
     assert "speedup" in outcome.err
+
+
+def test_inspect_tells_of_heads_that_only_a_norm_needs(call: Call, tmp_path: Path) -> None:
+    tiny_pruned("olmo2", tmp_path)
+    dense, pruned = (
+        [line.split() for line in call("inspect", tmp_path / name).out.splitlines() if line[:1].isdigit()]
+        for name in ("dense", "pruned")
+    )
+    assert dense == [["0-3", "4", "2", "40"]]
+    assert pruned[1] == ["1", "1", "(4", "projected)", "1", "(2", "keys", "projected)", "13"]
+    assert pruned[3] == ["3", "0", "0", "0"]
 
 
 @pytest.mark.parametrize("which", ["model", "pruned", "artifact"])

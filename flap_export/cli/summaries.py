@@ -40,9 +40,16 @@ def of_shape(shape: DecoderShape) -> Iterator[RenderableType]:
             label = str(index) if start == index else f"{start}-{index}"
             experts = f"{layer.experts} x " if layer.experts else ""
             shared = "" if layer.shared_channels is None else f" + {layer.shared_channels}"
-            drawn.add_row(label, str(layer.query_heads), str(layer.kv_heads), f"{experts}{layer.ffn_channels}{shared}")
+            queries = _heads(layer.query_heads, layer.joint_query_heads, "projected")
+            keys = _heads(layer.kv_heads, layer.joint_key_heads, "keys projected")
+            drawn.add_row(label, queries, keys, f"{experts}{layer.ffn_channels}{shared}")
             start = index + 1
     yield drawn
+
+
+def _heads(kept: int, joint: int, what: str) -> str:
+    """Heads of attention, and how many are computed for a norm that runs over all of them, where those are more."""
+    return f"{kept} ({joint} {what})" if joint > kept else str(kept)
 
 
 def of_engine(record: EngineRecord) -> Iterator[RenderableType]:

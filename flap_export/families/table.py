@@ -368,8 +368,7 @@ FAMILIES: dict[str, Family] = {
             "olmo3",
             "Olmo3",
             _JOINTLY_NORMED_PROJECTIONS,
-            # Before, layers with windows and layers without turned by one set of parameters, and the settings for both
-            # kinds were not read.
+            # Earlier versions of transformers 5 turned all layers by one set of parameters, with windows or without.
             since="5.13",
             heads=Heads(norms=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},

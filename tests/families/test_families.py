@@ -111,15 +111,16 @@ def test_head_counts_that_do_not_divide() -> None:
             shape_from_config(config, FAMILIES["llama"])
 
 
-def test_heads_that_do_not_fill_a_square_output() -> None:
-    """Helium's o_proj is [H, H] whatever the heads are, and its class fails in the first product."""
-    config = tiny_config("helium")
-    assert shape_from_config(config, FAMILIES["helium"]).head_dim == 8
+@pytest.mark.parametrize("family", [family for family in ("helium", "olmoe") if family in ALL_FAMILIES])
+def test_heads_that_do_not_fill_the_hidden_size(family: str) -> None:
+    """Helium's o_proj is [H, H] and OLMoE's norm of queries [H] whatever the heads are, and their classes fail."""
+    config = tiny_config(family)
+    assert shape_from_config(config, FAMILIES[family]).head_dim == 8
     config.head_dim = 12
     with pytest.raises(
-        ModelError, match=r"the heads of helium must fill its hidden size: .* hidden_size \(32\), got 4 times 12"
+        ModelError, match=rf"the heads of {family} must fill its hidden size: .* hidden_size \(32\), got 4 times 12"
     ):
-        shape_from_config(config, FAMILIES["helium"])
+        shape_from_config(config, FAMILIES[family])
 
 
 def test_older_configurations_without_kv_heads_and_head_size() -> None:
