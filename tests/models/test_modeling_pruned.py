@@ -56,6 +56,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 warnings.simplefilter("error")
+# By what older versions of transformers compile their GPTBigCode with.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
 results = {}
 for name, directory in json.load(sys.stdin).items():
     model, info = AutoModelForCausalLM.from_pretrained(
