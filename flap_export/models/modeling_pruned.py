@@ -58,22 +58,45 @@ class Constant(nn.Module):
 
 
 class EmptyAttention(nn.Module):
-    """Attention without heads. It still counts the tokens in the cache, whose length is read from any layer."""
+    """Attention without heads. It still counts the tokens in the cache, whose length is read from any layer.
 
-    def __init__(self, output: str, constant: Constant, layer_idx: int, is_sliding: bool) -> None:
-        super().__init__()
+    Every one is of a class that is also the family's: transformers gathers attention weights from its own classes only.
+    """
+
+    def __init__(self, output: str, constant: Constant, layer_idx: int, replaced: Any) -> None:
+        # The family's own would make projections.
+        nn.Module.__init__(self)
+        self.output, self.layer_idx, self.config = output, layer_idx, replaced.config
         # Transformers 4.57 asks Gemma 3's attention which of the rotary embeddings it wants.
-        self.output, self.layer_idx, self.is_sliding = output, layer_idx, is_sliding
+        self.is_sliding = getattr(replaced, "is_sliding", False)
         self.add_module(output, constant)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """The output bias, and no attention weights; arguments as transformers passes them to attention."""
-        # Families and versions of transformers call it by different names.
-        cache: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        if cache is not None and getattr(cache, "counts_empty_layers", True):
-            placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(placeholder, placeholder, self.layer_idx)
-        return self.get_submodule(self.output)(hidden_states), None
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The output bias, and the weights of no head [B, 0, n, keys] where the others give theirs.
+
+        Arguments are as transformers passes them to attention.
+        """
+        keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        # Families and versions of transformers call the cache by different names.
+        held: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if held is not None and getattr(held, "counts_empty_layers", True):
+            keys, _ = held.update(keys, keys, self.layer_idx)
+        gives_weights = self.config._attn_implementation == "eager"
+        weights = hidden_states.new_zeros(keys.shape[0], 0, hidden_states.shape[1], keys.shape[2])
+        return self.get_submodule(self.output)(hidden_states), weights if gives_weights else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the family's class: the one that is made of it cannot be found by its name."""
+        return _unfilled, (type(self).__mro__[2],), self.__dict__
+
+
+def _emptied(attention: type[nn.Module]) -> type[EmptyAttention]:
+    return type(f"Empty{attention.__name__}", (EmptyAttention, attention), {})
+
+
+def _unfilled(attention: type[nn.Module]) -> EmptyAttention:
+    emptied = _emptied(attention)
+    return emptied.__new__(emptied)
 
 
 class EmptyFeedForward(nn.Module):
@@ -258,9 +281,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                 linear = _linear(layer, path)
                 constant = Constant(_features(linear)[1], linear.weight, output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
-                is_sliding = getattr(parent, "is_sliding", False)
                 emptied = (
-                    EmptyAttention(name, constant, layer_idx, is_sliding)
+                    _emptied(type(parent))(name, constant, layer_idx, parent)
                     if block == "query"
                     else EmptyFeedForward(name, constant)
                 )

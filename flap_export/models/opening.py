@@ -79,7 +79,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the configuration states; float32 when it states none."""
-        stated = getattr(self.config, "dtype", None) or getattr(self.config, "torch_dtype", None)
+        stated = getattr(self.config, "dtype", None)
         if isinstance(stated, str):
             stated = getattr(torch, stated.removeprefix("torch."), None)
         return stated if isinstance(stated, torch.dtype) else torch.float32

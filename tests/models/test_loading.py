@@ -338,6 +338,17 @@ def test_a_tensor_of_another_shape(dense: Path) -> None:
         load(dense)
 
 
+@pytest.mark.parametrize("stated", [None, "bfloat16"])
+def test_the_dtype_is_asked_for_by_its_name(dense: Path, stated: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older one is deprecated, and told of to whoever runs a command."""
+    path = dense / "config.json"
+    others = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**others, **({"torch_dtype": stated} if stated else {})}))
+    checkpoint = open_checkpoint(dense)
+    monkeypatch.setattr(type(checkpoint.config), "torch_dtype", property(lambda config: pytest.fail("asked")))
+    assert checkpoint.dtype == getattr(torch, stated or "float32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_no_number(dense: Path, value: float, dtype: torch.dtype) -> None:

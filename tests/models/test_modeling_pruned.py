@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tiny import (
     ALL_FAMILIES,
     PLAIN_FAMILIES,
+    VOCABULARY,
     keep_all_plan,
     save_pruned,
     tiny_checkpoint,
@@ -27,6 +32,7 @@ from transformers import AutoModelForCausalLM
 from flap_export.calibration.statistics import cut_spaces
 from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.models import modeling_pruned
+from flap_export.models.attention import cache_argument
 from flap_export.models.loading import load_model, pruned_section
 from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
 from flap_export.models.opening import open_checkpoint
@@ -52,6 +58,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 warnings.simplefilter("error")
+# By what older versions of transformers compile their GPTBigCode with.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
 results = {}
 for name, directory in json.load(sys.stdin).items():
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -179,9 +187,9 @@ def test_it_saves_and_loads_through_transformers(tmp_path: Path) -> None:
     checkpoint, model = open_checkpoint(pruned), load_model(pruned, dtype=torch.float32)
     raw = checkpoint.config.to_dict()
     config = PrunedConfig(pruned=pruned_section(checkpoint.family, checkpoint.shape), **raw)
-    copy = PrunedForCausalLM(config).eval()
-    copy.load_state_dict(model.state_dict(), strict=True)
-    copy.save_pretrained(tmp_path / "copy")
+    same = PrunedForCausalLM(config).eval()
+    same.load_state_dict(model.state_dict(), strict=True)
+    same.save_pretrained(tmp_path / "copy")
     again = PrunedForCausalLM.from_pretrained(tmp_path / "copy").eval()
     tokens = tokens_of(2, 9)
     with torch.no_grad():
@@ -257,3 +265,77 @@ def test_every_parameter_has_a_gradient(family: str, tmp_path: Path) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert torch.equal(model.eval()(input_ids=tokens).logits, evaluated)
+
+
+# --- what transformers offers around a model
+
+
+def opened(directory: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_attention_weights_are_those_of_every_layer_in_its_place(family: str, tmp_path: Path) -> None:
+    """Also of layers without heads, which have weights of no head."""
+    directory = tiny_pruned(family, tmp_path)
+    heads = [layer.query_heads for layer in open_checkpoint(directory).shape.layers]
+    assert 0 in heads
+    model, tokens = opened(directory, attn_implementation="eager"), tokens_of(2, 9)
+    with torch.no_grad():
+        given = model(input_ids=tokens, output_attentions=True, output_hidden_states=True)
+        assert [weights.shape for weights in given.attentions] == [(2, count, 9, 9) for count in heads]
+        assert len(given.hidden_states) == len(heads) + 1
+        start = model(input_ids=tokens[:, :4], use_cache=True)
+        cache = {cache_argument(model): start[cache_argument(model)]}
+        rest = model(input_ids=tokens[:, 4:], output_attentions=True, **cache)
+    assert [weights.shape for weights in rest.attentions] == [(2, count, 5, 9) for count in heads]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_it_generates_in_every_way(family: str, tmp_path: Path) -> None:
+    directory = tiny_pruned(family, tmp_path)
+    model, dense, tokens = opened(directory), opened(tmp_path / "dense"), tokens_of(1, 5)
+    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    greedy = model.generate(tokens, **settings)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(tokens, **settings, **static), greedy)
+    # Transformers 4.57 compares what an assistant gives with the token that ends a text, whether there is one or not.
+    ended = {**settings, "eos_token_id": VOCABULARY - 1, "pad_token_id": 0}
+    for one, assistant in ((model, {"assistant_model": dense}), (dense, {"assistant_model": model})):
+        assert torch.equal(one.generate(tokens, **ended, **assistant), one.generate(tokens, **ended))
+    beams = model.generate(tokens, **settings, num_beams=3)
+    with torch.no_grad():
+        likelihoods = [
+            model(input_ids=found).logits.log_softmax(-1)[:, 4:-1].gather(-1, found[:, 5:, None]).sum()
+            for found in (beams, greedy)
+        ]
+    assert likelihoods[0] >= likelihoods[1] - 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_activations_that_are_computed_again_give_the_same_gradients(family: str, tmp_path: Path) -> None:
+    directory, tokens, gradients = tiny_pruned(family, tmp_path), tokens_of(2, 9), []
+    for again in (False, True):
+        model = opened(directory).train()
+        if again:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
+    model, tokens = opened(tiny_pruned("llama", tmp_path)), tokens_of(2, 9)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found, expected = (one(input_ids=tokens, use_cache=False).logits for one in (compiled, model))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_it_can_be_copied(copied: Callable[[Any], Any], tmp_path: Path) -> None:
+    model, tokens = load_model(tiny_pruned("llama", tmp_path), dtype=torch.float32), tokens_of(2, 9)
+    with torch.no_grad():
+        assert torch.equal(copied(model)(input_ids=tokens).logits, model(input_ids=tokens).logits)
