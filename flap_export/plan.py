@@ -38,6 +38,7 @@ class LayerPlan(Value):
             attention_bias=dense.attention_bias or (compensated and len(self.query_heads) < dense.query_heads),
             ffn_bias=dense.ffn_bias or (compensated and self.ffn_width < dense.ffn_channels),
             experts=dense.experts,
+            head_numbers=tuple(dense.head_numbers[head] for head in self.query_heads) if dense.head_numbers else (),
         )
 
     @model_serializer(mode="wrap")

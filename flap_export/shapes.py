@@ -10,9 +10,9 @@ Notation used throughout the package:
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from flap_export.storage import Value
 
@@ -32,6 +32,9 @@ class LayerShape(Value):
     ffn_bias: bool = False
     experts: _Heads = 0
     """Experts of a mixture, each of them `ffn_channels` wide and with an output bias of its own; 0 is a plain FFN."""
+    head_numbers: tuple[_Heads, ...] = ()
+    """Which heads of the dense layer these are, in families that tell heads apart by more than their weights: with
+    ALiBi, every head has a slope of its own."""
 
     @property
     def ffns(self) -> int:
@@ -42,6 +45,11 @@ class LayerShape(Value):
     def ffn_scores(self) -> tuple[int, ...]:
         """Shape of what is known of each FFN channel: (F,), or (E, F)."""
         return (self.experts, self.ffn_channels) if self.experts else (self.ffn_channels,)
+
+    @model_serializer(mode="wrap")
+    def _numbers_where_they_matter(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.head_numbers else {name: fields[name] for name in fields if name != "head_numbers"}
 
 
 class DecoderShape(Value):

@@ -62,6 +62,12 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
     # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
     "gemma": {"head_dim": 12},
+    # Slopes in the place of positions; the FFN has 4 H channels.
+    "bloom": {
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+        "max_position_embeddings": ...,
+    },
     # A norm of its own for every head; logits that are scaled.
     "cohere": {"use_qk_norm": True, "logit_scale": 0.7},
     # Windows in every other layer; the others do not turn.
@@ -174,7 +180,7 @@ ALL_FAMILIES = sorted(
     for family, row in FAMILIES.items()
     if Version(row.since).release <= VERSION and family in transformers.CONFIG_MAPPING
 )
-ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
+ALWAYS_MULTI_HEAD = ("bloom", "gpt2", "gpt_neox", "opt")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].ffn.experts_field]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]

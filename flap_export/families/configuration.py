@@ -75,6 +75,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         attention_bias=family.has_bias("query", config),
         ffn_bias=family.has_bias("ffn", config),
         experts=getattr(config, family.ffn.experts_field) if family.ffn.experts_field else 0,
+        head_numbers=tuple(range(heads)) if family.alibi else (),
     )
     return DecoderShape(
         hidden_size=config.hidden_size,
@@ -114,6 +115,7 @@ def _holds(config: Any, settings: Mapping[str, object]) -> bool:
 
 
 def _ffn_channels(config: Any, family: Family) -> int:
-    stated = getattr(config, family.ffn.width_field)
-    width: int = config.hidden_size * family.ffn.multiple if stated is None and family.ffn.multiple else stated
+    field, multiple = family.ffn.width_field, family.ffn.multiple
+    stated: Any = None if field is None else getattr(config, field)
+    width: int = config.hidden_size * multiple if stated is None and multiple else stated
     return width

@@ -141,10 +141,10 @@ class Rotary:
 class FeedForward:
     """What a configuration's numbers mean for the FFN: F channels, in each of E experts where it is a mixture."""
 
-    width_field: str = "intermediate_size"
-    """Configuration field that holds F."""
+    width_field: str | None = "intermediate_size"
+    """Configuration field that holds F; None where the class leaves no choice."""
     multiple: int | None = None
-    """F in units of H where that field holds nothing."""
+    """F in units of H where there is no such field, or nothing in it."""
     experts_field: str | None = None
     """Configuration field that holds E, in mixtures of experts."""
 
@@ -183,6 +183,11 @@ class Family:
     rotary: Rotary = Rotary()
     stored: Stored = Stored()
     norm: Norm = Norm()
+    positions_field: str = "max_position_embeddings"
+    """Configuration field that holds the number of positions, in families that have one."""
+    alibi: str | None = None
+    """What the class's attention calls the biases of all heads that grow with the distance of a key (ALiBi), which it
+    is handed; None in families without."""
     parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""

@@ -43,6 +43,13 @@ _FALCON_PROJECTIONS = (
     Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
 )
 
+_FALCON_MODULES = Modules(
+    attention="self_attention",
+    decoder="transformer",
+    layers="transformer.h",
+    embedding="transformer.word_embeddings",
+)
+
 _GPT2_PROJECTIONS = (
     Projection("attn.c_attn", "hidden", ("query", "kv", "kv")),
     Projection("attn.c_proj", "query", ("hidden",)),
@@ -93,6 +100,20 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("arcee", "Arcee", _UNGATED_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
+            "bloom",
+            "Bloom",
+            _FALCON_PROJECTIONS,
+            modules=_FALCON_MODULES,
+            # Its width is 4 H, whatever a configuration states.
+            ffn=FeedForward(width_field=None, multiple=4),
+            heads=Heads(plain=True),
+            alibi="alibi",
+            attention_kernel="eager",
+            bias_flags={"query": None, "ffn": None},
+            # Products of slices, whose widths are those of the hidden size.
+            requires={"slow_but_exact": (False,)},
+        ),
+        Family(
             "cohere",
             "Cohere",
             _SEPARATE_PROJECTIONS,
@@ -125,12 +146,7 @@ FAMILIES: dict[str, Family] = {
             "falcon",
             "Falcon",
             _FALCON_PROJECTIONS,
-            modules=Modules(
-                attention="self_attention",
-                decoder="transformer",
-                layers="transformer.h",
-                embedding="transformer.word_embeddings",
-            ),
+            modules=_FALCON_MODULES,
             ffn=FeedForward(width_field="ffn_hidden_size"),
             heads=Heads(multi_query={"new_decoder_architecture": False, "multi_query": True}, kv_field="num_kv_heads"),
             bias_flags={"query": "bias", "ffn": "bias"},

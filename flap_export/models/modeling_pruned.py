@@ -5,9 +5,11 @@ uneven checkpoint, so that `AutoModelForCausalLM.from_pretrained(directory, trus
 The two import lines name the family the checkpoint came from. The configuration carries, under `pruned`:
 
     projections   [path, input space, [output spaces]] of each linear module of a layer; `*` is an expert's number
-    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts
+    layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts; and head_numbers,
+                  which of the dense layer's heads these are, where heads differ by more than their weights
     head_norms    path of each norm with a row for every head, where a layer has it, and the space of these heads
     head_dim      of every head
+    alibi         what attention calls the biases of all dense heads by distance, which it is handed, if there are any
     since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
@@ -17,6 +19,8 @@ router stays and weighs the biases of its experts.
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,10 +58,11 @@ class Constant(nn.Module):
 class EmptyAttention(nn.Module):
     """Attention without heads. It still counts the tokens in the cache, whose length is read from any layer."""
 
-    def __init__(self, output: str, constant: Constant, layer_idx: int, is_sliding: bool) -> None:
+    def __init__(self, output: str, constant: Constant, layer_idx: int, like: nn.Module) -> None:
         super().__init__()
+        self.output, self.layer_idx, self.adds_residual = output, layer_idx, _adds_residual(like)
         # Transformers 4.57 asks Gemma 3's attention which of the rotary embeddings it wants.
-        self.output, self.layer_idx, self.is_sliding = output, layer_idx, is_sliding
+        self.is_sliding = getattr(like, "is_sliding", False)
         self.add_module(output, constant)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -66,21 +71,33 @@ class EmptyAttention(nn.Module):
         if cache is not None and getattr(cache, "counts_empty_layers", True):
             placeholder = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(placeholder, placeholder, self.layer_idx)
-        return self.get_submodule(self.output)(hidden_states), None
+        output = self.get_submodule(self.output)(hidden_states)
+        return output + _residual(args, kwargs) if self.adds_residual else output, None
 
 
 class EmptyFeedForward(nn.Module):
     """FFN without channels."""
 
-    def __init__(self, output: str, constant: Constant) -> None:
+    def __init__(self, output: str, constant: Constant, like: nn.Module) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.adds_residual = output, _adds_residual(like)
         self.add_module(output, constant)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The output bias."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output bias; arguments as transformers passes them to an FFN."""
         output: Tensor = self.get_submodule(self.output)(hidden_states)
-        return output
+        return output + _residual(args, kwargs) if self.adds_residual else output
+
+
+def _adds_residual(block: nn.Module) -> bool:
+    """Whether a block is handed the residual too, and adds it to what it gives, as BLOOM's do."""
+    return "residual" in inspect.signature(block.forward).parameters
+
+
+def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual, which is the first argument after the hidden states."""
+    residual: Tensor = kwargs["residual"] if "residual" in kwargs else args[0]
+    return residual
 
 
 class Expert(nn.Module):
@@ -167,7 +184,9 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
     for name, count in counts.items():
         if hasattr(attention, name):
             setattr(attention, name, count)
-    config = attention.config
+    config = getattr(attention, "config", None)
+    if config is None:
+        return
     if (config.num_attention_heads, getattr(config, "num_key_value_heads", kv_heads)) != (query_heads, kv_heads):
         attention.config = OwnCounts(config, query_heads, kv_heads)
 
@@ -226,11 +245,10 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                 linear = _linear(layer, path)
                 constant = Constant(_features(linear)[1], linear.weight, output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
-                is_sliding = getattr(parent, "is_sliding", False)
                 emptied = (
-                    EmptyAttention(name, constant, layer_idx, is_sliding)
+                    EmptyAttention(name, constant, layer_idx, parent)
                     if block == "query"
-                    else EmptyFeedForward(name, constant)
+                    else EmptyFeedForward(name, constant, parent)
                 )
                 layer.set_submodule(parent_path, emptied)
             continue
@@ -242,6 +260,19 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
             _count_heads(parent, counts["query_heads"], counts["kv_heads"], head_dim)
         if block == "ffn" and hasattr(parent, "intermediate_size"):
             parent.intermediate_size = counts["ffn_channels"]
+        if inputs == "query" and "alibi" in pruned:
+            # In families with such biases, the dense heads fill the hidden size.
+            own = partial(_own_biases, pruned["alibi"], hidden_size // head_dim, counts["head_numbers"])
+            parent.register_forward_pre_hook(own, with_kwargs=True)
+
+
+def _own_biases(
+    name: str, dense_heads: int, numbers: list[int], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of biases [dense heads, ...] or [B dense heads, ...] that attention is handed, those of the heads it has."""
+    biases: Tensor = kwargs[name]
+    kept = biases.view(-1, dense_heads, *biases.shape[1:])[:, list(numbers)].flatten(0, 1)
+    return args, {**kwargs, name: kept}
 
 
 def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:

@@ -44,9 +44,15 @@ def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) ->
     """Whether the family's own class can take any plan of such options, before anything is computed for one.
 
     Raises:
-        PlanError: it has no place for the FFN's bias, or experts of any width would not run in it.
+        PlanError: its FFN has one width, it has no place for the FFN's bias, or experts of any width would not run in
+            it.
     """
     family = dense.family
+    if family.ffn.width_field is None:
+        raise PlanError(
+            f"--layout stock: {family.model_type}'s class makes every FFN {family.ffn.multiple} times as wide as the "
+            "hidden states, whatever a configuration states; use --layout uneven"
+        )
     without_place = [space for space in CUT_SPACES if not family.can_hold_bias(space)]
     # A plan may leave attention whole; one that leaves every FFN whole is not to be expected.
     if compensated and "ffn" in without_place:
@@ -100,6 +106,7 @@ def stock_config(dense: Checkpoint, shape: DecoderShape) -> dict[str, Any]:
 
 
 def _counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
+    assert dense.family.ffn.width_field is not None, "check_stock comes first"
     counts = {dense.family.ffn.width_field: layer.ffn_channels}
     if heads_are_fixed(dense.config, dense.family):
         return counts

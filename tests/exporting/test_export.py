@@ -36,6 +36,7 @@ from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact, past_na
 from flap_export.errors import InputError, ModelError, OutputError
 from flap_export.exporting import export
 from flap_export.exporting.dialect import rotary_tables
+from flap_export.models.alibi import slope_tables
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.models.weights import Weights
@@ -45,6 +46,7 @@ PROMPT = 9
 STEPS = 3
 NODES = {
     "apertus": (34, 11),
+    "bloom": (24, 18),
     "arcee": (20, 11),
     "cohere": (29, 12),
     "cohere2": (20, 19),
@@ -87,7 +89,7 @@ NODES = {
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
 NORM_VECTORS = {
-    "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2,
+    "bloom": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2,
     "stablelm": 2, "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
@@ -254,7 +256,9 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     # A norm without weights, or with a row of them for every head, has ones in their place.
     ones = {"cohere": artifact.shape.head_dim, "olmo": artifact.shape.hidden_size}.get(family, 0) * 4
     stored = sum(weights[name].nbytes for name in weights if weights.shape(name))
-    assert float_bytes(tmp_path / "onnx") == stored - unread + tables + ones
+    # Layers with the same heads share their slopes.
+    slopes = {id(table): table.nbytes for table in slope_tables(open_checkpoint(pruned)).values()}
+    assert float_bytes(tmp_path / "onnx") == stored - unread + tables + ones + sum(slopes.values())
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
 
@@ -337,6 +341,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     [
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("bloom", {"hidden_size": 48, "num_attention_heads": 6}),
         ("falcon", {**OLD_FALCON, "bias": True}),
         ("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False, "activation": "relu"}),
         ("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1, "rope_parameters": ROPES["linear"]}),
@@ -370,6 +376,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     ids=[
         "opt-norms-after",
         "opt-plain-norms",
+        "bloom-normed-residuals",
+        "bloom-six-heads",
         "falcon-mqa",
         "falcon-mha",
         "falcon-one-norm",

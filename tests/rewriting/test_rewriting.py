@@ -37,6 +37,7 @@ from flap_export.rewriting.cutting import check_kind, cut, grouped_order, kept_c
 from flap_export.rewriting.restoring import cut_only, mean_restorer
 
 RESTORING = {
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
     "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
@@ -54,6 +55,8 @@ LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 _VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
     *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("bloom", {"apply_residual_connection_post_layernorm": True}, id="bloom-normed-residuals"),
+    pytest.param("bloom", {"hidden_size": 48, "num_attention_heads": 6}, id="bloom-six-heads"),
     pytest.param("falcon", {**OLD_FALCON, "bias": True}, id="falcon-mqa"),
     pytest.param("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False}, id="falcon-mha"),
     pytest.param("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1}, id="falcon-groups-of-four"),

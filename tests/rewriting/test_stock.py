@@ -47,7 +47,7 @@ def heads(folder: Path) -> dict[str, Any]:
     return {"structure": "ul-mm", "remove_heads": removed}
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if FAMILIES[family].ffn.width_field])
 def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) -> None:
     row = FAMILIES[family]
     # Where heads stay, only FFNs are compensated.
@@ -128,6 +128,16 @@ def test_a_family_without_a_place_for_the_bias_says_so(tmp_path: Path) -> None:
             progress=lambda what, *_: steps.append(what),
         )
     assert not steps
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if not FAMILIES[family].ffn.width_field])
+def test_a_family_whose_ffns_have_one_width_says_so(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    options: dict[str, Any] = {"calibration": source, "layout": "stock", "compensation": "none"}
+    with pytest.raises(PlanError, match=rf"stock: {family}'s class makes every FFN 4 times as wide .* --layout uneven"):
+        prune(dense, tmp_path / "out", ratio=0.3, **options)
     assert not (tmp_path / "out").exists()
 
 

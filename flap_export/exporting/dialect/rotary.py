@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.exporting.dialect.node import node
+from flap_export.models.alibi import register_tables
 from flap_export.models.attention import rotary_modules
 from flap_export.models.opening import Checkpoint
 
@@ -58,9 +59,7 @@ def _table_names(kind: str | None) -> tuple[str, str]:
 @contextmanager
 def turning_by(tables: Mapping[str, Tensor], model: nn.Module, *, interleaved: bool) -> Iterator[None]:
     """Let the heads of `model` turn by `tables`, in one node each; see `Rotary.interleaved` of the family."""
-    for path, table in tables.items():
-        owner, _, name = path.rpartition(".")
-        model.get_submodule(owner).register_buffer(name, table)
+    register_tables(model, tables)
     for _, rotary in rotary_modules(model):
         rotary.forward = partial(_tables_at, rotary)
     modeling = importlib.import_module(type(model).__module__)
