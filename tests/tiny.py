@@ -108,6 +108,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
+    # Half of every head turns, neighbours together; attention and FFN behind one norm.
+    "gptj": {"rotary_dim": 4, "n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Multipliers of embeddings, residuals, scores and logits, of which none is what is usual.
     "granite": {
         "embedding_multiplier": 3.0,
@@ -180,7 +182,7 @@ ALL_FAMILIES = sorted(
     for family, row in FAMILIES.items()
     if Version(row.since).release <= VERSION and family in transformers.CONFIG_MAPPING
 )
-ALWAYS_MULTI_HEAD = ("bloom", "gpt2", "gpt_neox", "opt")
+ALWAYS_MULTI_HEAD = ("bloom", "gpt2", "gpt_neox", "gptj", "opt")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].ffn.experts_field]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]

@@ -33,8 +33,9 @@ def check_config(config: Any, family: Family) -> None:
             raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
     for settings in family.excludes:
         if _holds(config, settings):
-            together = " and ".join(f"{name}={value}" for name, value in settings.items())
-            raise ModelError(f"transformers' {family.model_type} cannot compute {together} together")
+            named = " and ".join(f"{name}={value}" for name, value in settings.items())
+            together = " together" if len(settings) > 1 else ""
+            raise ModelError(f"transformers' {family.model_type} cannot compute {named}{together}")
 
 
 def _check_windows(config: Any) -> None:

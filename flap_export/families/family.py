@@ -129,6 +129,9 @@ class Rotary:
 
     interleaved: bool = False
     """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
+    sines_first: bool = False
+    """Whether the rotary embedding gives sines before cosines, each of them once. The class then turns heads by a
+    function that no other has, and own attention does it instead."""
     in_float32: bool = False
     """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
     required_fields: tuple[str, ...] = ()

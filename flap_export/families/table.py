@@ -64,6 +64,15 @@ _GPT_BIGCODE_PROJECTIONS = (
     *_GPT2_PROJECTIONS[1:],
 )
 
+_GPTJ_PROJECTIONS = (
+    Projection("attn.q_proj", "hidden", ("query",)),
+    Projection("attn.k_proj", "hidden", ("kv",)),
+    Projection("attn.v_proj", "hidden", ("kv",)),
+    Projection("attn.out_proj", "query", ("hidden",)),
+    Projection("mlp.fc_in", "hidden", ("ffn",)),
+    Projection("mlp.fc_out", "ffn", ("hidden",)),
+)
+
 _GPT_NEOX_PROJECTIONS = (
     Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
     Projection("attention.dense", "query", ("hidden",)),
@@ -85,6 +94,7 @@ _COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
 _MISTRAL_WITH_IMAGES = ("mistral3",)
+_NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
 FAMILIES: dict[str, Family] = {
@@ -108,6 +118,8 @@ FAMILIES: dict[str, Family] = {
             ffn=FeedForward(width_field=None, multiple=4),
             heads=Heads(plain=True),
             alibi="alibi",
+            # Before, its model took neither positions nor a number of logits.
+            since="5",
             attention_kernel="eager",
             bias_flags={"query": None, "ffn": None},
             # Products of slices, whose widths are those of the hidden size.
@@ -227,6 +239,21 @@ FAMILIES: dict[str, Family] = {
             heads=Heads(plain=True),
             rotary=Rotary(names_in_4={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}),
             bias_flags={"query": "attention_bias", "ffn": None},
+        ),
+        Family(
+            "gptj",
+            "GPTJ",
+            _GPTJ_PROJECTIONS,
+            # Before, every attention had a table of its own.
+            since="5.24",
+            modules=_GPT2_MODULES,
+            ffn=FeedForward(width_field="n_inner", multiple=4),
+            stored=Stored(buffers=(".attn.bias", ".attn.masked_bias")),
+            heads=Heads(plain=True),
+            rotary=Rotary(interleaved=True, sines_first=True),
+            parallel_blocks=True,
+            bias_flags={"ffn": None},
+            excludes=_NO_ROTARY_DIM,
         ),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(

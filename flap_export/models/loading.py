@@ -121,7 +121,7 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
-            model.set_submodule(path, type(module)(config=module.config))
+            model.set_submodule(path, type(module)(config=getattr(module, "config", checkpoint.config)))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
                 factor = torch.tensor(checkpoint.shape.hidden_size**0.5, dtype=buffer.dtype)

@@ -174,6 +174,7 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
     """Tell `attention` how many heads it has, wherever its family keeps that."""
     counts = {
         "num_heads": query_heads,
+        "num_attention_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "num_key_value_groups": query_heads // kv_heads,
         # Where GPT-2 and GPTBigCode cut fused outputs.

@@ -45,6 +45,43 @@ def bloom(
     return residual + module.dense(attended), None
 
 
+def gptj(
+    attend: Attend,
+    module: Any,
+    hidden_states: Tensor,
+    *,
+    step_cache: Any,
+    position_embeddings: tuple[Any, Any],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """GPT-J's attention of tokens [B, n, H], with heads laid out before they turn, all at once."""
+    laid_out = (*hidden_states.shape[:2], -1, module.head_dim)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (project(hidden_states).view(laid_out).transpose(1, 2) for project in projections)
+    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    attended = _attended(attend, module, (query, key, value), step_cache, scaling=module.scaling)
+    return module.out_proj(attended), None
+
+
+def apply_rotary_pos_emb(query: Tensor, key: Tensor, sine: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn neighbours among the first R channels of heads [B, heads, n, D]; named as transformers' functions are.
+
+    Args:
+        query: of Q heads.
+        key: of K heads.
+        sine: [B, n, R / 2]
+        cosine: [B, n, R / 2]
+    """
+    width, (sine, cosine) = 2 * sine.shape[-1], (values.unsqueeze(1) for values in (sine, cosine))
+
+    def turned(heads: Tensor) -> Tensor:
+        first, second = heads[..., :width:2], heads[..., 1:width:2]
+        pairs = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        return torch.cat([pairs.flatten(-2).to(heads.dtype), heads[..., width:]], dim=-1)
+
+    return turned(query), turned(key)
+
+
 def _heads(fused: Tensor, kv_heads: int, head_dim: int) -> Heads:
     """The heads of fused outputs that stand KV group after KV group."""
     groups = fused.view(*fused.shape[:2], kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
@@ -63,5 +100,6 @@ def _attended(attend: Attend, module: Any, heads: Heads, step_cache: Any, **sett
 OWN_ATTENTION: Final[Mapping[str, Callable[..., tuple[Tensor, None]]]] = {
     "BloomAttention": bloom,
     "FalconAttention": falcon,
+    "GPTJAttention": gptj,
 }
 """By the name of the class whose `forward` they replace."""

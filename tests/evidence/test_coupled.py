@@ -24,6 +24,8 @@ CALLED = {
     "out_proj": "o_proj",
     "fc1": "up_proj",
     "fc2": "down_proj",
+    "fc_in": "up_proj",
+    "fc_out": "down_proj",
     "attn.c_proj": "o_proj",
     "c_fc": "up_proj",
     "mlp.c_proj": "down_proj",

@@ -62,6 +62,7 @@ NODES = {
     "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
     "gpt_neox": (22, 13),
+    "gptj": (20, 12),
     "granite": (24, 13),
     "helium": (22, 11),
     "hunyuan_v1_dense": (24, 11),
@@ -89,8 +90,8 @@ NODES = {
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
 NORM_VECTORS = {
-    "bloom": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2,
-    "stablelm": 2, "starcoder2": 2,
+    "bloom": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "gptj": 2, "nemotron": 2, "olmo": 0, "opt": 2,
+    "phi": 2, "stablelm": 2, "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16
@@ -341,8 +342,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     [
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
-        ("bloom", {"apply_residual_connection_post_layernorm": True}),
-        ("bloom", {"hidden_size": 48, "num_attention_heads": 6}),
+        for_family("bloom", {"apply_residual_connection_post_layernorm": True}),
+        for_family("bloom", {"hidden_size": 48, "num_attention_heads": 6}),
         ("falcon", {**OLD_FALCON, "bias": True}),
         ("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False, "activation": "relu"}),
         ("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1, "rope_parameters": ROPES["linear"]}),
@@ -353,6 +354,7 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         for_family("gpt_bigcode", {"scale_attn_weights": False, "attention_softmax_in_fp32": False}),
         for_family("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
         for_family("gpt_neox", {"attention_bias": False, "rope_parameters": ROPES["linear"]}),
+        for_family("gptj", {"rotary_dim": 8, "activation_function": "relu"}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
@@ -386,6 +388,7 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         "gpt_bigcode-unscaled",
         "gpt_neox-one-by-one",
         "gpt_neox-scaled",
+        "gptj-whole-heads-turn",
         "gemma2-biases",
         "gemma2-uncapped",
         "gemma3-capped",

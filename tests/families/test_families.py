@@ -172,6 +172,8 @@ def test_a_family_that_needs_a_newer_transformers_says_so(
             {"parallel_attn": False},
             r"new_decoder_architecture=True and parallel_attn=False together",
         ),
+        ("bloom", {"slow_but_exact": True}, r"bloom is supported with slow_but_exact equal to False only, got True"),
+        ("gptj", {"rotary_dim": None}, r"transformers' gptj cannot compute rotary_dim=False$"),
         ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
         (
             "gpt_bigcode",

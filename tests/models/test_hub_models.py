@@ -187,6 +187,31 @@ BLOOM_560M = {
     "use_cache": True,
     "vocab_size": 250880,
 }
+GPT_J_6B = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPTJForCausalLM"],
+    "attn_pdrop": 0.0,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 50256,
+    "gradient_checkpointing": False,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gptj",
+    "n_embd": 4096,
+    "n_head": 16,
+    "n_inner": None,
+    "n_layer": 28,
+    "n_positions": 2048,
+    "resid_pdrop": 0.0,
+    "rotary": True,
+    "rotary_dim": 64,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "GPT2Tokenizer",
+    "use_cache": True,
+    "vocab_size": 50400,
+}
 MODELS = {
     # Name: configuration, heads, KV heads, head size, FFN width, and all parameters as the hub counts them.
     "pythia-160m": (PYTHIA, (12, 12, 64, 3072), 162_322_944),
@@ -194,6 +219,7 @@ MODELS = {
     "falcon-7b": (FALCON_7B, (71, 1, 64, 18176), 6_921_720_704),
     "falcon-40b": (FALCON_40B, (128, 8, 64, 32768), 41_303_293_952),
     "falcon-11b": (FALCON_11B, (32, 8, 128, 16384), 11_102_822_400),
+    "gpt-j-6b": (GPT_J_6B, (16, 16, 256, 16384), 6_050_882_784),
     "gpt2": (GPT2, (12, 12, 64, 3072), 124_439_808),
     "alias-gpt2-small-x21": (STANFORD, (12, 12, 64, 3072), 124_439_808),
     "starcoder": (STARCODER, (48, 1, 128, 24576), 15_517_456_384),
@@ -205,6 +231,10 @@ OLD_BUFFERS: dict[str, dict[str, Tensor]] = {
         "transformer.h.1.attn.masked_bias": torch.tensor(-torch.inf),
     },
     "gpt_bigcode": {"transformer.bias": torch.ones(64, 64, dtype=torch.bool)},
+    "gptj": {
+        "transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e9),
+    },
     "gpt_neox": {
         "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9).half(),

@@ -42,6 +42,7 @@ RESTORING = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "gptj": ("attn.out_proj", "mlp.fc_out"),
     "opt": ("self_attn.out_proj", "fc2"),
     "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
@@ -49,7 +50,7 @@ RESTORING = {
 """What families call the projections back to the residual stream, where it is not as in Llama."""
 NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
 NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
-WIDENING = ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
+WIDENING = ("mlp.fc_in", "mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 _VARIANTS = [
