@@ -5,23 +5,48 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flap_export.families import Family, Norm
 
 
 def keep_double_precision(model: nn.Module, family: Family) -> None:
-    """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
+    """Let norms, routers, rotations and attention compute in float64: transformers' own pass through float32."""
     for path, module in model.named_modules():
         if family.norm.covers(module):
             module.forward = partial(_double_norm, module, family.norm)
         if family.rotary.in_float32 and path.endswith(family.modules.attention) and hasattr(module, "head_dim"):
             module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary.interleaved), module)
+        if family.attention_kernel == "eager" and path.endswith(family.modules.attention):
+            module.forward = partial(_in_double, module.forward)
         if type(module).__name__.endswith("TopKRouter"):
             module.forward = partial(_double_router, module)
+
+
+@final
+class _KeepDouble(TorchFunctionMode):
+    """While it lasts, what asks for a float64 tensor in float32 gets it as it is."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (func is Tensor.to and torch.float32 in args[1:]):
+                return args[0]
+            if named.get("dtype") is torch.float32:
+                named["dtype"] = torch.float64
+        return func(*args, **named)
+
+
+def _in_double(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """What an attention that no kernel computes gives, with its scores and its softmax in float64."""
+    with _KeepDouble():
+        return forward(*args, **kwargs)
 
 
 def _double_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
