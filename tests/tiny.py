@@ -68,6 +68,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": ...,
         "max_position_embeddings": ...,
     },
+    # As GPT-J; queries, values and keys in four blocks.
+    "codegen": {"rotary_dim": 4, "n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # A norm of its own for every head; logits that are scaled.
     "cohere": {"use_qk_norm": True, "logit_scale": 0.7},
     # Windows in every other layer; the others do not turn.
@@ -106,6 +108,13 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # All query heads on one KV head.
     "gpt_bigcode": {"n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Windows in every other layer; scores that are not scaled, of small heads.
+    "gpt_neo": {
+        "num_attention_heads": 8,
+        "attention_types": lambda layers: [[["local", "global"] * (layers // 2) + ["local"] * (layers % 2), 1]],
+        "window_size": 6,
+        "num_key_value_heads": ...,
+    },
     # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
     # Half of every head turns, neighbours together; attention and FFN behind one norm.
@@ -148,6 +157,14 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
+    # ALiBi; queries, keys and values beyond the bound are cut off; scores scaled by something else; no biases at all.
+    "mpt": {
+        "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.6},
+        "max_seq_len": 256,
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+        "max_position_embeddings": ...,
+    },
     "nemotron": {"head_dim": 12, "partial_rotary_factor": 0.5},
     # Queries, keys and values beyond the bound are cut off.
     "olmo": {"clip_qkv": 1.0},
@@ -182,7 +199,7 @@ ALL_FAMILIES = sorted(
     for family, row in FAMILIES.items()
     if Version(row.since).release <= VERSION and family in transformers.CONFIG_MAPPING
 )
-ALWAYS_MULTI_HEAD = ("bloom", "gpt2", "gpt_neox", "gptj", "opt")
+ALWAYS_MULTI_HEAD = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].ffn.experts_field]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]

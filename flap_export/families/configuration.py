@@ -27,7 +27,7 @@ def check_config(config: Any, family: Family) -> None:
     _check_windows(config)
     for name, required in family.requires.items():
         allowed = (getattr(config, required),) if isinstance(required, str) else required
-        found = getattr(config, name, allowed[0])
+        found = _field(config, name, allowed[0])
         if found not in allowed:
             stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
             raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
@@ -36,6 +36,15 @@ def check_config(config: Any, family: Family) -> None:
             named = " and ".join(f"{name}={value}" for name, value in settings.items())
             together = " together" if len(settings) > 1 else ""
             raise ModelError(f"transformers' {family.model_type} cannot compute {named}{together}")
+
+
+def _field(config: Any, path: str, default: object) -> object:
+    """What a configuration, or one of its sections, holds; the default where there is no such field."""
+    for name in path.split("."):
+        if not hasattr(config, name):
+            return default
+        config = getattr(config, name)
+    return config
 
 
 def _check_windows(config: Any) -> None:

@@ -31,9 +31,18 @@ class Projection:
     path: str
     inputs: Space
     outputs: tuple[Space, ...]
-    by_group: bool = False
-    """Whether fused outputs stand KV group after KV group, each with its part of every space in that order: its query
-    heads, its key head and its value head. Otherwise they stand space after space."""
+    blocks: int | None = 1
+    """In how many blocks fused outputs stand, each with its part of every space in that order: one, space after space,
+    or None where there is one for every KV group, with its query heads, its key head and its value head. Of several,
+    which heads that stay would no longer fill evenly, a layer that loses heads has one for every KV group too."""
+
+    def dense_blocks(self, groups: int) -> int:
+        """Blocks in a layer with so many KV groups that kept all of them."""
+        return groups if self.blocks is None else self.blocks
+
+    def pruned_blocks(self, groups: int) -> int:
+        """Blocks in a layer that lost heads; `groups` are those of the dense one."""
+        return 1 if self.blocks == 1 else groups
 
     @property
     def restores(self) -> bool:
@@ -160,6 +169,8 @@ class Stored:
     """Parts of tensors' names in checkpoints, and what the model calls them."""
     buffers: tuple[str, ...] = ()
     """Ends of the names of what old checkpoints hold beside parameters, and the model computes."""
+    unread: tuple[str, ...] = ()
+    """Of these, what nothing reads any more."""
     transposed: bool = False
     """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
 
@@ -200,7 +211,8 @@ class Family:
     """Configuration flag that gives the projection back from a space a bias, and perhaps those to it; None where they
     always have one. A family with both spaces can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
-    """What configuration fields must hold: one of these values, or the same as another field."""
+    """What configuration fields, or those of sections (`section.field`), must hold: one of these values, or the same as
+    another field."""
     excludes: tuple[Mapping[str, object], ...] = ()
     """Values of several fields that the family's own class cannot compute together."""
 

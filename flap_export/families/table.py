@@ -37,7 +37,7 @@ _OPT_PROJECTIONS = (
 )
 
 _FALCON_PROJECTIONS = (
-    Projection("self_attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("self_attention.query_key_value", "hidden", ("query", "kv", "kv"), blocks=None),
     Projection("self_attention.dense", "query", ("hidden",)),
     Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
     Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
@@ -60,8 +60,16 @@ _GPT2_PROJECTIONS = (
 _GPT2_MODULES = Modules(decoder="transformer", layers="transformer.h", embedding="transformer.wte", attention="attn")
 
 _GPT_BIGCODE_PROJECTIONS = (
-    Projection("attn.c_attn", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("attn.c_attn", "hidden", ("query", "kv", "kv"), blocks=None),
     *_GPT2_PROJECTIONS[1:],
+)
+
+_GPT_NEO_PROJECTIONS = (
+    Projection("attn.attention.q_proj", "hidden", ("query",)),
+    Projection("attn.attention.k_proj", "hidden", ("kv",)),
+    Projection("attn.attention.v_proj", "hidden", ("kv",)),
+    Projection("attn.attention.out_proj", "query", ("hidden",)),
+    *_GPT2_PROJECTIONS[2:],
 )
 
 _GPTJ_PROJECTIONS = (
@@ -74,7 +82,7 @@ _GPTJ_PROJECTIONS = (
 )
 
 _GPT_NEOX_PROJECTIONS = (
-    Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), blocks=None),
     Projection("attention.dense", "query", ("hidden",)),
     *_FALCON_PROJECTIONS[2:],
 )
@@ -124,6 +132,22 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": None, "ffn": None},
             # Products of slices, whose widths are those of the hidden size.
             requires={"slow_but_exact": (False,)},
+        ),
+        Family(
+            "codegen",
+            "CodeGen",
+            # In each of four blocks, for as many devices: queries, values, keys.
+            (Projection("attn.qkv_proj", "hidden", ("query", "kv", "kv"), blocks=4), *_GPTJ_PROJECTIONS[3:]),
+            # Before, every attention had a table of its own.
+            since="5.24",
+            modules=_GPT2_MODULES,
+            ffn=FeedForward(width_field="n_inner", multiple=4),
+            stored=Stored(buffers=(".attn.causal_mask",)),
+            heads=Heads(plain=True),
+            rotary=Rotary(interleaved=True, sines_first=True),
+            parallel_blocks=True,
+            bias_flags={"ffn": None},
+            excludes=_NO_ROTARY_DIM,
         ),
         Family(
             "cohere",
@@ -221,10 +245,27 @@ FAMILIES: dict[str, Family] = {
             since="5.4",
             modules=_GPT2_MODULES,
             ffn=FeedForward(width_field="n_inner", multiple=4),
-            stored=Stored(buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias")),
+            stored=Stored(
+                buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias"), unread=("transformer.bias",)
+            ),
             heads=Heads(multi_query={"multi_query": True}, kv_field=None),
             bias_flags={"query": None, "ffn": None},
             requires={"add_cross_attention": (False,)},
+        ),
+        Family(
+            "gpt_neo",
+            "GPTNeo",
+            _GPT_NEO_PROJECTIONS,
+            # Before, transformers kept the values of its masks to itself.
+            since="5",
+            modules=Modules(
+                attention="attn.attention", decoder="transformer", layers="transformer.h", embedding="transformer.wte"
+            ),
+            ffn=FeedForward(multiple=4),
+            stored=Stored(buffers=(".attn.attention.bias", ".attn.attention.masked_bias")),
+            heads=Heads(plain=True),
+            attention_kernel="eager",
+            bias_flags={"query": None, "ffn": None},
         ),
         Family(
             "gpt_neox",
@@ -299,6 +340,37 @@ FAMILIES: dict[str, Family] = {
             since="5",
             ffn=FeedForward(experts_field="num_local_experts"),
             stored=Stored(names={".block_sparse_moe.": ".mlp."}),
+        ),
+        # Its class has slopes of one kind and no learned positions, whatever a configuration states.
+        Family(
+            "mpt",
+            "Mpt",
+            (
+                Projection("attn.Wqkv", "hidden", ("query", "kv", "kv")),
+                Projection("attn.out_proj", "query", ("hidden",)),
+                Projection("ffn.up_proj", "hidden", ("ffn",)),
+                Projection("ffn.down_proj", "ffn", ("hidden",)),
+            ),
+            # Before, its model took neither positions nor a number of logits.
+            since="5",
+            modules=Modules(
+                attention="attn", decoder="transformer", layers="transformer.blocks", embedding="transformer.wte"
+            ),
+            ffn=FeedForward(width_field=None, multiple=4),
+            heads=Heads(plain=True),
+            positions_field="max_seq_len",
+            alibi="position_bias",
+            attention_kernel="eager",
+            requires={
+                "attn_config.alibi": (True,),
+                "attn_config.alibi_bias_max": (8,),
+                "attn_config.attn_type": ("multihead_attention",),
+                "attn_config.prefix_lm": (False,),
+                "attn_config.qk_ln": (False,),
+                "expansion_ratio": (4,),
+                "logit_scale": (None,),
+                "no_bias": (True,),
+            },
         ),
         Family(
             "nemotron",

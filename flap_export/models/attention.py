@@ -112,8 +112,12 @@ def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> 
     return given, {**named, "step_cache": cache}
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Transformers' mask interface: what is seen is the attention's own business."""
+def _no_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """Transformers' mask interface: what is seen is the attention's own business.
+
+    A tensor that nothing reads, because MPT's model asks for another dtype of whatever it gets.
+    """
+    return torch.zeros(())
 
 
 def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:

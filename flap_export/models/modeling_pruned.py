@@ -174,6 +174,7 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
     """Tell `attention` how many heads it has, wherever its family keeps that."""
     counts = {
         "num_heads": query_heads,
+        "n_heads": query_heads,
         "num_attention_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "num_key_value_groups": query_heads // kv_heads,
@@ -190,6 +191,9 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
         return
     if (config.num_attention_heads, getattr(config, "num_key_value_heads", kv_heads)) != (query_heads, kv_heads):
         attention.config = OwnCounts(config, query_heads, kv_heads)
+        # What stood in blocks of several heads stands head by head where some are gone: CodeGen.
+        if hasattr(attention, "mp_num"):
+            attention.mp_num = query_heads
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:

@@ -48,6 +48,7 @@ NODES = {
     "apertus": (34, 11),
     "bloom": (24, 18),
     "arcee": (20, 11),
+    "codegen": (23, 12),
     "cohere": (29, 12),
     "cohere2": (20, 19),
     "cwm": (22, 18),
@@ -61,6 +62,7 @@ NODES = {
     "glm4": (25, 11),
     "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
+    "gpt_neo": (20, 21),
     "gpt_neox": (22, 13),
     "gptj": (20, 12),
     "granite": (24, 13),
@@ -72,6 +74,7 @@ NODES = {
     "ministral3": (23, 20),
     "mistral": (22, 17),
     "mixtral": (37, 27),
+    "mpt": (18, 17),
     "nemotron": (20, 11),
     "olmo": (30, 11),
     "opt": (21, 20),
@@ -90,8 +93,8 @@ NODES = {
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
 NORM_VECTORS = {
-    "bloom": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "gptj": 2, "nemotron": 2, "olmo": 0, "opt": 2,
-    "phi": 2, "stablelm": 2, "starcoder2": 2,
+    "bloom": 2, "codegen": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neo": 2, "gpt_neox": 2, "gptj": 2,
+    "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2, "stablelm": 2, "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16
@@ -354,6 +357,11 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         for_family("gpt_bigcode", {"scale_attn_weights": False, "attention_softmax_in_fp32": False}),
         for_family("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
         for_family("gpt_neox", {"attention_bias": False, "rope_parameters": ROPES["linear"]}),
+        for_family("codegen", {"num_attention_heads": 8}),
+        for_family(
+            "gpt_neo", {"attention_types": lambda layers: [[["global"], layers]], "activation_function": "relu"}
+        ),
+        for_family("mpt", {"attn_config": {}, "hidden_size": 48, "num_attention_heads": 6}),
         for_family("gptj", {"rotary_dim": 8, "activation_function": "relu"}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
@@ -388,6 +396,9 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         "gpt_bigcode-unscaled",
         "gpt_neox-one-by-one",
         "gpt_neox-scaled",
+        "codegen-two-heads-in-a-block",
+        "gpt_neo-without-windows",
+        "mpt-six-heads",
         "gptj-whole-heads-turn",
         "gemma2-biases",
         "gemma2-uncapped",

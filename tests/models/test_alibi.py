@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import plain_model, tiny_checkpoint, tiny_pruned, tokens_of
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from flap_export.exporting import export
 from flap_export.models.alibi import alibi_slopes, slope_tables
@@ -23,6 +24,9 @@ from flap_export.runners import open_runner
 def test_slopes_are_those_of_transformers(heads: int) -> None:
     biases = build_alibi_tensor(torch.ones(1, 3, dtype=torch.int64), heads, torch.float32)
     torch.testing.assert_close(alibi_slopes(heads), biases[:, 0, 1], rtol=3e-6, atol=0)
+    # Of the last key, no bias, and of the one before one distance of it.
+    before = build_mpt_alibi_tensor(heads, 3)[:, 0, 1]
+    torch.testing.assert_close(alibi_slopes(heads), -before, rtol=3e-6, atol=0)
 
 
 def test_a_layer_keeps_the_slopes_of_its_heads(tmp_path: Path) -> None:
