@@ -58,6 +58,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "cwm": {"head_dim": 12, "sliding_window": 6, "rope_theta": 50.0},
     # Neighbouring channels turn together.
     "ernie4_5": {"head_dim": 12, "rope_theta": 50.0},
+    # Llama's classes; its own names on disk.
+    "exaone": {"head_dim": 12, "rope_theta": 50.0},
     # Norms behind the blocks, windows in every other layer; in the others no head turns.
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
     # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
@@ -128,11 +130,22 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # Neighbouring channels turn together; o_proj is [H, H], whatever the heads are.
     "helium": {"head_dim": 8, "rope_theta": 50.0},
+    # Multipliers as Granite's, of logits instead of their divisor; norms before and after the blocks.
+    "hyperclovax": {
+        "head_dim": 12,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.6,
+        "logits_scaling": 0.6,
+    },
     # Query and key norms after the rotary embedding, whose base is stretched.
     "hunyuan_v1_dense": {
         "head_dim": 12,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 30.0, "factor": 1.0, "alpha": 5.0},
     },
+    "iquestcoder": {"head_dim": 12, "rope_theta": 50.0},
+    # Layer norms; no gate, the square of what is positive.
+    "jais2": {"rope_theta": 50.0},
     "internlm3": {
         "head_dim": 12,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 6.0},
@@ -169,6 +182,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Queries, keys and values beyond the bound are cut off.
     "olmo": {"clip_qkv": 1.0},
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Norms of queries and keys, half of every head turns; no gate, the square of what is positive.
+    "persimmon": {"partial_rotary_factor": 0.5, "rope_theta": 50.0, "num_key_value_heads": ...},
     # Four channels of eight turn.
     "phi": {"partial_rotary_factor": 0.5},
     # Half of every head turns.
@@ -192,6 +207,15 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # A quarter of every head turns; the same hidden states for attention and FFN, see also the tests of both kinds.
     "stablelm": {"partial_rotary_factor": 0.25, "use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": 6},
+    # Windows in every other layer; the norms of Gemma 2 before the blocks only, and caps only where they are stated.
+    "vaultgemma": {
+        "head_dim": 12,
+        "layer_types": alternating,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "query_pre_attn_scalar": 5,
+    },
 }
 VERSION = Version(transformers.__version__).release
 ALL_FAMILIES = sorted(
@@ -199,7 +223,7 @@ ALL_FAMILIES = sorted(
     for family, row in FAMILIES.items()
     if Version(row.since).release <= VERSION and family in transformers.CONFIG_MAPPING
 )
-ALWAYS_MULTI_HEAD = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt")
+ALWAYS_MULTI_HEAD = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "persimmon")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].ffn.experts_field]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]

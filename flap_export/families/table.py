@@ -27,6 +27,13 @@ _FUSED_PROJECTIONS = (
 
 _GLM_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_FUSED_PROJECTIONS[2:])
 
+_PHI_PROJECTIONS = (
+    *_SEPARATE_PROJECTIONS[:3],
+    Projection("self_attn.dense", "query", ("hidden",)),
+    Projection("mlp.fc1", "hidden", ("ffn",)),
+    Projection("mlp.fc2", "ffn", ("hidden",)),
+)
+
 _OPT_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("query",)),
     Projection("self_attn.k_proj", "hidden", ("kv",)),
@@ -177,6 +184,29 @@ FAMILIES: dict[str, Family] = {
             rotary=Rotary(interleaved=True, in_float32=True),
             bias_flags={"query": "use_bias", "ffn": "use_bias"},
         ),
+        # Transformers computes it by Llama's classes, and calls its weights as Llama's are called.
+        Family(
+            "exaone",
+            "Llama",
+            _SEPARATE_PROJECTIONS,
+            config_stem="Exaone",
+            heads=_DIVIDING_HEADS,
+            stored=Stored(
+                names={
+                    "transformer.wte.": "model.embed_tokens.",
+                    "transformer.h.": "model.layers.",
+                    "transformer.ln_f.": "model.norm.",
+                    ".attn.attention.out_proj.": ".self_attn.o_proj.",
+                    ".attn.attention.": ".self_attn.",
+                    ".ln_1.": ".input_layernorm.",
+                    ".ln_2.": ".post_attention_layernorm.",
+                    ".mlp.c_fc_0.": ".mlp.gate_proj.",
+                    ".mlp.c_fc_1.": ".mlp.up_proj.",
+                    ".mlp.c_proj.": ".mlp.down_proj.",
+                }
+            ),
+            bias_flags=_LLAMA_BIAS_FLAGS,
+        ),
         Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
         Family(
             "falcon",
@@ -305,6 +335,13 @@ FAMILIES: dict[str, Family] = {
             rotary=Rotary(interleaved=True),
             bias_flags={"ffn": "mlp_bias"},
         ),
+        Family(
+            "hyperclovax",
+            "HyperCLOVAX",
+            _SEPARATE_PROJECTIONS,
+            heads=_DIVIDING_HEADS,
+            bias_flags=_LLAMA_BIAS_FLAGS,
+        ),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
         # Transformers computes it by Llama's classes, with biases everywhere or nowhere; no checkpoint has them.
         Family(
@@ -315,6 +352,15 @@ FAMILIES: dict[str, Family] = {
             heads=_DIVIDING_HEADS,
             requires={"attention_bias": (False,), "mlp_bias": (False,)},
         ),
+        Family(
+            "iquestcoder",
+            "Llama",
+            _SEPARATE_PROJECTIONS,
+            config_stem="IQuestCoder",
+            heads=_DIVIDING_HEADS,
+            bias_flags=_LLAMA_BIAS_FLAGS,
+        ),
+        Family("jais2", "Jais2", _UNGATED_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family("llama", "Llama", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family("ministral", "Ministral", _SEPARATE_PROJECTIONS),
         Family(
@@ -400,14 +446,22 @@ FAMILIES: dict[str, Family] = {
             requires={"word_embed_proj_dim": "hidden_size"},
         ),
         Family(
+            "persimmon",
+            "Persimmon",
+            (
+                Projection("self_attn.query_key_value", "hidden", ("query", "kv", "kv"), blocks=None),
+                *_PHI_PROJECTIONS[3:4],
+                *_FALCON_PROJECTIONS[2:],
+            ),
+            # Before, every attention had a rotary embedding beside the model's, which nothing read.
+            since="5",
+            heads=Heads(plain=True),
+            bias_flags={"query": None, "ffn": None},
+        ),
+        Family(
             "phi",
             "Phi",
-            (
-                *_SEPARATE_PROJECTIONS[:3],
-                Projection("self_attn.dense", "query", ("hidden",)),
-                Projection("mlp.fc1", "hidden", ("ffn",)),
-                Projection("mlp.fc2", "ffn", ("hidden",)),
-            ),
+            _PHI_PROJECTIONS,
             # Its norms of queries and keys have H / Q channels.
             heads=Heads(fixed_where={"qk_layernorm": True}),
             parallel_blocks=True,
@@ -453,6 +507,15 @@ FAMILIES: dict[str, Family] = {
                 Projection("mlp.c_proj", "ffn", ("hidden",)),
             ),
             bias_flags={"query": "use_bias", "ffn": "use_bias"},
+        ),
+        Family(
+            "vaultgemma",
+            "VaultGemma",
+            _SEPARATE_PROJECTIONS,
+            heads=_DIVIDING_HEADS,
+            norm=_GEMMA_NORM,
+            attention_kernel="eager",
+            bias_flags={"query": "attention_bias"},
         ),
     )
 }

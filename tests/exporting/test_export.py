@@ -53,6 +53,7 @@ NODES = {
     "cohere2": (20, 19),
     "cwm": (22, 18),
     "ernie4_5": (22, 11),
+    "exaone": (22, 11),
     "exaone4": (24, 16),
     "falcon": (22, 11),
     "gemma": (21, 12),
@@ -68,6 +69,9 @@ NODES = {
     "granite": (24, 13),
     "helium": (22, 11),
     "hunyuan_v1_dense": (24, 11),
+    "hyperclovax": (26, 13),
+    "iquestcoder": (22, 11),
+    "jais2": (24, 11),
     "internlm3": (22, 11),
     "llama": (22, 11),
     "ministral": (22, 18),
@@ -78,6 +82,7 @@ NODES = {
     "nemotron": (20, 11),
     "olmo": (30, 11),
     "opt": (21, 20),
+    "persimmon": (30, 11),
     "phi": (22, 12),
     "phi3": (22, 17),
     "qwen2": (23, 11),
@@ -87,6 +92,7 @@ NODES = {
     "smollm3": (22, 17),
     "stablelm": (22, 11),
     "starcoder2": (23, 17),
+    "vaultgemma": (34, 24),
 }
 """Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
 
@@ -94,7 +100,7 @@ Around the layers are positions, embedding, last norm, head, the last token's Sl
 """
 NORM_VECTORS = {
     "bloom": 2, "codegen": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neo": 2, "gpt_neox": 2, "gptj": 2,
-    "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2, "stablelm": 2, "starcoder2": 2,
+    "jais2": 2, "nemotron": 2, "olmo": 0, "opt": 2, "persimmon": 2, "phi": 2, "stablelm": 2, "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
 ALIGNMENT_BYTES = 1 << 16

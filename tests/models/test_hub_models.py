@@ -385,6 +385,22 @@ def test_the_head_of_gpt_neox_has_its_old_name_on_disk(tmp_path: Path) -> None:
     check_weights(meta_model(checkpoint, torch.float32), checkpoint)
 
 
+@pytest.mark.skipif("exaone" not in ALL_FAMILIES, reason="needs transformers 5.24")
+def test_the_weights_of_exaone_have_names_of_their_own_on_disk(tmp_path: Path) -> None:
+    """In the dense and the stock checkpoint; an uneven one has those of Llama, whose classes compute it."""
+    path = tiny_checkpoint("exaone", tmp_path / "dense")
+    stored = set(load_file(path / SINGLE_FILE))
+    attention = {f"transformer.h.0.attn.attention.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert attention | {"transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight"} <= stored
+    opened = open_checkpoint(path)
+    assert "model.layers.0.self_attn.o_proj.weight" in opened.weights
+    assert {opened.family.stored_name(name) for name in opened.weights} == stored
+    with torch.no_grad():
+        assert torch.equal(
+            load_model(path, dtype=torch.float32)(tokens_of(2, 9)).logits, plain_model(path)(tokens_of(2, 9)).logits
+        )
+
+
 @pytest.mark.skipif("gpt2" not in ALL_FAMILIES, reason="needs transformers 5")
 def test_gpt2_without_a_prefix(tmp_path: Path) -> None:
     """As the hub has it: no `transformer.` before the names, masks in every layer, the head tied."""

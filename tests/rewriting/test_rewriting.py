@@ -47,11 +47,23 @@ RESTORING = {
     "gptj": ("attn.out_proj", "mlp.fc_out"),
     "mpt": ("attn.out_proj", "ffn.down_proj"),
     "opt": ("self_attn.out_proj", "fc2"),
+    "persimmon": ("self_attn.dense", "mlp.dense_4h_to_h"),
     "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }
 """What families call the projections back to the residual stream, where it is not as in Llama."""
-NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp", "norm_1", "norm_2")
+NORM_NAMES = (
+    "layernorm",
+    "layer_norm",
+    "ln_1",
+    "ln_2",
+    "ln_attn",
+    "ln_mlp",
+    "norm_1",
+    "norm_2",
+    "post_norm1",
+    "post_norm2",
+)
 NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
 WIDENING = (
     "ffn.up_proj",
