@@ -38,6 +38,7 @@ class LayerPlan(Value):
 
     def shape(self, dense: LayerShape, *, compensated: bool) -> LayerShape:
         """The layer's shape after the cut; compensated, a module that lost something gains an output bias."""
+        numbers = tuple(dense.head_numbers[head] for head in self.query_heads) if dense.head_numbers else ()
         return dense.with_heads(len(self.query_heads), len(self.kv_heads)).model_copy(
             update={
                 "ffn_channels": self.ffn_width,
@@ -45,6 +46,7 @@ class LayerPlan(Value):
                 "ffn_bias": dense.ffn_bias or (compensated and self.ffn_width < dense.ffn_channels),
                 "shared_channels": None if self.shared_channels is None else len(self.shared_channels),
                 "shared_bias": dense.shared_bias or (compensated and self.shared_width < dense.shared_width),
+                "head_numbers": numbers,
             }
         )
 

@@ -15,9 +15,9 @@ first Q and K; an attention without heads needs none of it.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from flap_export.storage import Value
 
@@ -46,6 +46,9 @@ class LayerShape(Value):
     """Channels of a mixture's shared expert, which every token passes; None where there is no such expert."""
     shared_bias: bool = False
     """Whether the shared expert's output projection carries a bias."""
+    head_numbers: tuple[_Heads, ...] = ()
+    """Which heads of the dense layer these are, in families that tell heads apart by more than their weights: with
+    ALiBi, every head has a slope of its own."""
 
     @property
     def head_blocks(self) -> int:
@@ -77,6 +80,11 @@ class LayerShape(Value):
     def ffn_elements(self) -> int:
         """Channels of all its FFNs: F, or E F + S."""
         return self.ffns * self.ffn_channels + self.shared_width
+
+    @model_serializer(mode="wrap")
+    def _numbers_where_they_matter(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.head_numbers else {name: fields[name] for name in fields if name != "head_numbers"}
 
 
 class DecoderShape(Value):

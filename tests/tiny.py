@@ -84,12 +84,22 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
         "moe_layer_end_index": 2,
     },
+    # Llama's classes; its own names on disk.
+    "exaone": {"head_dim": 12, "rope_theta": 50.0},
     # Norms behind the blocks, windows in every other layer; in the others no head turns.
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
     # Norms behind the blocks, and one norm over all queries, and over all keys.
     "flex_olmo": {"head_dim": 12, "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True},
     # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
     "gemma": {"head_dim": 12},
+    # Slopes in the place of positions; the FFN has 4 H channels.
+    "bloom": {
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+        "max_position_embeddings": ...,
+    },
+    # As GPT-J; queries, values and keys in four blocks.
+    "codegen": {"rotary_dim": 4, "n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # A norm of its own for every head; logits that are scaled.
     "cohere": {"use_qk_norm": True, "logit_scale": 0.7},
     # Windows in every other layer; the others do not turn.
@@ -128,8 +138,17 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # All query heads on one KV head.
     "gpt_bigcode": {"n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Windows in every other layer; scores that are not scaled, of small heads.
+    "gpt_neo": {
+        "num_attention_heads": 8,
+        "attention_types": lambda layers: [[["local", "global"] * (layers // 2) + ["local"] * (layers % 2), 1]],
+        "window_size": 6,
+        "num_key_value_heads": ...,
+    },
     # Half of every head turns, by another base; biases everywhere; an FFN beside attention.
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
+    # Half of every head turns, neighbours together; attention and FFN behind one norm.
+    "gptj": {"rotary_dim": 4, "n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
     # Multipliers of embeddings, residuals, scores and logits, of which none is what is usual.
     "granite": {
         "embedding_multiplier": 3.0,
@@ -139,6 +158,14 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # Neighbouring channels turn together; o_proj is [H, H], whatever the heads are.
     "helium": {"head_dim": 8, "rope_theta": 50.0},
+    # Multipliers as Granite's, of logits instead of their divisor; norms before and after the blocks.
+    "hyperclovax": {
+        "head_dim": 12,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.6,
+        "logits_scaling": 0.6,
+    },
     # Query and key norms after the rotary embedding, whose base is stretched.
     "hunyuan_v1_dense": {
         "head_dim": 12,
@@ -146,6 +173,9 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # A shared expert that is as wide as every other one.
     "hunyuan_v1_moe": {"head_dim": 12, "num_experts": 5, "moe_topk": 2},
+    "iquestcoder": {"head_dim": 12, "rope_theta": 50.0},
+    # Layer norms; no gate, the square of what is positive.
+    "jais2": {"rope_theta": 50.0},
     "internlm3": {
         "head_dim": 12,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 6.0},
@@ -182,6 +212,14 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     # Experts as wide as the plain families' FFNs, of which two see every token.
     "mixtral": {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
+    # ALiBi; queries, keys and values beyond the bound are cut off; scores scaled by something else; no biases at all.
+    "mpt": {
+        "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.6},
+        "max_seq_len": 256,
+        "intermediate_size": ...,
+        "num_key_value_heads": ...,
+        "max_position_embeddings": ...,
+    },
     "nemotron": {"head_dim": 12, "partial_rotary_factor": 0.5},
     # Queries, keys and values beyond the bound are cut off.
     "olmo": {"clip_qkv": 1.0},
@@ -200,6 +238,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # Normed queries, normed keys and values beyond the bound are cut off.
     "olmoe": {"clip_qkv": 0.8, "num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Norms of queries and keys, half of every head turns; no gate, the square of what is positive.
+    "persimmon": {"partial_rotary_factor": 0.5, "rope_theta": 50.0, "num_key_value_heads": ...},
     # Four channels of eight turn.
     "phi": {"partial_rotary_factor": 0.5},
     # Half of every head turns.
@@ -231,6 +271,15 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # A quarter of every head turns; the same hidden states for attention and FFN, see also the tests of both kinds.
     "stablelm": {"partial_rotary_factor": 0.25, "use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": 6},
+    # Windows in every other layer; the norms of Gemma 2 before the blocks only, and caps only where they are stated.
+    "vaultgemma": {
+        "head_dim": 12,
+        "layer_types": alternating,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "query_pre_attn_scalar": 5,
+    },
 }
 VERSION = Version(transformers.__version__).release
 ALL_FAMILIES = sorted(
@@ -238,7 +287,7 @@ ALL_FAMILIES = sorted(
     for family, row in FAMILIES.items()
     if Version(row.since).release <= VERSION and family in transformers.CONFIG_MAPPING
 )
-ALWAYS_MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
+ALWAYS_MULTI_HEAD = ("bloom", "codegen", "gpt2", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "persimmon")
 """Families without grouped queries, whose heads are as wide as the hidden size gives."""
 MIXTURES = [family for family in ALL_FAMILIES if FAMILIES[family].mixture]
 PLAIN_FAMILIES = [family for family in ALL_FAMILIES if family not in MIXTURES]

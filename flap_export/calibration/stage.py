@@ -128,7 +128,7 @@ def calibration_windows(
         seed=seed,
         default_samples=DEFAULT_SAMPLES,
     )
-    length, positions = windows.tokens.shape[1], getattr(checkpoint.config, "max_position_embeddings", None)
+    length, positions = windows.tokens.shape[1], checkpoint.positions
     if positions is not None and length > positions:
         raise TextError(
             f"text source '{source}' gives sequences of {length} tokens, the model has {positions} positions; "

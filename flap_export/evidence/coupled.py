@@ -129,7 +129,6 @@ def _add_rows(
     totals: dict[Space, Tensor], projection: Projection, rows: Tensor, widths: dict[Space, int], groups: int
 ) -> None:
     sizes = [widths[space] for space in projection.outputs]
-    if projection.by_group:
-        rows = torch.empty_like(rows).scatter_(0, grouped_order(sizes, groups), rows)
+    rows = torch.empty_like(rows).scatter_(0, grouped_order(sizes, projection.dense_blocks(groups)), rows)
     for space, part in zip(projection.outputs, torch.split(rows, sizes), strict=True):
         totals[space] += part

@@ -77,7 +77,7 @@ def cache_length(checkpoint: Checkpoint, max_length: int | None) -> int:
     Raises:
         InputError: `max_length` is not positive or beyond what the model's positions allow.
     """
-    positions, held = getattr(checkpoint.config, "max_position_embeddings", None), table_positions(checkpoint.config)
+    positions, held = checkpoint.positions, table_positions(checkpoint.config)
     if max_length is None:
         return min(length for length in (DEFAULT_MAX_LENGTH, positions, held) if length is not None)
     if max_length < 2:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
 from flap_export.exporting.dialect import ScatterCache, rotary_tables, speaking_onnx
+from flap_export.models.alibi import slope_tables
 from flap_export.models.attention import cache_argument
 from flap_export.models.loading import build_model, meta_model
 from flap_export.models.opening import Checkpoint
@@ -48,7 +49,7 @@ class DecoderStep(nn.Module):
 
 def trace(checkpoint: Checkpoint, dtype: torch.dtype, max_length: int, logits: LogitsKind) -> ir.Model:
     """The graph as torch emits it, unoptimized; initializers are named as in the checkpoint and hold fake values."""
-    tables = rotary_tables(checkpoint, max_length)
+    tables = {**rotary_tables(checkpoint, max_length), **slope_tables(checkpoint)}
     shape = checkpoint.shape
     cache_layers = [index for index, layer in enumerate(shape.layers) if layer.kv_heads]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

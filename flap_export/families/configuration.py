@@ -27,14 +27,24 @@ def check_config(config: Any, family: Family) -> None:
     _check_windows(config)
     for name, required in family.requires.items():
         allowed = (getattr(config, required),) if isinstance(required, str) else required
-        found = getattr(config, name, allowed[0])
+        found = _field(config, name, allowed[0])
         if found not in allowed:
             stated = f"{required} ({allowed[0]})" if isinstance(required, str) else str(allowed[0])
             raise ModelError(f"{family.model_type} is supported with {name} equal to {stated} only, got {found}")
     for settings in family.excludes:
         if _holds(config, settings):
-            together = " and ".join(f"{name}={value}" for name, value in settings.items())
-            raise ModelError(f"transformers' {family.model_type} cannot compute {together} together")
+            named = " and ".join(f"{name}={value}" for name, value in settings.items())
+            together = " together" if len(settings) > 1 else ""
+            raise ModelError(f"transformers' {family.model_type} cannot compute {named}{together}")
+
+
+def _field(config: Any, path: str, default: object) -> object:
+    """What a configuration, or one of its sections, holds; the default where there is no such field."""
+    for name in path.split("."):
+        if not hasattr(config, name):
+            return default
+        config = getattr(config, name)
+    return config
 
 
 def _check_windows(config: Any) -> None:
@@ -74,6 +84,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         "joint_query_heads": heads if family.has_space("joint_query") else 0,
         "joint_key_heads": kv_heads if family.has_space("joint_key") else 0,
         "attention_bias": family.has_bias("query", config),
+        "head_numbers": tuple(range(heads)) if family.alibi else (),
     }
     return DecoderShape(
         hidden_size=config.hidden_size,
@@ -139,6 +150,7 @@ def _shared_channels(config: Any, shared: SharedExpert | None, expert_width: int
 
 
 def _ffn_channels(config: Any, family: Family) -> int:
-    stated = getattr(config, family.ffn.width_field)
-    width: int = config.hidden_size * family.ffn.multiple if stated is None and family.ffn.multiple else stated
+    field, multiple = family.ffn.width_field, family.ffn.multiple
+    stated: Any = None if field is None else getattr(config, field)
+    width: int = config.hidden_size * multiple if stated is None and multiple else stated
     return width

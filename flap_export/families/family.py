@@ -39,9 +39,18 @@ class Projection:
     path: str
     inputs: Space
     outputs: tuple[Space, ...]
-    by_group: bool = False
-    """Whether fused outputs stand KV group after KV group, each with its part of every space in that order: its query
-    heads, its key head and its value head. Otherwise they stand space after space."""
+    blocks: int | None = 1
+    """In how many blocks fused outputs stand, each with its part of every space in that order: one, space after space,
+    or None where there is one for every KV group, with its query heads, its key head and its value head. Of several,
+    which heads that stay would no longer fill evenly, a layer that loses heads has one for every KV group too."""
+
+    def dense_blocks(self, groups: int) -> int:
+        """Blocks in a layer with so many KV groups that kept all of them."""
+        return groups if self.blocks is None else self.blocks
+
+    def pruned_blocks(self, groups: int) -> int:
+        """Blocks in a layer that lost heads; `groups` are those of the dense one."""
+        return 1 if self.blocks == 1 else groups
 
     @property
     def restores(self) -> bool:
@@ -153,6 +162,9 @@ class Rotary:
 
     interleaved: bool = False
     """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
+    sines_first: bool = False
+    """Whether the rotary embedding gives sines before cosines, each of them once. The class then turns heads by a
+    function that no other has, and own attention does it instead."""
     in_float32: bool = False
     """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
     required_fields: tuple[str, ...] = ()
@@ -165,10 +177,10 @@ class Rotary:
 class FeedForward:
     """What a configuration's numbers mean for a plain FFN of F channels."""
 
-    width_field: str = "intermediate_size"
-    """Configuration field that holds F."""
+    width_field: str | None = "intermediate_size"
+    """Configuration field that holds F; None where the class leaves no choice."""
     multiple: int | None = None
-    """F in units of H where that field holds nothing."""
+    """F in units of H where there is no such field, or nothing in it."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +221,8 @@ class Stored:
     """Parts of tensors' names in checkpoints, and what the model calls them."""
     buffers: tuple[str, ...] = ()
     """Ends of the names of what old checkpoints hold beside parameters, and the model computes."""
+    unread: tuple[str, ...] = ()
+    """Of these, what nothing reads any more."""
     unused: tuple[str, ...] = ()
     """Beginnings of the names of what they hold beside the model, to predict several tokens at once; `{layers}` stands
     for the number of layers."""
@@ -241,6 +255,11 @@ class Family:
     rotary: Rotary = Rotary()
     stored: Stored = Stored()
     norm: Norm = Norm()
+    positions_field: str = "max_position_embeddings"
+    """Configuration field that holds the number of positions, in families that have one."""
+    alibi: str | None = None
+    """What the class's attention calls the biases of all heads that grow with the distance of a key (ALiBi), which it
+    is handed; None in families without."""
     parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""
@@ -250,7 +269,8 @@ class Family:
     """Configuration flag that gives the projection back from a space a bias, and perhaps those to it; None where they
     always have one. A family with both spaces can hold a compensated uniform plan in its own stock classes."""
     requires: Mapping[str, tuple[object, ...] | str] = field(default_factory=dict)
-    """What configuration fields must hold: one of these values, or the same as another field."""
+    """What configuration fields, or those of sections (`section.field`), must hold: one of these values, or the same as
+    another field."""
     excludes: tuple[Mapping[str, object], ...] = ()
     """Values of several fields that the family's own class cannot compute together."""
 

@@ -46,6 +46,13 @@ _FUSED_PROJECTIONS = (
 
 _GLM_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_FUSED_PROJECTIONS[2:])
 
+_PHI_PROJECTIONS = (
+    *_SEPARATE_PROJECTIONS[:3],
+    Projection("self_attn.dense", "query", ("hidden",)),
+    Projection("mlp.fc1", "hidden", ("ffn",)),
+    Projection("mlp.fc2", "ffn", ("hidden",)),
+)
+
 _OPT_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("query",)),
     Projection("self_attn.k_proj", "hidden", ("kv",)),
@@ -56,10 +63,17 @@ _OPT_PROJECTIONS = (
 )
 
 _FALCON_PROJECTIONS = (
-    Projection("self_attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("self_attention.query_key_value", "hidden", ("query", "kv", "kv"), blocks=None),
     Projection("self_attention.dense", "query", ("hidden",)),
     Projection("mlp.dense_h_to_4h", "hidden", ("ffn",)),
     Projection("mlp.dense_4h_to_h", "ffn", ("hidden",)),
+)
+
+_FALCON_MODULES = Modules(
+    attention="self_attention",
+    decoder="transformer",
+    layers="transformer.h",
+    embedding="transformer.word_embeddings",
 )
 
 _GPT2_PROJECTIONS = (
@@ -72,12 +86,29 @@ _GPT2_PROJECTIONS = (
 _GPT2_MODULES = Modules(decoder="transformer", layers="transformer.h", embedding="transformer.wte", attention="attn")
 
 _GPT_BIGCODE_PROJECTIONS = (
-    Projection("attn.c_attn", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("attn.c_attn", "hidden", ("query", "kv", "kv"), blocks=None),
     *_GPT2_PROJECTIONS[1:],
 )
 
+_GPT_NEO_PROJECTIONS = (
+    Projection("attn.attention.q_proj", "hidden", ("query",)),
+    Projection("attn.attention.k_proj", "hidden", ("kv",)),
+    Projection("attn.attention.v_proj", "hidden", ("kv",)),
+    Projection("attn.attention.out_proj", "query", ("hidden",)),
+    *_GPT2_PROJECTIONS[2:],
+)
+
+_GPTJ_PROJECTIONS = (
+    Projection("attn.q_proj", "hidden", ("query",)),
+    Projection("attn.k_proj", "hidden", ("kv",)),
+    Projection("attn.v_proj", "hidden", ("kv",)),
+    Projection("attn.out_proj", "query", ("hidden",)),
+    Projection("mlp.fc_in", "hidden", ("ffn",)),
+    Projection("mlp.fc_out", "ffn", ("hidden",)),
+)
+
 _GPT_NEOX_PROJECTIONS = (
-    Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), by_group=True),
+    Projection("attention.query_key_value", "hidden", ("query", "kv", "kv"), blocks=None),
     Projection("attention.dense", "query", ("hidden",)),
     *_FALCON_PROJECTIONS[2:],
 )
@@ -111,6 +142,7 @@ _EVERY_LAYER_A_MIXTURE = Mixture("num_experts", width_field="intermediate_size")
 _MIXTURE_AFTER_THE_FIRST = Mixture(
     "n_routed_experts", shared=SharedExpert(count_field="n_shared_experts"), layers=sparsity.after_the_first
 )
+_NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
 FAMILIES: dict[str, Family] = {
@@ -125,6 +157,38 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
         ),
         Family("arcee", "Arcee", _UNGATED_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "bloom",
+            "Bloom",
+            _FALCON_PROJECTIONS,
+            modules=_FALCON_MODULES,
+            # Its width is 4 H, whatever a configuration states.
+            ffn=FeedForward(width_field=None, multiple=4),
+            heads=Heads(plain=True),
+            alibi="alibi",
+            # Before, its model took neither positions nor a number of logits.
+            since="5",
+            attention_kernel="eager",
+            bias_flags={"query": None, "ffn": None},
+            # Products of slices, whose widths are those of the hidden size.
+            requires={"slow_but_exact": (False,)},
+        ),
+        Family(
+            "codegen",
+            "CodeGen",
+            # In each of four blocks, for as many devices: queries, values, keys.
+            (Projection("attn.qkv_proj", "hidden", ("query", "kv", "kv"), blocks=4), *_GPTJ_PROJECTIONS[3:]),
+            # Before, every attention had a table of its own.
+            since="5.24",
+            modules=_GPT2_MODULES,
+            ffn=FeedForward(width_field="n_inner", multiple=4),
+            stored=Stored(buffers=(".attn.causal_mask",)),
+            heads=Heads(plain=True),
+            rotary=Rotary(interleaved=True, sines_first=True),
+            parallel_blocks=True,
+            bias_flags={"ffn": None},
+            excludes=_NO_ROTARY_DIM,
+        ),
         Family(
             "cohere",
             "Cohere",
@@ -176,17 +240,35 @@ FAMILIES: dict[str, Family] = {
             # Routed experts have none in any case.
             requires={"use_bias": (False, None)},
         ),
+        # Transformers computes it by Llama's classes, and calls its weights as Llama's are called.
+        Family(
+            "exaone",
+            "Llama",
+            _SEPARATE_PROJECTIONS,
+            config_stem="Exaone",
+            heads=_DIVIDING_HEADS,
+            stored=Stored(
+                names={
+                    "transformer.wte.": "model.embed_tokens.",
+                    "transformer.h.": "model.layers.",
+                    "transformer.ln_f.": "model.norm.",
+                    ".attn.attention.out_proj.": ".self_attn.o_proj.",
+                    ".attn.attention.": ".self_attn.",
+                    ".ln_1.": ".input_layernorm.",
+                    ".ln_2.": ".post_attention_layernorm.",
+                    ".mlp.c_fc_0.": ".mlp.gate_proj.",
+                    ".mlp.c_fc_1.": ".mlp.up_proj.",
+                    ".mlp.c_proj.": ".mlp.down_proj.",
+                }
+            ),
+            bias_flags=_LLAMA_BIAS_FLAGS,
+        ),
         Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
         Family(
             "falcon",
             "Falcon",
             _FALCON_PROJECTIONS,
-            modules=Modules(
-                attention="self_attention",
-                decoder="transformer",
-                layers="transformer.h",
-                embedding="transformer.word_embeddings",
-            ),
+            modules=_FALCON_MODULES,
             ffn=FeedForward(width_field="ffn_hidden_size"),
             heads=Heads(multi_query={"new_decoder_architecture": False, "multi_query": True}, kv_field="num_kv_heads"),
             bias_flags={"query": "bias", "ffn": "bias"},
@@ -266,10 +348,27 @@ FAMILIES: dict[str, Family] = {
             since="5.4",
             modules=_GPT2_MODULES,
             ffn=FeedForward(width_field="n_inner", multiple=4),
-            stored=Stored(buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias")),
+            stored=Stored(
+                buffers=("transformer.bias", ".attn.bias", ".attn.masked_bias"), unread=("transformer.bias",)
+            ),
             heads=Heads(multi_query={"multi_query": True}, kv_field=None),
             bias_flags={"query": None, "ffn": None},
             requires={"add_cross_attention": (False,)},
+        ),
+        Family(
+            "gpt_neo",
+            "GPTNeo",
+            _GPT_NEO_PROJECTIONS,
+            # Before, transformers kept the values of its masks to itself.
+            since="5",
+            modules=Modules(
+                attention="attn.attention", decoder="transformer", layers="transformer.h", embedding="transformer.wte"
+            ),
+            ffn=FeedForward(multiple=4),
+            stored=Stored(buffers=(".attn.attention.bias", ".attn.attention.masked_bias")),
+            heads=Heads(plain=True),
+            attention_kernel="eager",
+            bias_flags={"query": None, "ffn": None},
         ),
         Family(
             "gpt_neox",
@@ -285,6 +384,21 @@ FAMILIES: dict[str, Family] = {
             rotary=Rotary(names_in_4={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}),
             bias_flags={"query": "attention_bias", "ffn": None},
         ),
+        Family(
+            "gptj",
+            "GPTJ",
+            _GPTJ_PROJECTIONS,
+            # Before, every attention had a table of its own.
+            since="5.24",
+            modules=_GPT2_MODULES,
+            ffn=FeedForward(width_field="n_inner", multiple=4),
+            stored=Stored(buffers=(".attn.bias", ".attn.masked_bias")),
+            heads=Heads(plain=True),
+            rotary=Rotary(interleaved=True, sines_first=True),
+            parallel_blocks=True,
+            bias_flags={"ffn": None},
+            excludes=_NO_ROTARY_DIM,
+        ),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
             "helium",
@@ -293,6 +407,13 @@ FAMILIES: dict[str, Family] = {
             heads=Heads(fill_hidden=True),
             rotary=Rotary(interleaved=True),
             bias_flags={"ffn": "mlp_bias"},
+        ),
+        Family(
+            "hyperclovax",
+            "HyperCLOVAX",
+            _SEPARATE_PROJECTIONS,
+            heads=_DIVIDING_HEADS,
+            bias_flags=_LLAMA_BIAS_FLAGS,
         ),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", _SEPARATE_PROJECTIONS, bias_flags={"query": "attention_bias"}),
         Family(
@@ -316,6 +437,15 @@ FAMILIES: dict[str, Family] = {
             heads=_DIVIDING_HEADS,
             requires={"attention_bias": (False,), "mlp_bias": (False,)},
         ),
+        Family(
+            "iquestcoder",
+            "Llama",
+            _SEPARATE_PROJECTIONS,
+            config_stem="IQuestCoder",
+            heads=_DIVIDING_HEADS,
+            bias_flags=_LLAMA_BIAS_FLAGS,
+        ),
+        Family("jais2", "Jais2", _UNGATED_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family("llama", "Llama", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family("ministral", "Ministral", _SEPARATE_PROJECTIONS),
         Family(
@@ -341,6 +471,37 @@ FAMILIES: dict[str, Family] = {
             since="5",
             mixture=Mixture("num_local_experts", width_field="intermediate_size"),
             stored=Stored(names={".block_sparse_moe.": ".mlp."}),
+        ),
+        # Its class has slopes of one kind and no learned positions, whatever a configuration states.
+        Family(
+            "mpt",
+            "Mpt",
+            (
+                Projection("attn.Wqkv", "hidden", ("query", "kv", "kv")),
+                Projection("attn.out_proj", "query", ("hidden",)),
+                Projection("ffn.up_proj", "hidden", ("ffn",)),
+                Projection("ffn.down_proj", "ffn", ("hidden",)),
+            ),
+            # Before, its model took neither positions nor a number of logits.
+            since="5",
+            modules=Modules(
+                attention="attn", decoder="transformer", layers="transformer.blocks", embedding="transformer.wte"
+            ),
+            ffn=FeedForward(width_field=None, multiple=4),
+            heads=Heads(plain=True),
+            positions_field="max_seq_len",
+            alibi="position_bias",
+            attention_kernel="eager",
+            requires={
+                "attn_config.alibi": (True,),
+                "attn_config.alibi_bias_max": (8,),
+                "attn_config.attn_type": ("multihead_attention",),
+                "attn_config.prefix_lm": (False,),
+                "attn_config.qk_ln": (False,),
+                "expansion_ratio": (4,),
+                "logit_scale": (None,),
+                "no_bias": (True,),
+            },
         ),
         Family(
             "nemotron",
@@ -397,14 +558,22 @@ FAMILIES: dict[str, Family] = {
             requires={"word_embed_proj_dim": "hidden_size"},
         ),
         Family(
+            "persimmon",
+            "Persimmon",
+            (
+                Projection("self_attn.query_key_value", "hidden", ("query", "kv", "kv"), blocks=None),
+                *_PHI_PROJECTIONS[3:4],
+                *_FALCON_PROJECTIONS[2:],
+            ),
+            # Before, every attention had a rotary embedding beside the model's, which nothing read.
+            since="5",
+            heads=Heads(plain=True),
+            bias_flags={"query": None, "ffn": None},
+        ),
+        Family(
             "phi",
             "Phi",
-            (
-                *_SEPARATE_PROJECTIONS[:3],
-                Projection("self_attn.dense", "query", ("hidden",)),
-                Projection("mlp.fc1", "hidden", ("ffn",)),
-                Projection("mlp.fc2", "ffn", ("hidden",)),
-            ),
+            _PHI_PROJECTIONS,
             # Its norms of queries and keys have H / Q channels.
             heads=Heads(fixed_where={"qk_layernorm": True}),
             parallel_blocks=True,
@@ -460,6 +629,15 @@ FAMILIES: dict[str, Family] = {
                 Projection("mlp.c_proj", "ffn", ("hidden",)),
             ),
             bias_flags={"query": "use_bias", "ffn": "use_bias"},
+        ),
+        Family(
+            "vaultgemma",
+            "VaultGemma",
+            _SEPARATE_PROJECTIONS,
+            heads=_DIVIDING_HEADS,
+            norm=_GEMMA_NORM,
+            attention_kernel="eager",
+            bias_flags={"query": "attention_bias"},
         ),
     )
 }

@@ -39,24 +39,33 @@ class StepCache(Cache):  # type: ignore[misc]
         steps = torch.arange(new_tokens, device=write_indices.device)
         self.position_ids = write_indices.unsqueeze(1) + steps.unsqueeze(0)
         """[B, n]"""
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     @abstractmethod
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new rows [B, K, n, D] and return what is seen of the layer's caches, [B, K, L, D] each."""
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def mask(self, window: int | None, dtype: torch.dtype, slopes: Tensor | None = None) -> Tensor:
         """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p, or all up to p.
 
-        Made once per window size and shared by all layers.
+        Made once per window size and tensor of slopes, and shared by all layers that have these.
+
+        Args:
+            window: how many keys are seen.
+            dtype: of the scores.
+            slopes: [Q, 1, 1], by which what head h sees of a key falls off with its distance, by slope (p - j); the
+                mask is [B, Q, n, L] then. Distances rather than positions keep digits in half precision.
         """
-        if window not in self._masks:
+        kind = window, None if slopes is None else id(slopes)
+        if kind not in self._masks:
             query = self.position_ids.unsqueeze(1).unsqueeze(-1)
             key = torch.arange(self.length, device=query.device).view(1, 1, 1, -1)
             visible = key <= query if window is None else (key <= query) & (key > query - window)
             seen, hidden = (torch.full((), x, dtype=dtype, device=query.device) for x in (0, torch.finfo(dtype).min))
-            self._masks[window] = torch.where(visible, seen, hidden)
-        return self._masks[window]
+            if slopes is not None:
+                seen = slopes * (key - query).to(dtype)
+            self._masks[kind] = torch.where(visible, seen, hidden)
+        return self._masks[kind]
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Unused: positions are always given."""
@@ -88,7 +97,7 @@ def attend_by(attention: Callable[..., tuple[Tensor, None]], name: str, model: n
         module: Any = layer.get_submodule(family.modules.attention)
         module.register_forward_pre_hook(_with_cache, with_kwargs=True)
         if own := OWN_ATTENTION.get(type(module).__name__):
-            module.forward = partial(own, module)
+            module.forward = partial(own, attention, module)
 
 
 def cache_argument(model: nn.Module) -> str:
@@ -102,8 +111,12 @@ def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> 
     return given, {**named, "step_cache": cache}
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Transformers' mask interface: what is seen is the attention's own business."""
+def _no_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """Transformers' mask interface: what is seen is the attention's own business.
+
+    A tensor that nothing reads, because MPT's model asks for another dtype of whatever it gets.
+    """
+    return torch.zeros(())
 
 
 def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:

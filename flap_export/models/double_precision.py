@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, final
@@ -16,14 +16,16 @@ from flap_export.families import Family, Norm
 
 
 def keep_double_precision(model: nn.Module, family: Family) -> None:
-    """Let norms, routers and rotations compute in float64: transformers' own pass through float32."""
+    """Let norms, routers, rotations and attention compute in float64: transformers' own pass through float32."""
     for path, module in model.named_modules():
         if family.norm.covers(module):
             module.forward = partial(_double_norm, module, family.norm)
         if family.rotary.in_float32 and path.endswith(family.modules.attention) and hasattr(module, "head_dim"):
             module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary.interleaved), module)
+        if family.attention_kernel == "eager" and path.endswith(family.modules.attention):
+            module.forward = partial(_in_double, module.forward)
         if family.mixture is not None and f".{path}".endswith(f".{family.mixture.router}"):
-            module.forward = partial(_double_router, module.forward)
+            module.forward = partial(_in_double, module.forward)
 
 
 @final
@@ -41,9 +43,10 @@ def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def _double_router(forward: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:
+def _in_double(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a router gives, or an attention that no kernel computes, with scores and softmax in float64."""
     with _DoubleForSingle():
-        return forward(hidden_states)
+        return forward(*args, **kwargs)
 
 
 def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:

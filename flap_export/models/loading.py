@@ -30,6 +30,7 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
         **({"head_norms": dict(family.heads.norms)} if family.heads.norms else {}),
+        **({"alibi": family.alibi} if family.alibi else {}),
         **kernel,
     }
 
@@ -114,19 +115,22 @@ class MetaLayers:
 
 
 def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Give values to what no checkpoint stores: rotary frequencies, and the factor of scaled embeddings.
+    """Give values to what no checkpoint stores: rotary frequencies, the factor of scaled embeddings, masks.
 
-    The masks of old families go: GPTBigCode still has one of all its positions, which nothing reads.
+    A mask that nothing reads goes: GPTBigCode still has one of all its positions.
     """
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
-            model.set_submodule(path, type(module)(config=module.config))
+            model.set_submodule(path, type(module)(config=getattr(module, "config", checkpoint.config)))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
                 factor = torch.tensor(checkpoint.shape.hidden_size**0.5, dtype=buffer.dtype)
                 module.register_buffer(name, factor, persistent=False)
-            elif f"{path}.{name}".endswith(checkpoint.family.stored.buffers):
+            elif f"{path}.{name}".endswith(checkpoint.family.stored.unread):
                 delattr(module, name)
+            elif f"{path}.{name}".endswith(checkpoint.family.stored.buffers):
+                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+                model._init_weights(module)  # type: ignore[operator]
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:

@@ -8,10 +8,12 @@ The two import lines name the family the checkpoint came from. The configuration
                   A layer with experts has those of experts in place of a plain FFN's; `shared` are those of an expert
                   that every token passes
     layers        per layer: query_heads, kv_heads, ffn_channels, attention_bias, ffn_bias, experts, shared_channels
-                  (null where there is no shared expert), shared_bias, and where norms run over all heads
-                  joint_query_heads, joint_key_heads: those of the dense layer
+                  (null where there is no shared expert), shared_bias; where norms run over all heads
+                  joint_query_heads, joint_key_heads: those of the dense layer; and head_numbers, which of the dense
+                  layer's heads these are, where heads differ by more than their weights
     head_norms    path of each norm with weights for every head, where a layer has it, and the space of these heads
     head_dim      of every head
+    alibi         what attention calls the biases of all dense heads by distance, which it is handed, if there are any
     since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
 
@@ -21,6 +23,7 @@ router stays and weighs the biases of its experts, as does the gate of a shared 
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -66,7 +69,8 @@ class EmptyAttention(nn.Module):
     def __init__(self, output: str, constant: Constant, layer_idx: int, replaced: Any) -> None:
         # The family's own would make projections.
         nn.Module.__init__(self)
-        self.output, self.layer_idx, self.config = output, layer_idx, replaced.config
+        self.output, self.layer_idx, self.config = output, layer_idx, getattr(replaced, "config", None)
+        self.adds_residual = _adds_residual(replaced)
         # Transformers 4.57 asks Gemma 3's attention which of the rotary embeddings it wants.
         self.is_sliding = getattr(replaced, "is_sliding", False)
         self.add_module(output, constant)
@@ -81,9 +85,12 @@ class EmptyAttention(nn.Module):
         held: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if held is not None and getattr(held, "counts_empty_layers", True):
             keys, _ = held.update(keys, keys, self.layer_idx)
-        gives_weights = self.config._attn_implementation == "eager"
+        # A class that keeps no configuration has one way to compute it, which gives weights.
+        gives_weights = self.config is None or self.config._attn_implementation == "eager"
         weights = hidden_states.new_zeros(keys.shape[0], 0, hidden_states.shape[1], keys.shape[2])
-        return self.get_submodule(self.output)(hidden_states), weights if gives_weights else None
+        output = self.get_submodule(self.output)(hidden_states)
+        output = output + _residual(args, kwargs) if self.adds_residual else output
+        return output, weights if gives_weights else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the family's class: the one that is made of it cannot be found by its name."""
@@ -102,15 +109,26 @@ def _unfilled(attention: type[nn.Module]) -> EmptyAttention:
 class EmptyFeedForward(nn.Module):
     """FFN without channels."""
 
-    def __init__(self, output: str, constant: Constant) -> None:
+    def __init__(self, output: str, constant: Constant, like: nn.Module) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.adds_residual = output, _adds_residual(like)
         self.add_module(output, constant)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The output bias."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output bias; arguments as transformers passes them to an FFN."""
         output: Tensor = self.get_submodule(self.output)(hidden_states)
-        return output
+        return output + _residual(args, kwargs) if self.adds_residual else output
+
+
+def _adds_residual(block: nn.Module) -> bool:
+    """Whether a block is handed the residual too, and adds it to what it gives, as BLOOM's do."""
+    return "residual" in inspect.signature(block.forward).parameters
+
+
+def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual, which is the first argument after the hidden states."""
+    residual: Tensor = kwargs["residual"] if "residual" in kwargs else args[0]
+    return residual
 
 
 class Expert(nn.Module):
@@ -204,6 +222,8 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
     """Tell `attention` how many heads it has, wherever its family keeps that."""
     counts = {
         "num_heads": query_heads,
+        "n_heads": query_heads,
+        "num_attention_heads": query_heads,
         "num_key_value_heads": kv_heads,
         "num_key_value_groups": query_heads // kv_heads,
         # Where GPT-2 and GPTBigCode cut fused outputs.
@@ -214,9 +234,14 @@ def _count_heads(attention: Any, query_heads: int, kv_heads: int, head_dim: int)
     for name, count in counts.items():
         if hasattr(attention, name):
             setattr(attention, name, count)
-    config = attention.config
+    config = getattr(attention, "config", None)
+    if config is None:
+        return
     if (config.num_attention_heads, getattr(config, "num_key_value_heads", kv_heads)) != (query_heads, kv_heads):
         attention.config = OwnCounts(config, query_heads, kv_heads)
+        # What stood in blocks of several heads stands head by head where some are gone: CodeGen.
+        if hasattr(attention, "mp_num"):
+            attention.mp_num = query_heads
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear | Conv1D:
@@ -284,7 +309,7 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                 emptied = (
                     _emptied(type(parent))(name, constant, layer_idx, parent)
                     if block == "query"
-                    else EmptyFeedForward(name, constant)
+                    else EmptyFeedForward(name, constant, parent)
                 )
                 layer.set_submodule(parent_path, emptied)
             continue
@@ -296,6 +321,19 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
             _count_heads(parent, counts["query_heads"], counts["kv_heads"], head_dim)
         if block != "query" and hasattr(parent, "intermediate_size"):
             parent.intermediate_size = widths[block]
+        if inputs == "query" and "alibi" in pruned:
+            # In families with such biases, the dense heads fill the hidden size.
+            own = partial(_own_biases, pruned["alibi"], hidden_size // head_dim, counts["head_numbers"])
+            parent.register_forward_pre_hook(own, with_kwargs=True)
+
+
+def _own_biases(
+    name: str, dense_heads: int, numbers: list[int], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of biases [dense heads, ...] or [B dense heads, ...] that attention is handed, those of the heads it has."""
+    biases: Tensor = kwargs[name]
+    kept = biases.view(-1, dense_heads, *biases.shape[1:])[:, list(numbers)].flatten(0, 1)
+    return args, {**kwargs, name: kept}
 
 
 def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:

@@ -36,6 +36,8 @@ _NOT_THE_MODELS: Final = frozenset(
     }
 )
 """Fields of a `config.json` that say nothing about what the model computes."""
+_UNBOUNDED_TOKENS: Final = 2048
+"""Tokens of a sequence at most, where a model takes any number: what caches are made for has to end somewhere."""
 _HUB_FILES: Final = [
     "*.json",
     "*.safetensors",
@@ -83,6 +85,17 @@ class Checkpoint:
         if isinstance(stated, str):
             stated = getattr(torch, stated.removeprefix("torch."), None)
         return stated if isinstance(stated, torch.dtype) else torch.float32
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has; None where any number does, as ALiBi allows."""
+        stated: int | None = getattr(self.config, self.family.positions_field, None)
+        return stated
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a sequence at most, where nobody asks for another number."""
+        return self.positions or _UNBOUNDED_TOKENS
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

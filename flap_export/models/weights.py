@@ -63,8 +63,8 @@ class Weights:
         }
         for file in set(files.values()):
             _check_complete(file, {name for name, holder in files.items() if holder == file})
-        left_out = f"{base}." if base and not any(name.startswith(f"{base}.") for name in files) else ""
         names = {name: _renamed(name, renamed or {}) for name in files}
+        left_out = f"{base}." if base and not any(own.startswith(f"{base}.") for own in names.values()) else ""
         self._stored = {own if own.startswith(f"{head}.") else left_out + own: stored for stored, own in names.items()}
         self._file_of = {name: files[stored] for name, stored in self._stored.items()}
 

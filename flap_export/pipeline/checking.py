@@ -37,7 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
             recipe.evaluate.sources,
             dense.directory,
             dense.shape.vocabulary_size,
-            dense.config.max_position_embeddings,
+            dense.longest_sequence,
             sequence_length=recipe.evaluate.sequence_length,
             samples=recipe.evaluate.samples,
         )

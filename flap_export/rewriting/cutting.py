@@ -205,14 +205,13 @@ def cut(
         kind: "weight" or "bias".
         kept: channels that stay, per space.
         widths: dense size of every space.
-        groups: KV groups K of the layer, for outputs that stand group after group.
+        groups: KV groups K of the layer, for outputs that stand in blocks.
     """
     sizes = [widths[space] for space in projection.outputs]
     rows = _stacked([kept[space] for space in projection.outputs], sizes)
-    if rows is not None and projection.by_group:
-        rows = torch.nonzero(torch.isin(grouped_order(sizes, groups), rows)).flatten()
     if rows is not None:
-        tensor = tensor[rows]
+        # Outputs of one space are in no blocks, and those of a joint space change their order.
+        tensor = tensor[rows if len(sizes) == 1 else _in_blocks(rows, projection, sizes, groups)]
     columns = kept[projection.inputs]
     if kind == "weight" and columns is not None:
         tensor = tensor[:, columns]
@@ -232,12 +231,26 @@ def _stacked(kept: list[Tensor | None], widths: list[int]) -> Tensor | None:
     )
 
 
-def grouped_order(widths: Sequence[int], groups: int) -> Tensor:
-    """Of outputs that stand KV group after KV group, where each would be if they stood space after space.
+def _in_blocks(rows: Tensor, projection: Projection, sizes: Sequence[int], groups: int) -> Tensor:
+    """Where rows that stay are, in the order in which they stand from then on.
 
     Args:
-        widths: of the spaces, in their order within a group.
-        groups: KV groups K, each with a K-th of every space.
+        rows: int64 [R], indices into outputs that stand space after space, ascending.
+        projection: says in which blocks the outputs stand.
+        sizes: of the spaces.
+        groups: KV groups K of the dense layer.
+    """
+    position = torch.argsort(grouped_order(sizes, projection.dense_blocks(groups)))
+    order = grouped_order(sizes, projection.pruned_blocks(groups))
+    return position[order[torch.isin(order, rows)]]
+
+
+def grouped_order(widths: Sequence[int], groups: int) -> Tensor:
+    """Of outputs that stand block after block, where each would be if they stood space after space.
+
+    Args:
+        widths: of the spaces, in their order within a block.
+        groups: blocks, such as one for each KV group, with as much of every space in each.
 
     Returns:
         int64 [sum of widths], a permutation.

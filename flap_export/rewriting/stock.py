@@ -45,9 +45,15 @@ def check_stock(dense: Checkpoint, *, compensated: bool, align_channels: int) ->
     """Whether the family's own class can take any plan of such options, before anything is computed for one.
 
     Raises:
-        PlanError: it has no place for the FFN's bias, or experts of any width would not run in it.
+        PlanError: its FFN has one width, it has no place for the FFN's bias, or experts of any width would not run in
+            it.
     """
     family = dense.family
+    if family.ffn.width_field is None:
+        raise PlanError(
+            f"--layout stock: {family.model_type}'s class makes every FFN {family.ffn.multiple} times as wide as the "
+            "hidden states, whatever a configuration states; use --layout uneven"
+        )
     without_place = [space for space in CUT_SPACES if not family.can_hold_bias(space)]
     # A plan may leave attention whole; one that leaves every FFN whole is not to be expected.
     if compensated and "ffn" in without_place:
@@ -117,6 +123,7 @@ def _kinds(dense: DecoderShape, pruned: DecoderShape) -> list[tuple[LayerShape, 
 def _ffn_counts(family: Family, layer: LayerShape) -> dict[str, int]:
     """The fields that state a layer's FFN; where several shared experts have none, the routed ones' state theirs."""
     if not layer.experts:
+        assert family.ffn.width_field is not None, "check_stock comes first"
         return {family.ffn.width_field: layer.ffn_channels}
     assert family.mixture is not None
     shared = family.mixture.shared

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.devices import check_device
+from flap_export.models.alibi import register_tables, slope_tables
 from flap_export.models.attention import StepCache, attend_by, cache_argument, rotary_modules, softcapped_attention
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
@@ -57,10 +58,11 @@ def _attention(
     step_cache: StaticCache,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
-    mask = step_cache.mask(sliding_window, query.dtype)
+    mask = step_cache.mask(sliding_window, query.dtype, slopes)
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, mask, softcap)
     else:
@@ -78,15 +80,14 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
         query: [B, Q, n, D]
         key: [B, K, L, D]
         value: [B, K, L, D]
-        mask: additive, [B, 1, n, L].
+        mask: additive, [B, 1, n, L], or [B, Q, n, L] where heads see differently.
         scaling: of the scores.
     """
-    (batch, heads, tokens, size), kv_heads = query.shape, key.shape[1]
+    (batch, heads, tokens, size), (_, kv_heads, length, _) = query.shape, key.shape
     group = heads // kv_heads
     rows = query.reshape(batch, kv_heads, group * tokens, size)
-    output = nn.functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling
-    )
+    seen = mask.repeat(1, 1, group, 1) if mask.shape[1] == 1 else mask.reshape(batch, kv_heads, group * tokens, length)
+    output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
     return output.reshape(query.shape)
 
 
@@ -117,14 +118,15 @@ class StaticTorchRunner(Runner):
         self._dtype = torch_dtype(options.dtype or "float32")
         check_device(options.device)
         super().__init__(
-            max_length=options.max_length or checkpoint.config.max_position_embeddings,
+            max_length=options.max_length or checkpoint.longest_sequence,
             vocabulary_size=checkpoint.shape.vocabulary_size,
             logits=options.logits,
         )
         self._device, self._threads, self._shape = torch.device(options.device), options.threads, checkpoint.shape
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         attend_by(_attention, NAME, model, checkpoint.family)
-        if self.max_length <= checkpoint.config.max_position_embeddings:
+        register_tables(model, slope_tables(checkpoint, self._dtype, options.device))
+        if self.max_length <= checkpoint.longest_sequence:
             _hold_frequencies(model)
         self._model: Any = model
         self._caches: Caches = {}

@@ -37,7 +37,7 @@ class TorchRunner(Runner):
         dtype = torch_dtype(options.dtype or "float32")
         check_device(options.device)
         super().__init__(
-            max_length=options.max_length or checkpoint.config.max_position_embeddings,
+            max_length=options.max_length or checkpoint.longest_sequence,
             vocabulary_size=checkpoint.shape.vocabulary_size,
             logits=options.logits,
         )

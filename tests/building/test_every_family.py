@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {"hidden_size": 128}
 HEAD_DIM = {family: {"head_dim": 32} for family, sizes in FAMILY_SIZES.items() if "head_dim" in sizes}
 ROUTING = {"TOPK", "SLICE", "SCATTER"}
 """What routers add to that."""
-CAPPED = ("gemma2",)
+CAPPED = ("gemma2", "vaultgemma")
 """Families whose capped attention is in plain operators."""
 NORMALIZING = {"CAST", "CONSTANT", "ELEMENTWISE", "REDUCE", "SHUFFLE", "SOFTMAX", "UNARY", "NORMALIZATION"}
 """What may be float32 in a network of half precision: the insides of norms, and the capped families' softmax."""

@@ -24,6 +24,8 @@ CALLED = {
     "out_proj": "o_proj",
     "fc1": "up_proj",
     "fc2": "down_proj",
+    "fc_in": "up_proj",
+    "fc_out": "down_proj",
     "attn.c_proj": "o_proj",
     "c_fc": "up_proj",
     "mlp.c_proj": "down_proj",
@@ -44,10 +46,15 @@ def separate(importance: Importance, family: str, shape: DecoderShape) -> Import
     if "c_attn" in found:
         # One KV head or as many as query heads, space after space.
         found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("c_attn"), [query, query + kv])
+    if family == "codegen":
+        # A head in each of its four blocks.
+        found["query_key_value"] = found.pop("qkv_proj")
     if "query_key_value" in found:
         fused, group = found.pop("query_key_value"), layer.query_heads // layer.kv_heads
         rows = grouped_rows(range(layer.query_heads), range(layer.kv_heads), group, size)
         found |= {f"{name}_proj": fused[positions] for name, positions in rows.items()}
+    if "Wqkv" in found:
+        found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("Wqkv"), [query, query + kv])
     if "qkv_proj" in found:
         found["q_proj"], found["k_proj"], found["v_proj"] = np.split(found.pop("qkv_proj"), [query, query + kv])
     if "gate_up_proj" in found:

@@ -48,9 +48,12 @@ def check_levels(
 def test_losses_are_those_of_the_whole_model_with_one_module_cut(family: str, tmp_path: Path) -> None:
     path, tokens = tiny_checkpoint(family, tmp_path / "dense"), tokens_of(9, 8)
     found = measure(path, save_tokens(tmp_path / "ids.npy", tokens), levels=(0.3, 0.8), chunk_sequences=4)
-    groups = open_checkpoint(path).shape.layers[0].kv_heads
-    attention = sorted({max(round(0.3 * groups), 1), max(round(0.8 * groups), 1), groups})
-    check_levels(path, family, tokens, found, {"query": attention, "ffn": [12, 32, 40]})
+    layer = open_checkpoint(path).shape.layers[0]
+    heads, channels = (
+        sorted({max(round(0.3 * units), 1), max(round(0.8 * units), 1), units})
+        for units in (layer.kv_heads, layer.ffn_channels)
+    )
+    check_levels(path, family, tokens, found, {"query": heads, "ffn": channels})
     assert (found.sequences, found.sequence_length, found.head_units) == (9, 8, "groups")
     assert set(found.digests) == {"weights", "calibration"}
 

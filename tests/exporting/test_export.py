@@ -36,6 +36,7 @@ from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact, past_na
 from flap_export.errors import InputError, ModelError, OutputError
 from flap_export.exporting import export
 from flap_export.exporting.dialect import rotary_tables
+from flap_export.models.alibi import slope_tables
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.models.weights import Weights
@@ -45,13 +46,16 @@ PROMPT = 9
 STEPS = 3
 NODES = {
     "apertus": (34, 11),
+    "bloom": (24, 18),
     "arcee": (20, 11),
+    "codegen": (23, 12),
     "cohere": (29, 12),
     "cohere2": (20, 19),
     "cwm": (22, 18),
     "dots1": (64, 28),
     "ernie4_5": (22, 11),
     "ernie4_5_moe": (48, 21),
+    "exaone": (22, 11),
     "exaone4": (24, 16),
     "falcon": (22, 11),
     "flex_olmo": (45, 21),
@@ -63,10 +67,15 @@ NODES = {
     "glm4_moe": (47, 21),
     "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
+    "gpt_neo": (20, 21),
     "gpt_neox": (22, 13),
+    "gptj": (20, 12),
     "granite": (24, 13),
     "helium": (22, 11),
     "hunyuan_v1_dense": (24, 11),
+    "hyperclovax": (26, 13),
+    "iquestcoder": (22, 11),
+    "jais2": (24, 11),
     "internlm3": (22, 11),
     "llama": (22, 11),
     "ministral": (22, 18),
@@ -74,12 +83,14 @@ NODES = {
     "mistral": (22, 17),
     "hunyuan_v1_moe": (47, 21),
     "mixtral": (37, 27),
+    "mpt": (18, 17),
     "nemotron": (20, 11),
     "olmo": (30, 11),
     "olmo2": (29, 11),
     "olmo3": (29, 18),
     "olmoe": (46, 21),
     "opt": (21, 20),
+    "persimmon": (30, 11),
     "phi": (22, 12),
     "phi3": (22, 17),
     "qwen2": (23, 11),
@@ -90,6 +101,7 @@ NODES = {
     "smollm3": (22, 17),
     "stablelm": (22, 11),
     "starcoder2": (23, 17),
+    "vaultgemma": (34, 24),
 }
 """Nodes of a dense layer, and around the layers: what the passes reach, to be lowered when they reach more.
 
@@ -98,8 +110,8 @@ Around the layers are positions, embedding, last norm, head, the last token's Sl
 PLAIN_NODES = {"dots1": 24, "ernie4_5_moe": 22, "glm4_moe": 25, "qwen2_moe": 23}
 """Nodes of a plain layer among mixtures."""
 NORM_VECTORS = {
-    "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neox": 2, "nemotron": 2, "olmo": 0, "opt": 2, "phi": 2,
-    "stablelm": 2, "starcoder2": 2,
+    "bloom": 2, "codegen": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neo": 2, "gpt_neox": 2, "gptj": 2,
+    "jais2": 2, "nemotron": 2, "olmo": 0, "opt": 2, "persimmon": 2, "phi": 2, "stablelm": 2, "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
 NORMS_BEHIND = ("exaone4", "flex_olmo", "olmo2", "olmo3")
@@ -268,7 +280,9 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     # A norm without weights, or with a row of them for every head, has ones in their place.
     ones = {"cohere": artifact.shape.head_dim, "olmo": artifact.shape.hidden_size}.get(family, 0) * 4
     stored = sum(weights[name].nbytes for name in weights if weights.shape(name))
-    assert float_bytes(tmp_path / "onnx") == stored - unread + tables + ones
+    # Layers with the same heads share their slopes.
+    slopes = {id(table): table.nbytes for table in slope_tables(open_checkpoint(pruned)).values()}
+    assert float_bytes(tmp_path / "onnx") == stored - unread + tables + ones + sum(slopes.values())
     assert (tmp_path / "onnx" / "plan.json").read_bytes() == (pruned / "plan.json").read_bytes()
 
 
@@ -367,6 +381,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     [
         ("opt", {"do_layer_norm_before": False, "enable_bias": False}),
         pytest.param("opt", {"layer_norm_elementwise_affine": False}, marks=NEEDS_TRANSFORMERS_5),
+        for_family("bloom", {"apply_residual_connection_post_layernorm": True}),
+        for_family("bloom", {"hidden_size": 48, "num_attention_heads": 6}),
         ("falcon", {**OLD_FALCON, "bias": True}),
         ("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False, "activation": "relu"}),
         ("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1, "rope_parameters": ROPES["linear"]}),
@@ -377,6 +393,12 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         for_family("gpt_bigcode", {"scale_attn_weights": False, "attention_softmax_in_fp32": False}),
         for_family("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}),
         for_family("gpt_neox", {"attention_bias": False, "rope_parameters": ROPES["linear"]}),
+        for_family("codegen", {"num_attention_heads": 8}),
+        for_family(
+            "gpt_neo", {"attention_types": lambda layers: [[["global"], layers]], "activation_function": "relu"}
+        ),
+        for_family("mpt", {"attn_config": {}, "hidden_size": 48, "num_attention_heads": 6}),
+        for_family("gptj", {"rotary_dim": 8, "activation_function": "relu"}),
         ("gemma2", {"attention_bias": True, "final_logit_softcapping": None, "num_key_value_heads": 4}),
         ("gemma2", {"attn_logit_softcapping": None, "num_key_value_heads": 1}),
         ("gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
@@ -402,6 +424,8 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
     ids=[
         "opt-norms-after",
         "opt-plain-norms",
+        "bloom-normed-residuals",
+        "bloom-six-heads",
         "falcon-mqa",
         "falcon-mha",
         "falcon-one-norm",
@@ -410,6 +434,10 @@ def test_scaled_rotary_embedding(tmp_path: Path) -> None:
         "gpt_bigcode-unscaled",
         "gpt_neox-one-by-one",
         "gpt_neox-scaled",
+        "codegen-two-heads-in-a-block",
+        "gpt_neo-without-windows",
+        "mpt-six-heads",
+        "gptj-whole-heads-turn",
         "gemma2-biases",
         "gemma2-uncapped",
         "gemma3-capped",

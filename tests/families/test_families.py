@@ -170,6 +170,19 @@ def test_a_family_that_needs_a_newer_transformers_says_so(
             {"parallel_attn": False},
             r"new_decoder_architecture=True and parallel_attn=False together",
         ),
+        ("bloom", {"slow_but_exact": True}, r"bloom is supported with slow_but_exact equal to False only, got True"),
+        (
+            "mpt",
+            {"attn_config": SimpleNamespace(alibi=False)},
+            r"mpt is supported with attn_config.alibi equal to True",
+        ),
+        (
+            "mpt",
+            {"attn_config": SimpleNamespace(alibi_bias_max=16)},
+            r"attn_config.alibi_bias_max equal to 8 only, got 16",
+        ),
+        ("mpt", {"no_bias": False}, r"mpt is supported with no_bias equal to True only, got False"),
+        ("gptj", {"rotary_dim": None}, r"transformers' gptj cannot compute rotary_dim=False$"),
         ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
         (
             "gpt_bigcode",

@@ -81,6 +81,24 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
         | {"layer_types": ["full_attention" if index % 4 == 3 else "sliding_attention" for index in range(64)]}
         | {"rope_scaling": {**LLAMA3, "factor": 16.0, "rope_type": "llama3"}, "rope_theta": 1000000},
     ),
+    "exaone-3.5-7.8b-instruct": (
+        "exaone",
+        7.82,
+        {
+            "activation_function": "silu",
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "layer_norm_epsilon": 1e-05,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_layers": 32,
+            "rope_scaling": {**LLAMA3, "rope_type": "llama3"},
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 102400,
+        },
+    ),
     "gemma-2b": (
         "gemma",
         2.51,

@@ -168,7 +168,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "nothing": {},
 }
 ROPE_FIELDS = {"rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct"}
-ROTARY = sorted(set(ALL_FAMILIES) - {"opt", "gpt2", "gpt_bigcode", "ministral3"})
+ROTARY = sorted(
+    set(ALL_FAMILIES) - {"bloom", "codegen", "gptj", "gpt_neo", "mpt", "opt", "gpt2", "gpt_bigcode", "ministral3"}
+)
 
 
 def read(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -162,12 +162,148 @@ STARCODER = {
     "validate_runner_input": True,
     "vocab_size": 49152,
 }
+BLOOM_560M = {
+    "apply_residual_connection_post_layernorm": False,
+    "architectures": ["BloomForCausalLM"],
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "masked_softmax_fusion": True,
+    "model_type": "bloom",
+    "n_embed": 1024,
+    "n_layer": 24,
+    "num_attention_heads": 16,
+    "offset_alibi": 100,
+    "pad_token_id": 3,
+    "pretraining_tp": 1,
+    "skip_bias_add": True,
+    "skip_bias_add_qkv": False,
+    "unk_token_id": 0,
+    "use_cache": True,
+    "vocab_size": 250880,
+}
+GPT_J_6B = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPTJForCausalLM"],
+    "attn_pdrop": 0.0,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 50256,
+    "gradient_checkpointing": False,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gptj",
+    "n_embd": 4096,
+    "n_head": 16,
+    "n_inner": None,
+    "n_layer": 28,
+    "n_positions": 2048,
+    "resid_pdrop": 0.0,
+    "rotary": True,
+    "rotary_dim": 64,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "GPT2Tokenizer",
+    "use_cache": True,
+    "vocab_size": 50400,
+}
+MPT_7B = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    },
+    "d_model": 4096,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "expansion_ratio": 4,
+    "init_config": {"name": "kaiming_normal_", "verbose": 0},
+    "init_device": "cpu",
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 2048,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "norm_type": "low_precision_layernorm",
+    "resid_pdrop": 0,
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50432,
+}
+CODEGEN_350M = {
+    "activation_function": "gelu_new",
+    "architectures": ["CodeGenForCausalLM"],
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 50256,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "codegen",
+    "n_ctx": 2048,
+    "n_embd": 1024,
+    "n_head": 16,
+    "n_inner": None,
+    "n_layer": 20,
+    "n_positions": 2048,
+    "resid_pdrop": 0.0,
+    "rotary_dim": 32,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "vocab_size": 51200,
+}
+GPT_NEO = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPTNeoForCausalLM"],
+    "attention_dropout": 0,
+    "attention_layers": ["global", "local"] * 12,
+    "attention_types": [[["global", "local"], 12]],
+    "bos_token_id": 50256,
+    "embed_dropout": 0,
+    "eos_token_id": 50256,
+    "gradient_checkpointing": False,
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": None,
+    "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neo",
+    "num_heads": 16,
+    "num_layers": 24,
+    "resid_dropout": 0,
+    "use_cache": True,
+    "vocab_size": 50257,
+    "window_size": 256,
+}
 MODELS = {
     # Name: configuration, heads, KV heads, head size, FFN width, and all parameters as the hub counts them.
     "pythia-160m": (PYTHIA, (12, 12, 64, 3072), 162_322_944),
+    "bloom-560m": (BLOOM_560M, (16, 16, 64, 4096), 559_214_592),
+    "mpt-7b": (MPT_7B, (32, 32, 128, 16384), 6_649_286_656),
+    "codegen-350m-mono": (CODEGEN_350M, (16, 16, 64, 4096), 356_712_448),
+    "gpt-neo-1.3b": (GPT_NEO, (16, 16, 128, 8192), 1_315_575_808),
     "falcon-7b": (FALCON_7B, (71, 1, 64, 18176), 6_921_720_704),
     "falcon-40b": (FALCON_40B, (128, 8, 64, 32768), 41_303_293_952),
     "falcon-11b": (FALCON_11B, (32, 8, 128, 16384), 11_102_822_400),
+    "gpt-j-6b": (GPT_J_6B, (16, 16, 256, 16384), 6_050_882_784),
     "gpt2": (GPT2, (12, 12, 64, 3072), 124_439_808),
     "alias-gpt2-small-x21": (STANFORD, (12, 12, 64, 3072), 124_439_808),
     "starcoder": (STARCODER, (48, 1, 128, 24576), 15_517_456_384),
@@ -179,6 +315,15 @@ OLD_BUFFERS: dict[str, dict[str, Tensor]] = {
         "transformer.h.1.attn.masked_bias": torch.tensor(-torch.inf),
     },
     "gpt_bigcode": {"transformer.bias": torch.ones(64, 64, dtype=torch.bool)},
+    "codegen": {"transformer.h.1.attn.causal_mask": torch.ones(1, 1, 64, 64, dtype=torch.bool)},
+    "gpt_neo": {
+        "transformer.h.1.attn.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "transformer.h.1.attn.attention.masked_bias": torch.tensor(-1e9),
+    },
+    "gptj": {
+        "transformer.h.1.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e9),
+    },
     "gpt_neox": {
         "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
         "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9).half(),
@@ -238,6 +383,22 @@ def test_the_head_of_gpt_neox_has_its_old_name_on_disk(tmp_path: Path) -> None:
     save_file(bare, path / SINGLE_FILE, metadata={"format": "pt"})
     checkpoint = open_checkpoint(path)
     check_weights(meta_model(checkpoint, torch.float32), checkpoint)
+
+
+@pytest.mark.skipif("exaone" not in ALL_FAMILIES, reason="needs transformers 5.24")
+def test_the_weights_of_exaone_have_names_of_their_own_on_disk(tmp_path: Path) -> None:
+    """In the dense and the stock checkpoint; an uneven one has those of Llama, whose classes compute it."""
+    path = tiny_checkpoint("exaone", tmp_path / "dense")
+    stored = set(load_file(path / SINGLE_FILE))
+    attention = {f"transformer.h.0.attn.attention.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert attention | {"transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight"} <= stored
+    opened = open_checkpoint(path)
+    assert "model.layers.0.self_attn.o_proj.weight" in opened.weights
+    assert {opened.family.stored_name(name) for name in opened.weights} == stored
+    with torch.no_grad():
+        assert torch.equal(
+            load_model(path, dtype=torch.float32)(tokens_of(2, 9)).logits, plain_model(path)(tokens_of(2, 9)).logits
+        )
 
 
 @pytest.mark.skipif("gpt2" not in ALL_FAMILIES, reason="needs transformers 5")

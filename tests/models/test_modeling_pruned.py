@@ -163,6 +163,8 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
             groups = shape.query_heads // shape.kv_heads
             counts = {
                 "num_heads": shape.query_heads,
+                "n_heads": shape.query_heads,
+                "num_attention_heads": shape.query_heads,
                 "num_key_value_heads": shape.kv_heads,
                 "num_key_value_groups": groups,
             }

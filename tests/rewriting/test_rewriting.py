@@ -39,25 +39,55 @@ from flap_export.rewriting.cutting import check_kind, cut, grouped_order, kept_c
 from flap_export.rewriting.restoring import cut_only, mean_restorer
 
 RESTORING = {
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "codegen": ("attn.out_proj", "mlp.fc_out"),
     "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "gpt_bigcode": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neo": ("attn.attention.out_proj", "mlp.c_proj"),
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "gptj": ("attn.out_proj", "mlp.fc_out"),
+    "mpt": ("attn.out_proj", "ffn.down_proj"),
     "opt": ("self_attn.out_proj", "fc2"),
+    "persimmon": ("self_attn.dense", "mlp.dense_4h_to_h"),
     "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }
 """What families call the projections back to the residual stream, where it is not as in Llama."""
 JOINTLY_NORMED = ("flex_olmo", "olmo2", "olmo3", "olmoe")
-NORM_NAMES = ("layernorm", "layer_norm", "ln_1", "ln_2", "ln_attn", "ln_mlp")
+NORM_NAMES = (
+    "layernorm",
+    "layer_norm",
+    "ln_1",
+    "ln_2",
+    "ln_attn",
+    "ln_mlp",
+    "norm_1",
+    "norm_2",
+    "post_norm1",
+    "post_norm2",
+)
 NORMS = tuple(f"{norm}.{kind}" for norm in NORM_NAMES for kind in ("weight", "bias"))
-WIDENING = ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1", "fc1", "mlp.dense_h_to_4h", "mlp.c_fc")
+WIDENING = (
+    "ffn.up_proj",
+    "mlp.fc_in",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.fc1",
+    "fc1",
+    "mlp.dense_h_to_4h",
+    "mlp.c_fc",
+)
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SHARED = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 _VARIANTS = [
     *[pytest.param(family, {}, id=family) for family in ALL_FAMILIES],
     *[pytest.param(family, {"tie_word_embeddings": True}, id=f"{family}-tied") for family in ALL_FAMILIES],
+    pytest.param("bloom", {"apply_residual_connection_post_layernorm": True}, id="bloom-normed-residuals"),
+    pytest.param("bloom", {"hidden_size": 48, "num_attention_heads": 6}, id="bloom-six-heads"),
+    pytest.param("codegen", {"num_attention_heads": 8}, id="codegen-two-heads-in-a-block"),
+    pytest.param("mpt", {"hidden_size": 48, "num_attention_heads": 6, "attn_config": {}}, id="mpt-six-heads"),
     pytest.param("falcon", {**OLD_FALCON, "bias": True}, id="falcon-mqa"),
     pytest.param("falcon", {**OLD_FALCON, "multi_query": False, "parallel_attn": False}, id="falcon-mha"),
     pytest.param("falcon", {"num_attention_heads": 8, "num_ln_in_parallel_attn": 1}, id="falcon-groups-of-four"),
@@ -245,6 +275,9 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         grouped = grouped_rows(kept.query_heads, kept.kv_heads, layer.query_heads // layer.kv_heads, size)
         rows["query"] = sorted(row for part in grouped.values() for row in part)
         rows["c"] = rows["query"] if checkpoint.family.model_type == "gpt_bigcode" else rows["qkv"]
+        rows["Wqkv.weight"] = rows["qkv"]
+        if checkpoint.family.model_type == "codegen":
+            rows["qkv"] = head_by_head(kept.query_heads, layer.query_heads // 4, size)
         channels = list(kept.ffn_channels)
         expected |= expected_experts(checkpoint, index, kept, statistics.sites[index, "ffn"].mean)
         shared = f"mlp.{SHARED.get(checkpoint.family.model_type, 'shared_experts')}"
@@ -295,6 +328,12 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
 
 def kept_first(kept: list[int], count: int) -> list[int]:
     return [*kept, *(row for row in range(count) if row not in kept)]
+
+
+def head_by_head(heads: Sequence[int], in_block: int, size: int) -> list[int]:
+    """Rows of query, value and key of one head after another, from blocks of as many queries, values and keys."""
+    starts = [(head // in_block * 3 + part) * in_block + head % in_block for head in heads for part in range(3)]
+    return [start * size + i for start in starts for i in range(size)]
 
 
 def expected_experts(checkpoint: Checkpoint, index: int, kept: LayerPlan, means: Tensor) -> dict[str, Tensor]:
@@ -379,7 +418,7 @@ def test_fused_outputs_are_cut_space_by_space() -> None:
 @pytest.mark.parametrize("biased", [False, True], ids=["weight", "bias"])
 def test_fused_outputs_are_cut_group_by_group(biased: bool) -> None:
     """Two KV groups of three query heads of two channels: q0 q1 q2 k0 v0, q3 q4 q5 k1 v1."""
-    fused = Projection("fused", "hidden", ("query", "kv", "kv"), by_group=True)
+    fused = Projection("fused", "hidden", ("query", "kv", "kv"), blocks=None)
     heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
     names = [f"{head}.{i}" for head in heads for i in range(2)]
     weight = torch.arange(20 * 3).view(20, 3)
@@ -405,6 +444,35 @@ def test_fused_outputs_are_cut_group_by_group(biased: bool) -> None:
     one_of_each = rows([1, 3], None)
     assert one_of_each[::2] == ["q1.0", "k0.0", "v0.0", "q3.0", "k1.0", "v1.0"]
     assert rows([], []) == []
+
+
+def test_outputs_in_blocks_of_several_heads_are_cut_head_by_head() -> None:
+    """What stays would not fill the blocks evenly."""
+    fused = Projection("fused", "hidden", ("query", "kv", "kv"), blocks=2)
+    names = ["q0", "q1", "v0", "v1", "k0", "k1", "q2", "q3", "v2", "v3", "k2", "k3"]
+    widths: Any = {"hidden": 1, "query": 4, "kv": 4, "ffn": 1}
+
+    def rows(heads: list[int] | None) -> list[str]:
+        kept = None if heads is None else torch.tensor(heads, dtype=torch.int64)
+        found = cut(torch.arange(12), fused, "bias", {"hidden": None, "query": kept, "kv": kept}, widths, 4)
+        return [names[int(row)] for row in found]
+
+    assert rows(None) == names
+    assert rows([0, 2, 3]) == ["q0", "v0", "k0", "q2", "v2", "k2", "q3", "v3", "k3"]
+    assert rows([1]) == ["q1", "v1", "k1"]
+    assert rows([]) == []
+
+
+@pytest.mark.skipif("codegen" not in ALL_FAMILIES, reason="needs transformers 5.24")
+@pytest.mark.parametrize("heads", [(0, 3, 5, 6, 7), (1, 2), tuple(range(8))], ids=str)
+def test_any_heads_of_codegen_stay(heads: tuple[int, ...], tmp_path: Path) -> None:
+    """Two heads in each of its four blocks; five heads fill none of them evenly."""
+    dense = tiny_checkpoint("codegen", tmp_path / "dense", num_attention_heads=8)
+    checkpoint, tokens = open_checkpoint(dense), tokens_of(2, 13)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, 0, heads, range(40)), layer_plan(checkpoint, 1, [4], range(9))])
+    pruned = save_pruned(dense, plan, tmp_path / "pruned", tiny_statistics(dense, tmp_path), compensation="none")
+    found = logits_of(load_model(pruned, dtype=torch.float32), tokens)
+    torch.testing.assert_close(found, masked_dense_logits(dense, plan, tokens, None), atol=1e-5, rtol=1e-5)
 
 
 def test_grouped_outputs_in_the_order_of_spaces() -> None:

@@ -23,8 +23,9 @@ from flap_export.pruning.stage import prune
 from flap_export.rewriting.stock import EXPERT_ALIGNMENT, allowed_heads
 
 HOLDING_BIASES = (
-    "arcee", "ernie4_5", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "llama", "nemotron", "opt",
-    "phi", "seed_oss", "smollm3", "starcoder2",
+    "arcee", "codegen", "ernie4_5", "exaone", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj",
+    "granite", "helium", "hyperclovax", "iquestcoder", "jais2", "llama", "nemotron", "opt", "persimmon", "phi",
+    "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 """Families whose own classes have a place for every compensating bias."""
 WIDE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
@@ -47,7 +48,7 @@ def heads(folder: Path) -> dict[str, Any]:
     return {"structure": "ul-mm", "remove_heads": removed}
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if FAMILIES[family].ffn.width_field])
 def test_the_familys_own_class_computes_the_same(family: str, tmp_path: Path) -> None:
     row = FAMILIES[family]
     # Where heads stay, only FFNs are compensated.
@@ -128,6 +129,16 @@ def test_a_family_without_a_place_for_the_bias_says_so(tmp_path: Path) -> None:
             progress=lambda what, *_: steps.append(what),
         )
     assert not steps
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if not FAMILIES[family].ffn.width_field])
+def test_a_family_whose_ffns_have_one_width_says_so(family: str, tmp_path: Path) -> None:
+    dense = tiny_checkpoint(family, tmp_path / "dense")
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    options: dict[str, Any] = {"calibration": source, "layout": "stock", "compensation": "none"}
+    with pytest.raises(PlanError, match=rf"stock: {family}'s class makes every FFN 4 times as wide .* --layout uneven"):
+        prune(dense, tmp_path / "out", ratio=0.3, **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -33,6 +33,7 @@ def new_gelu(_: Any, hidden_states: Tensor) -> Tensor:
 
 
 ACTIVATIONS: Final[Mapping[str, Callable[[Any, Tensor], Tensor]]] = {
+    "BloomGelu": new_gelu,
     "NewGELUActivation": new_gelu,
     "XIELUActivation": xielu,
 }

@@ -55,15 +55,16 @@ def attention(
     step_cache: ScatterCache,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
     window = sliding_window if sliding_window is not None and sliding_window < step_cache.length else None
     if softcap is not None:
         output = softcapped_attention(query * scaling, key, value, step_cache.mask(window, query.dtype), softcap)
-    elif window is not None:
+    elif window is not None or slopes is not None:
         # A float mask that holds causality too: TensorRT refuses a mask beside `is_causal`.
-        inputs = (query, key, value, step_cache.mask(window, query.dtype))
+        inputs = (query, key, value, step_cache.mask(window, query.dtype, slopes))
         output = node("Attention", inputs, query, 24, scale=float(scaling))
     else:
         padded = (query, key, value, None, None, None, step_cache.valid_keys)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flap_export.exporting.dialect.node import node
+from flap_export.models import own_attention
+from flap_export.models.alibi import register_tables
 from flap_export.models.attention import rotary_modules
 from flap_export.models.opening import Checkpoint
 
@@ -27,13 +29,13 @@ def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
     """
     from flap_export.models.loading import meta_model
 
-    tables: dict[str, Tensor] = {}
+    sines_first, tables = checkpoint.family.rotary.sines_first, dict[str, Tensor]()
     position_ids, like = torch.arange(max_length).unsqueeze(0), torch.zeros(1, dtype=torch.float32)
     for path, rotary in rotary_modules(meta_model(checkpoint, torch.float32)):
         for kind in getattr(rotary, "layer_types", None) or [None]:
             values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
-            for name, value in zip(_table_names(kind), values, strict=True):
-                tables[f"{path}.{name}"] = _every_value_once(value[0])
+            for name, value in zip(_table_names(kind), reversed(values) if sines_first else values, strict=True):
+                tables[f"{path}.{name}"] = value[0] if sines_first else _every_value_once(value[0])
     return tables
 
 
@@ -58,22 +60,28 @@ def _table_names(kind: str | None) -> tuple[str, str]:
 @contextmanager
 def turning_by(tables: Mapping[str, Tensor], model: nn.Module, *, interleaved: bool) -> Iterator[None]:
     """Let the heads of `model` turn by `tables`, in one node each; see `Rotary.interleaved` of the family."""
-    for path, table in tables.items():
-        owner, _, name = path.rpartition(".")
-        model.get_submodule(owner).register_buffer(name, table)
+    register_tables(model, tables)
     for _, rotary in rotary_modules(model):
         rotary.forward = partial(_tables_at, rotary)
-    modeling = importlib.import_module(type(model).__module__)
+    with ExitStack() as replaced:
+        for modeling in (importlib.import_module(type(model).__module__), own_attention):
+            replaced.enter_context(_turning(modeling, partial(_turned, interleaved=interleaved)))
+        yield
+
+
+@contextmanager
+def _turning(modeling: Any, turned: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let a module's functions turn heads by `turned`."""
     # Families with learned positions have no such function.
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    modeling.apply_rotary_pos_emb = partial(_turned, interleaved=interleaved)  # type: ignore[attr-defined]
+    modeling.apply_rotary_pos_emb = turned
     try:
         yield
     finally:
         if original is None:
             del modeling.apply_rotary_pos_emb
         else:
-            modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+            modeling.apply_rotary_pos_emb = original
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
     Args:
         model: a causal LM with fake weights.
         checkpoint: what it was built from.
-        tables: `rotary_tables` as the trace sees them.
+        tables: `rotary_tables` and `slope_tables`, as the trace sees them.
     """
     family = checkpoint.family
     attend_by(attention, NAME, model, family)

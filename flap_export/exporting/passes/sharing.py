@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from flap_export.exporting.passes.values import is_weight
 
-_MAX_ELEMENTS = 16
+_MAX_ELEMENTS = 256
+"""As many as a layer has heads, whose slopes are constants where it has ALiBi."""
 
 
 class ShareConstantsPass(ir.passes.InPlacePass):
