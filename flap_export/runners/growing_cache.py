@@ -1,8 +1,9 @@
 """A cache that grows on the CPU, where attention takes time for every row of the cache, valid or not.
 
 The artifact's cache has a fixed length L, as TensorRT wants it. Nothing in the graph but the shapes of its cache inputs
-and outputs depends on L, masks and capped scores excepted: with L made symbolic in memory, the same nodes run over a
-cache that is only as long as the tokens need, and give the same numbers.
+and outputs depends on L, but for capped scores, and for masks, which are made of the positions of all keys: with L made
+symbolic in memory, and masks made of as many of these positions as the cache has rows, the same nodes run over a cache
+that is only as long as the tokens need, and give the same numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ATTENTION_MASK_INPUT: Final = 3
 
 
 def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
-    """The graph with a symbolic cache length, weights left in their file; None where a mask has the length built in.
+    """The graph with a symbolic cache length, weights left in their file; None where it has the length built in.
 
     Raises:
         ArtifactError: the graph and the artifact disagree about the cache's length.
@@ -35,9 +36,14 @@ def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
 
     model = onnx.load(graph, load_external_data=False)
     attentions = [node for node in model.graph.node if node.op_type == "Attention"]
-    # Capped scores are computed in plain operators, whose shapes and mask have the length built in.
-    if len(attentions) < len(artifact.cache_layers) or any(_is_masked(node) for node in attentions):
+    # Capped scores are computed in plain operators, whose shapes have the length built in.
+    if len(attentions) < len(artifact.cache_layers):
         return None
+    if any(_is_masked(node) for node in attentions):
+        keys = _key_positions(model.graph, graph.parent, artifact.max_length)
+        if keys is None:
+            return None
+        _follow_the_cache(model.graph, keys, past_names(artifact.cache_layers[0])[0])
     caches = {n for layer in artifact.cache_layers for n in (*past_names(layer), *present_names(layer))}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.name in caches:
@@ -50,6 +56,39 @@ def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
             length.dim_param = LENGTH_NAME
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+def _key_positions(graph: Any, folder: Path, length: int) -> str | None:
+    """The constant [1, 1, 1, L] with the positions of all keys, by its name; None where no mask is made of it."""
+    from onnx import TensorProto, numpy_helper
+
+    positions = np.arange(length).reshape(1, 1, 1, -1)
+    for stored in graph.initializer:
+        if stored.data_type == TensorProto.INT64 and tuple(stored.dims) == positions.shape:
+            read = TensorProto()
+            read.CopyFrom(stored)
+            if np.array_equal(numpy_helper.to_array(read, str(folder)), positions):
+                name: str = stored.name
+                return name
+    return None
+
+
+def _follow_the_cache(graph: Any, keys: str, cache: str) -> None:
+    """Let masks be made for as many of the keys as the cache has rows."""
+    from onnx import helper, numpy_helper
+
+    seen = f"{keys}_rows"
+    for node in graph.node:
+        node.input[:] = [seen if name == keys else name for name in node.input]
+    constants = {f"{keys}_first": 0, f"{keys}_axis": -1}
+    graph.initializer.extend(numpy_helper.from_array(np.array([n], np.int64), name) for name, n in constants.items())
+    rows = helper.make_node("Shape", [cache], [f"{keys}_count"], start=LENGTH_AXIS, end=LENGTH_AXIS + 1)
+    cut = helper.make_node("Slice", [keys, f"{keys}_first", f"{keys}_count", f"{keys}_axis"], [seen])
+    others = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([rows, cut, *others])
+    # What they say of masks holds for one length only.
+    del graph.value_info[:]
 
 
 def _is_masked(node: Any) -> bool:

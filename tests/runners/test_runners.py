@@ -445,13 +445,17 @@ def test_cache_of_another_length_fails_in_our_words(damaged: Path, monkeypatch: 
         runner.prefill([[1, 2]])
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", *(f for f in ("bloom", "gpt_neo") if f in ALL_FAMILIES)])
 def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, over prefill, several growths and a ragged batch."""
+    """Over prefill, several growths and a ragged batch; bit for bit, but where masks hold causality.
+
+    Rows that they hide are added as zeros, and how many there are decides about the order in which others are added.
+    """
     from flap_export.runners import onnxruntime_runner
 
-    checkpoint = tiny_checkpoint("llama", tmp_path / "dense", max_position_embeddings=256)
+    checkpoint = tiny_checkpoint(family, tmp_path / "dense", max_position_embeddings=256)
     export(checkpoint, tmp_path / "onnx", max_length=200)
     prompts = [tokens_of(1, length, seed=length)[0].tolist() for length in (50, 61)]
 
@@ -470,7 +474,7 @@ def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
     with open_runner(tmp_path / "onnx", threads=1) as static:
         fixed = logits_of(static)
     for one, two in zip(grown, fixed, strict=True):
-        np.testing.assert_array_equal(one, two)
+        np.testing.assert_allclose(one, two, rtol=0, atol=0 if family == "llama" else 1e-5)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
