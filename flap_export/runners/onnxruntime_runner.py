@@ -23,7 +23,7 @@ from flap_export.artifact import (
     present_names,
 )
 from flap_export.building.flavours import Flavour
-from flap_export.building.masks import masked_graph
+from flap_export.building.graphs import tensorrt_graph
 from flap_export.building.profiles import profiles_of, provider_options
 from flap_export.devices import parsed_device
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
@@ -80,9 +80,9 @@ class OnnxRuntimeRunner(Runner):
         graph = _graph_file(artifact, path, options.logits)
         relaxed = _relaxed(graph, artifact) if self._device == "cpu" else None
         self._grows = relaxed is not None
-        # TensorRT reads causality otherwise than it is meant, see `flap_export.building.masks`.
-        masked = masked_graph(graph, artifact) if provider is not None else None
-        self._session: Any = self._opened(graph, relaxed or masked, options.threads)
+        # TensorRT reads the graph otherwise than it is meant, see `flap_export.building.graphs`.
+        changed = tensorrt_graph(graph, artifact) if provider is not None else None
+        self._session: Any = self._opened(graph, relaxed or changed, options.threads)
         self._binding: Any = None
         self._cache: GrowingCache | None = None
         _check_interface(self._session, artifact, path)
