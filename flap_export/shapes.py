@@ -6,6 +6,7 @@ Notation used throughout the package:
     D   head_dim                         K   KV heads of one layer
     F   FFN channels of one layer        g   query heads per KV head, Q / K
     E   experts of one layer; F is then the width of each of them
+    k   experts that every token is sent to
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class DecoderShape(Value):
     tied_embeddings: bool
     parallel_blocks: bool = False
     """Whether attention and FFN of a layer read the same hidden states, behind one norm."""
+    experts_per_token: _Heads = 0
+    """k of a mixture; 0 without experts, and where a record does not say."""
     layers: tuple[LayerShape, ...]
 
     @property

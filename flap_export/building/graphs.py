@@ -1,4 +1,4 @@
-"""The artifact's graph as TensorRT gets it: the same computation, in what its parser reads as it is meant."""
+"""The artifact's graph as a GPU gets it: the same computation without loops, and for TensorRT with explicit masks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flap_export.artifact import Artifact
+from flap_export.building.experts import join_experts
 from flap_export.building.masks import mask_explicitly
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+def cuda_graph(graph: Path) -> bytes | None:
+    """`graph` with joined experts, its weights left in their file; None where there are no loops over experts."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    serialized: bytes | None = ir.to_proto(model).SerializeToString() if join_experts(model) else None
+    return serialized
 
 
 def tensorrt_graph(graph: Path, artifact: Artifact) -> bytes:
@@ -45,6 +55,7 @@ def _prepared(graph: Path, artifact: Artifact) -> ir.Model:
 
     model = ir.load(graph)
     mask_explicitly(model, artifact)
+    join_experts(model)
     return model
 
 

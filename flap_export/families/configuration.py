@@ -83,6 +83,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         ffn_matrices=family.ffn_matrices,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         parallel_blocks=_is_set(config, family.parallel_blocks),
+        experts_per_token=getattr(config, family.ffn.chosen_field) if family.ffn.experts_field else 0,
         layers=(layer,) * config.num_hidden_layers,
     )
 

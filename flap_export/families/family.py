@@ -147,6 +147,8 @@ class FeedForward:
     """F in units of H where that field holds nothing."""
     experts_field: str | None = None
     """Configuration field that holds E, in mixtures of experts."""
+    chosen_field: str = "num_experts_per_tok"
+    """Configuration field that holds k there."""
 
 
 @dataclass(frozen=True)
