@@ -441,7 +441,7 @@ def test_cache_of_another_length_fails_in_our_words(damaged: Path, monkeypatch: 
     artifact.model_copy(update={"max_length": MAX_LENGTH + 1}).save(damaged / ARTIFACT_NAME)
     with pytest.raises(ArtifactError, match=rf"cache of {MAX_LENGTH} rows, .* says {MAX_LENGTH + 1}; export it again"):
         open_runner(damaged)
-    for check in ("_relaxed", "_check_interface"):
+    for check in ("relaxed_graph", "_check_interface"):
         monkeypatch.setattr(f"flap_export.runners.onnxruntime_runner.{check}", lambda *_: None)
     with open_runner(damaged) as runner, pytest.raises(ArtifactError, match="ONNX Runtime failed"):
         runner.prefill([[1, 2]])
