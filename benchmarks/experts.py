@@ -6,6 +6,8 @@
 
 All take turns in one run. Weights are random, so that the router sends tokens everywhere, which is what the ideal
 speedups assume: of the joined graph by bytes (decode) or operations (prefill), of the pruned model likewise.
+
+On a machine that others use, `--cpu-time` compares the three artifacts by the CPU time of a single thread.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ import os
 import random
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import common
+import numpy as np
 from onnxruntime_cpu import ForeignProcess, opened, summarised
 
 from flap_export.artifact import Artifact, load_artifact
 from flap_export.benchmarking.rounds import take_rounds
-from flap_export.benchmarking.worker import WorkerOptions
+from flap_export.benchmarking.worker import Sample, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.building.graphs import cuda_graph
 from flap_export.ideal import ideal_speedup
 from flap_export.manifest import write_manifest
+from flap_export.runners import open_runner
 
 OURS: Final = "flap_export"
 JOINED: Final = "joined"
@@ -70,6 +76,7 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--repeats", type=int, default=30)
     made.add_argument("--budget", type=float, default=60.0, help="seconds per phase and shape")
     made.add_argument("--threads", type=int, help="of every candidate (default: its own choice)")
+    made.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, of artifacts only: see above")
     made.add_argument("--seed", type=int, default=0)
     arguments = made.parse_args(command_line)
     if arguments.quick:
@@ -90,18 +97,63 @@ def compared(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         JOINED: joined(work / "joined-onnx", ours),
         PRUNED: common.exported(work / "pruned-onnx", pruned, arguments.max_length),
     }
-    options = WorkerOptions(device="cpu", threads=arguments.threads, seed=arguments.seed)
+    shapes = [load_artifact(artifacts[name]) for name in (OURS, PRUNED)]
     workloads = [Workload("prefill", 1, arguments.prompt_length)]
     workloads += [Workload("decode", size, arguments.prompt_length) for size in arguments.batch_sizes]
     with contextlib.ExitStack() as stack:
-        candidates: dict[str, Any] = {
-            name: stack.enter_context(opened(path, options)) for name, path in artifacts.items()
-        }
-        for name, checkpoint in ((TORCH, dense), (PRUNED_TORCH, pruned)):
-            command = [sys.executable, str(TRANSFORMERS_WORKER), str(checkpoint), str(arguments.threads or 0)]
-            candidates[name] = stack.enter_context(ForeignProcess(name, command, arguments.seed))
-        shapes = [load_artifact(artifacts[name]) for name in (OURS, PRUNED)]
+        if arguments.cpu_time:
+            candidates: dict[str, Any] = {
+                name: stack.enter_context(OwnThread(path, arguments.seed)) for name, path in artifacts.items()
+            }
+        else:
+            candidates = processes(arguments, stack, artifacts, {TORCH: dense, PRUNED_TORCH: pruned})
         return {"phases": [measured(arguments, candidates, workload, *shapes) for workload in workloads]}
+
+
+def processes(
+    arguments: argparse.Namespace,
+    stack: contextlib.ExitStack,
+    artifacts: dict[str, Path],
+    checkpoints: dict[str, Path],
+) -> dict[str, Any]:
+    """Every candidate in a process of its own."""
+    options = WorkerOptions(device="cpu", threads=arguments.threads, seed=arguments.seed)
+    candidates: dict[str, Any] = {name: stack.enter_context(opened(path, options)) for name, path in artifacts.items()}
+    for name, checkpoint in checkpoints.items():
+        command = [sys.executable, str(TRANSFORMERS_WORKER), str(checkpoint), str(arguments.threads or 0)]
+        candidates[name] = stack.enter_context(ForeignProcess(name, command, arguments.seed))
+    return candidates
+
+
+@final
+class OwnThread:
+    """An artifact in this process, computed by this thread alone, whose CPU time is taken; measured like a `Worker`."""
+
+    def __init__(self, artifact: Path, seed: int) -> None:
+        self.runner, self.seed = open_runner(artifact, threads=1, logits="last"), seed
+        self.call: Callable[[], Any] = lambda: None
+
+    def __enter__(self) -> OwnThread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.runner.close()
+
+    def prepare(self, workload: Workload) -> Sample:
+        draw, vocabulary = np.random.default_rng(self.seed), self.runner.vocabulary_size
+        prompts = draw.integers(0, vocabulary, (workload.batch_size, workload.length)).tolist()
+        self.runner.prefill(prompts)
+        if workload.phase == "prefill":
+            self.call = lambda: self.runner.prefill(prompts)
+        else:
+            self.call = lambda: self.runner.decode(draw.integers(0, vocabulary, workload.batch_size))
+        return self.measure(1)
+
+    def measure(self, calls: int) -> Sample:
+        begin = time.thread_time()
+        for _ in range(calls):
+            self.call()
+        return Sample(call_ms=(time.thread_time() - begin) * 1000 / calls, peak_memory_bytes=None)
 
 
 def joined(directory: Path, artifact: Path) -> Path:
@@ -161,7 +213,8 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
             ratio_low, ratio_high = found["our_speedup_interval"]
             times = [f"{found['median_ms']:.2f}", f"{low:.2f}-{high:.2f}", f"{found['minimum_ms']:.2f}"]
             ratios = [f"{found['our_speedup']:.2f}x", f"{ratio_low:.2f}-{ratio_high:.2f}"]
-            memory = f"{(found['peak_memory_bytes'] or 0) / 1e6:.0f}"
+            peak = found["peak_memory_bytes"]
+            memory = "?" if peak is None else f"{peak / 1e6:.0f}"
             drawn.append([phase["phase"], str(phase["batch_size"]), name, *times, memory, *ratios])
     return drawn
 
