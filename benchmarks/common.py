@@ -93,13 +93,13 @@ def llama_config(name: str, max_length: int = 2048, **changes: Any) -> Any:
 
 
 def random_checkpoint(directory: Path, config: Any, seed: int = 0) -> Path:
-    """A Llama with random float32 weights, made unless it is there."""
+    """A model with random float32 weights, made unless it is there."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if not (directory / "config.json").is_file():
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(directory)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
 
@@ -138,14 +138,15 @@ def random_plan(opened: Any, ratio: float, multiple: int, seed: int) -> Any:
 
     generator = torch.Generator().manual_seed(seed)
 
-    def scores(units: int) -> Any:
+    def scores(*units: int) -> Any:
         spread = torch.randn(units, generator=generator, dtype=torch.float64)
         return spread + 0.5 * torch.randn(1, generator=generator, dtype=torch.float64)
 
-    drawn = [LayerScores(scores(layer.query_heads), scores(layer.ffn_channels)) for layer in opened.shape.layers]
+    drawn = [LayerScores(scores(layer.query_heads), scores(*layer.ffn_scores)) for layer in opened.shape.layers]
     layers, achieved = allocate(drawn, opened.shape, ratio)
-    rounded = tuple(_rounded(layer, multiple) for layer in layers)
-    return PruningPlan(model=opened.name, family=opened.family.model_type, ratio=achieved, layers=rounded)
+    if multiple > 1:
+        layers = tuple(_rounded(layer, multiple) for layer in layers)
+    return PruningPlan(model=opened.name, family=opened.family.model_type, ratio=achieved, layers=layers)
 
 
 def _rounded(layer: Any, multiple: int) -> Any:

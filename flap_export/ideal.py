@@ -1,6 +1,6 @@
 """What the arithmetic allows: bytes moved and operations done by one call of a decoder, and the speedup they bound.
 
-Notation, beside H, D, Q, K, F, g of `flap_export.shapes`:
+Notation, beside H, D, Q, K, F, g, E, k of `flap_export.shapes`:
 
     B   sequences of a batch             n   new tokens of each sequence in one call
     V   vocabulary size                  c   tokens already in the cache of each sequence
@@ -8,6 +8,15 @@ Notation, beside H, D, Q, K, F, g of `flap_export.shapes`:
 
 A prefill is one call with n prompt tokens and c = 0; a decode step is one call with n = 1. Token ids in, embedding
 rows read and logits written are left out: together they are below a thousandth of the weights.
+
+Of a mixture, a call on a CPU reads the experts that its tokens were sent to and computes each token's own (`chosen`).
+How many different ones B n tokens are sent to depends on the router; expected are
+
+    E (1 - (1 - k / E)^(B n))
+
+where it treats all alike, k for one token and nearly E for many. A router that prefers some reads fewer. On a GPU the
+experts of a layer are one wide FFN, which every call reads and computes whole (`all`; see
+`flap_export.building.experts`).
 """
 
 from __future__ import annotations
@@ -19,6 +28,8 @@ from flap_export.artifact import LogitsKind
 from flap_export.shapes import DecoderShape, LayerShape
 
 Phase = Literal["prefill", "decode"]
+Experts = Literal["chosen", "all"]
+"""Which experts of a mixture a call reads and computes."""
 
 
 @dataclass(frozen=True)
@@ -29,40 +40,68 @@ class Roofline:
     flops_per_s: float
 
 
-def read_parameters(shape: DecoderShape) -> int:
-    """Parameters every call reads, once for the whole batch.
+def experts_on(backend: str, device: str) -> Experts:
+    """Which experts an artifact's runner reads and computes; engines run on a GPU whatever device is named."""
+    return "chosen" if backend == "onnxruntime" and device == "cpu" else "all"
+
+
+def read_parameters(shape: DecoderShape, tokens: int | None = None) -> float:
+    """Parameters one call reads, once for the whole batch.
 
     Attention and FFN weights, output biases, two norms of H per layer (none before an emptied block; one where blocks
     are parallel and not both of them empty), norms over all heads, the last norm and the head, V H. Of a mixture the
-    router, E H, and all experts: the exported graph computes every one of them and weighs those that were not chosen
-    with zero, because standard operators can read no expert by its number without copying it for every token. The
-    embedding is not among them: a call reads n rows of it. A tied head is the embedding's own matrix and is read whole,
-    once.
+    router, E H, the shared expert, and the routed experts that `tokens` new tokens, B n of them, are expected to be
+    sent to; all of them with None. The embedding is not among them: a call reads n rows of it. A tied head is the
+    embedding's own matrix and is read whole, once.
     """
-    vectors = sum(_vectors(shape, layer) for layer in shape.layers) + 1
-    normed_heads = sum(layer.joint_query_heads + layer.joint_key_heads for layer in shape.layers)
-    norms = vectors * shape.hidden_size + normed_heads * shape.head_dim
-    return shape.decoder_parameters + shape.head_parameters + norms
+    layers = sum(_layer_parameters(shape, layer, tokens) for layer in shape.layers)
+    return layers + shape.head_parameters + shape.hidden_size
+
+
+def _layer_parameters(shape: DecoderShape, layer: LayerShape, tokens: int | None) -> float:
+    share = _experts_read(shape, layer, tokens) / layer.ffns
+    # Biases of emptied experts are one matrix, of which the router's weights make a product.
+    biases = (
+        layer.ffns * layer.ffn_bias * (share if layer.ffn_channels else 1) + layer.attention_bias + layer.shared_bias
+    )
+    vectors = (_norms(shape, layer) + _router_rows(layer) + _has_gate(shape, layer) + biases) * shape.hidden_size
+    head_norms = (layer.joint_query_heads + layer.joint_key_heads) * shape.head_dim
+    channels = share * layer.ffns * layer.ffn_channels + layer.shared_width
+    return shape.attention_parameters(layer) + channels * shape.ffn_channel_parameters + vectors + head_norms
+
+
+def _experts_read(shape: DecoderShape, layer: LayerShape, tokens: int | None) -> float:
+    """How many FFNs of a layer `tokens` tokens need, expected; all of them where k is not known."""
+    if tokens is None or not layer.experts or not shape.experts_per_token:
+        return layer.ffns
+    return layer.experts * (1 - (1 - shape.experts_per_token / layer.experts) ** tokens)
 
 
 def stored_parameters(shape: DecoderShape) -> int:
-    """Parameters on disk and in memory: `read_parameters`, and the embedding where it is a matrix of its own."""
-    return read_parameters(shape) + (0 if shape.tied_embeddings else shape.head_parameters)
+    """Parameters on disk and in memory: all that can be read, and the embedding where it is a matrix of its own."""
+    return round(read_parameters(shape)) + (0 if shape.tied_embeddings else shape.head_parameters)
 
 
-def _vectors(shape: DecoderShape, layer: LayerShape) -> int:
-    """Vectors of H that one layer reads: norms, output biases, the router's rows and a shared expert's gate."""
-    router = layer.experts if layer.ffn_channels or layer.ffn_bias else 0
-    gate = shape.shared_gates and bool(layer.shared_width or layer.shared_bias)
-    norms = bool(layer.query_heads) + bool(layer.ffn_channels or layer.shared_width or router or gate)
-    if shape.parallel_blocks:
-        norms = min(norms, 1)
-    return norms + layer.attention_bias + layer.ffns * layer.ffn_bias + layer.shared_bias + router + gate
+def _norms(shape: DecoderShape, layer: LayerShape) -> int:
+    """Norms in front of what is left of a layer's blocks."""
+    is_fed = layer.ffn_channels or layer.shared_width or _router_rows(layer) or _has_gate(shape, layer)
+    norms = bool(layer.query_heads) + bool(is_fed)
+    return min(norms, 1) if shape.parallel_blocks else norms
 
 
-def weight_bytes(shape: DecoderShape, bytes_per_weight: float) -> float:
+def _has_gate(shape: DecoderShape, layer: LayerShape) -> bool:
+    """Whether a shared expert's gate is read."""
+    return shape.shared_gates and bool(layer.shared_width or layer.shared_bias)
+
+
+def _router_rows(layer: LayerShape) -> int:
+    """Experts of a mixture that has something to choose."""
+    return layer.experts if layer.ffn_channels or layer.ffn_bias else 0
+
+
+def weight_bytes(shape: DecoderShape, bytes_per_weight: float, tokens: int | None = None) -> float:
     """Bytes of parameters one call reads: b times `read_parameters`."""
-    return bytes_per_weight * read_parameters(shape)
+    return bytes_per_weight * read_parameters(shape, tokens)
 
 
 def cache_bytes(shape: DecoderShape, *, batch_size: int, context_length: int, bytes_per_value: float) -> float:
@@ -71,32 +110,53 @@ def cache_bytes(shape: DecoderShape, *, batch_size: int, context_length: int, by
     return bytes_per_value * batch_size * context_length * rows
 
 
-def call_bytes(shape: DecoderShape, *, batch_size: int, context_length: int, bytes_per_weight: float) -> float:
-    """Bytes one call moves: all weights once, and the cache of every sequence; both have b bytes per value."""
+def call_bytes(
+    shape: DecoderShape,
+    *,
+    batch_size: int,
+    new_tokens: int,
+    context_length: int,
+    bytes_per_weight: float,
+    experts: Experts = "chosen",
+) -> float:
+    """Bytes one call moves: weights once, and the cache of every sequence; both have b bytes per value."""
     cache = cache_bytes(shape, batch_size=batch_size, context_length=context_length, bytes_per_value=bytes_per_weight)
-    return weight_bytes(shape, bytes_per_weight) + cache
+    tokens = batch_size * new_tokens if experts == "chosen" else None
+    return weight_bytes(shape, bytes_per_weight, tokens) + cache
 
 
 def call_flops(
-    shape: DecoderShape, *, batch_size: int, new_tokens: int, context_length: int = 0, logits: LogitsKind = "last"
+    shape: DecoderShape,
+    *,
+    batch_size: int,
+    new_tokens: int,
+    context_length: int = 0,
+    logits: LogitsKind = "last",
+    experts: Experts = "chosen",
 ) -> int:
     """Floating-point operations of one call; a multiplication and its addition are two.
 
-        projections   2 n            times the decoder's attention and FFN weights
+        projections   2 n            times the decoder's attention and FFN weights; of E experts, k
         attention     4 p            times the sum over layers of Q D, for Q K^T and its product with V, where
                                      p = n c + n (n + 1) / 2 pairs of a query and a key it may see
         head          2 m V H        m = 1 with logits `last`, n with `all`
 
-    all of it B times. Norms, rotary embeddings, softmax, activations and routers are left out; all experts of a mixture
-    are counted, see `read_parameters`.
+    all of it B times. Norms, rotary embeddings, softmax, activations and routers are left out.
     """
     pairs = new_tokens * context_length + new_tokens * (new_tokens + 1) // 2
     query_channels = sum(layer.query_heads * shape.head_dim for layer in shape.layers)
     head_tokens = 1 if logits == "last" else new_tokens
-    per_sequence = (
-        2 * new_tokens * shape.decoder_parameters + 4 * pairs * query_channels + 2 * head_tokens * shape.head_parameters
-    )
+    weights = sum(_computed_weights(shape, layer, experts) for layer in shape.layers)
+    per_sequence = 2 * new_tokens * weights + 4 * pairs * query_channels + 2 * head_tokens * shape.head_parameters
     return batch_size * per_sequence
+
+
+def _computed_weights(shape: DecoderShape, layer: LayerShape, experts: Experts) -> int:
+    """Attention and FFN weights of a layer that one token meets."""
+    is_routed = experts == "chosen" and layer.experts and shape.experts_per_token
+    ffns = shape.experts_per_token if is_routed else layer.ffns
+    channels = ffns * layer.ffn_channels + layer.shared_width
+    return shape.attention_parameters(layer) + channels * shape.ffn_channel_parameters
 
 
 def call_seconds(
@@ -108,6 +168,7 @@ def call_seconds(
     bytes_per_weight: float,
     roofline: Roofline,
     logits: LogitsKind = "last",
+    experts: Experts = "chosen",
 ) -> float:
     """The least time one call can take: the longer of moving its bytes and doing its operations.
 
@@ -119,11 +180,24 @@ def call_seconds(
         bytes_per_weight: b.
         roofline: the machine.
         logits: of which new tokens.
+        experts: of a mixture.
     """
     new_tokens, context_length = (length, 0) if phase == "prefill" else (1, length)
-    moved = call_bytes(shape, batch_size=batch_size, context_length=context_length, bytes_per_weight=bytes_per_weight)
+    moved = call_bytes(
+        shape,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        context_length=context_length,
+        bytes_per_weight=bytes_per_weight,
+        experts=experts,
+    )
     operations = call_flops(
-        shape, batch_size=batch_size, new_tokens=new_tokens, context_length=context_length, logits=logits
+        shape,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        context_length=context_length,
+        logits=logits,
+        experts=experts,
     )
     return max(moved / roofline.bandwidth_bytes_per_s, operations / roofline.flops_per_s)
 
@@ -138,6 +212,7 @@ def ideal_speedup(
     bytes_per_weight: float,
     logits: LogitsKind = "last",
     roofline: Roofline | None = None,
+    experts: Experts = "chosen",
 ) -> float:
     """How many times faster `pruned` may run than `dense`.
 
@@ -154,6 +229,7 @@ def ideal_speedup(
         bytes_per_weight: b.
         logits: of which new tokens.
         roofline: what the machine sustains, where it was measured.
+        experts: of a mixture.
     """
     machine = roofline or _bound_by(phase)
     dense_seconds, pruned_seconds = (
@@ -165,6 +241,7 @@ def ideal_speedup(
             bytes_per_weight=bytes_per_weight,
             roofline=machine,
             logits=logits,
+            experts=experts,
         )
         for shape in (dense, pruned)
     )

@@ -5,8 +5,9 @@ the datasheet's rate that is assumed to be sustained, and then the gaps between 
 
     seconds = max(bytes / (e_b bandwidth), operations / (e_m matrix rate)) + kernels * gap
 
-Pruning shrinks the first term and leaves the second: what a small model spends between kernels stays. What is left
-out: partly filled tiles of narrow matrices, sampling, and the host. `bench` sets measurements beside it.
+Pruning shrinks the first term and leaves the second: what a small model spends between kernels stays. Of a mixture all
+experts are read and computed, as engines do. What is left out: partly filled tiles of narrow matrices, sampling, and
+the host. `bench` sets measurements beside it.
 """
 
 from __future__ import annotations
@@ -200,9 +201,14 @@ def estimate(
     """Expected time of one call on a machine that sustains `machine`, from the assumptions about kernels."""
     new_tokens, context = (length, 0) if phase == "prefill" else (1, length)
     moved = call_bytes(
-        shape, batch_size=batch_size, context_length=context, bytes_per_weight=PRECISIONS[dtype].bytes_per_value
+        shape,
+        batch_size=batch_size,
+        new_tokens=new_tokens,
+        context_length=context,
+        bytes_per_weight=PRECISIONS[dtype].bytes_per_value,
+        experts="all",
     )
-    operations = call_flops(shape, batch_size=batch_size, new_tokens=new_tokens, context_length=context)
+    operations = call_flops(shape, batch_size=batch_size, new_tokens=new_tokens, context_length=context, experts="all")
     seconds: dict[Bound, float] = {
         "bandwidth": moved / machine.bandwidth_bytes_per_s,
         "operations": operations / machine.flops_per_s,

@@ -6,6 +6,7 @@ Notation used throughout the package:
     D   head_dim                         K   KV heads of one layer
     F   FFN channels of one layer        g   query heads per KV head, Q / K
     E   experts of one layer; F is then the width of each of them
+    k   experts that every token is sent to
     S   channels of the expert that every token passes beside those, where a layer has one
 
 In some families one norm runs over all query heads together, and one over all key heads. What such a norm makes of one
@@ -100,6 +101,8 @@ class DecoderShape(Value):
     """Whether attention and FFN of a layer read the same hidden states, behind one norm."""
     shared_gates: bool = False
     """Whether shared experts have a gate, H weights that are never cut."""
+    experts_per_token: _Heads = 0
+    """k of a mixture; 0 without experts, and where a record does not say."""
     layers: tuple[LayerShape, ...]
 
     @property

@@ -28,6 +28,7 @@ from flap_export.models.opening import open_checkpoint
 
 SCRIPTS = (
     "cpu_products",
+    "experts",
     "export_cost",
     "gpu",
     "methods",

@@ -19,6 +19,7 @@ from flap_export.ideal import (
     call_bytes,
     call_flops,
     call_seconds,
+    experts_on,
     ideal_speedup,
     read_parameters,
 )
@@ -151,7 +152,9 @@ def test_a_prompt_in_two_chunks_costs_the_same(batch_size: int, first: int, seco
 
 def test_decode_speedup_is_the_ratio_of_bytes() -> None:
     speedup = ideal_speedup(DENSE, UNEVEN, "decode", batch_size=2, length=9, bytes_per_weight=2)
-    dense, pruned = (call_bytes(shape, batch_size=2, context_length=9, bytes_per_weight=2) for shape in (DENSE, UNEVEN))
+    dense, pruned = (
+        call_bytes(shape, batch_size=2, new_tokens=1, context_length=9, bytes_per_weight=2) for shape in (DENSE, UNEVEN)
+    )
     assert speedup == dense / pruned > 1
 
 
@@ -168,7 +171,7 @@ def test_a_model_against_itself_is_no_faster() -> None:
 
 def test_a_roofline_takes_the_longer_of_both_times() -> None:
     request = {"batch_size": 1, "length": 8, "bytes_per_weight": 4}
-    moved = call_bytes(DENSE, batch_size=1, context_length=8, bytes_per_weight=4)
+    moved = call_bytes(DENSE, batch_size=1, new_tokens=1, context_length=8, bytes_per_weight=4)
     operations = call_flops(DENSE, batch_size=1, new_tokens=1, context_length=8)
     slow_memory = call_seconds(DENSE, "decode", roofline=Roofline(1e3, 1e12), **request)
     slow_compute = call_seconds(DENSE, "decode", roofline=Roofline(1e12, 1e3), **request)
@@ -185,3 +188,62 @@ def test_decoding_a_large_batch_becomes_bound_by_operations() -> None:
     assert small == ideal_speedup(DENSE, pruned, "decode", batch_size=1, length=4, bytes_per_weight=4)
     operations = [call_flops(shape, batch_size=512, new_tokens=1, context_length=4) for shape in (DENSE, pruned)]
     assert large == pytest.approx(operations[0] / operations[1])
+
+
+MIXTURE = DecoderShape(
+    hidden_size=24,
+    head_dim=6,
+    vocabulary_size=50,
+    ffn_matrices=3,
+    tied_embeddings=False,
+    experts_per_token=2,
+    layers=(
+        LayerShape(query_heads=4, kv_heads=2, ffn_channels=9, experts=6),
+        LayerShape(query_heads=4, kv_heads=2, ffn_channels=5, experts=6, ffn_bias=True),
+        LayerShape(query_heads=4, kv_heads=2, ffn_channels=0, experts=6, ffn_bias=True),
+    ),
+)
+EXPERT_PARAMETERS = 3 * 24 * 9 + 3 * 24 * 5 + 24
+"""Of one expert of the first two layers and its bias; the emptied third's are read together."""
+
+
+def test_one_token_reads_the_experts_it_was_sent_to() -> None:
+    assert read_parameters(MIXTURE) - read_parameters(MIXTURE, 1) == pytest.approx((6 - 2) * EXPERT_PARAMETERS)
+    assert read_parameters(MIXTURE, 10**6) == pytest.approx(read_parameters(MIXTURE))
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 7])
+def test_tokens_read_as_many_experts_as_an_even_router_picks(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    picks = torch.rand(4000, tokens, 6, generator=draw).topk(2, dim=-1).indices
+    distinct = torch.zeros(4000, 6).scatter(1, picks.flatten(1), 1).sum(1).mean().item()
+    found = (read_parameters(MIXTURE, tokens) - read_parameters(MIXTURE, 0)) / EXPERT_PARAMETERS
+    assert found == pytest.approx(distinct, rel=0.01)
+
+
+def test_a_call_reads_the_experts_of_its_whole_batch() -> None:
+    call = {"batch_size": 3, "new_tokens": 2, "context_length": 0}
+    assert call_bytes(MIXTURE, **call, bytes_per_weight=2) == 2 * read_parameters(MIXTURE, 6)
+    assert call_bytes(MIXTURE, **call, bytes_per_weight=2, experts="all") == 2 * read_parameters(MIXTURE)
+
+
+def test_a_token_is_computed_by_its_own_experts() -> None:
+    chosen, every = (call_flops(MIXTURE, batch_size=2, new_tokens=5, experts=which) for which in ("chosen", "all"))
+    assert every - chosen == 2 * 10 * (6 - 2) * (3 * 24 * 9 + 3 * 24 * 5)
+
+
+def test_a_record_that_does_not_say_how_many_are_chosen_means_all() -> None:
+    older = MIXTURE.model_copy(update={"experts_per_token": 0})
+    assert read_parameters(older, 1) == read_parameters(older)
+    assert call_flops(older, batch_size=1, new_tokens=1) == call_flops(older, batch_size=1, new_tokens=1, experts="all")
+
+
+def test_a_gpu_computes_all_experts() -> None:
+    assert experts_on("onnxruntime", "cpu") == "chosen"
+    assert experts_on("onnxruntime", "cuda:0") == experts_on("tensorrt-rtx", "cpu") == "all"
+    pruned = MIXTURE.model_copy(
+        update={"layers": tuple(layer.model_copy(update={"ffn_channels": 3}) for layer in MIXTURE.layers)}
+    )
+    request = {"batch_size": 1, "length": 4, "bytes_per_weight": 4}
+    chosen, every = (ideal_speedup(MIXTURE, pruned, "decode", **request, experts=which) for which in ("chosen", "all"))
+    assert 1 < chosen < every

@@ -15,7 +15,7 @@ from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.building.record import check_runnable, load_runnable, record_digest
 from flap_export.errors import ArtifactError, InputError, check_choice, check_seed
-from flap_export.ideal import Phase, Roofline, ideal_speedup
+from flap_export.ideal import Experts, Phase, Roofline, experts_on, ideal_speedup
 from flap_export.manifest import installed_versions
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
@@ -94,7 +94,7 @@ def bench(
                 progress(workload.described, done, len(workloads))
             share_s = budget_s / len(workloads)
             samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw, sample_ms=sample_ms)
-            ideal = _ideal(dense, pruned, workload, roofline)
+            ideal = _ideal(dense, pruned, workload, roofline, experts_on(backend, device))
             found = phase_latency(workload, *samples, ideal=ideal, seed=seed)
             predicted = None if gpu is None else _predicted_ms((dense, pruned), workload, gpu)
             measured.append(found.model_copy(update={"predicted_ms": predicted}))
@@ -172,7 +172,7 @@ def _check_workloads(workloads: Sequence[Workload], max_length: int) -> None:
             )
 
 
-def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roofline | None) -> float:
+def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roofline | None, experts: Experts) -> float:
     return ideal_speedup(
         dense.shape,
         pruned.shape,
@@ -181,6 +181,7 @@ def _ideal(dense: Artifact, pruned: Artifact, workload: Workload, roofline: Roof
         length=workload.length,
         bytes_per_weight=PRECISIONS[dense.dtype].bytes_per_value,
         roofline=roofline,
+        experts=experts,
     )
 
 

@@ -12,7 +12,6 @@ Postcondition: no attention node is causal or has valid keys; all those that wer
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -24,37 +23,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _VALID_KEYS_INPUT: Final = 6
-
-
-def masked_graph(graph: Path, artifact: Artifact) -> bytes:
-    """`graph` with explicit masks, its weights left in their file."""
-    import onnx_ir as ir
-
-    model = ir.load(graph)
-    mask_explicitly(model, artifact)
-    serialized: bytes = ir.to_proto(model).SerializeToString()
-    return serialized
-
-
-def write_masked_graph(graph: Path, artifact: Artifact, folder: Path) -> Path:
-    """Write `graph` with explicit masks into `folder`, where its weights are linked to; returns the new file.
-
-    Args:
-        graph: one of the artifact's graphs; its weights lie beside it.
-        artifact: what the graph is of.
-        folder: an existing directory.
-    """
-    import onnx_ir as ir
-
-    model = ir.load(graph)
-    mask_explicitly(model, artifact)
-    for name in {str(value.location) for value in _external_tensors(model)}:
-        link = folder / name
-        if not link.exists():
-            link.symlink_to((graph.parent / name).resolve())
-    target = folder / graph.name
-    ir.save(model, target)
-    return target
 
 
 def mask_explicitly(model: ir.Model, artifact: Artifact) -> int:
@@ -114,10 +82,3 @@ def _drop_unused(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     common.RemoveUnusedNodesPass()(model)
-
-
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    import onnx_ir as ir
-
-    values = (value.const_value for value in model.graph.initializers.values())
-    return [value for value in values if isinstance(value, ir.ExternalTensor)]

@@ -21,8 +21,8 @@ from flap_export.building.flavours import (
     import_tensorrt,
     quiet_polygraphy,
 )
+from flap_export.building.graphs import write_tensorrt_graph
 from flap_export.building.inspection import INSPECTION_NAME, inspected
-from flap_export.building.masks import write_masked_graph
 from flap_export.building.network import (
     allow_decomposition,
     check_network,
@@ -177,7 +177,7 @@ class _Builder:
     def build(self, kind: LogitsKind, directory: Path) -> Engine:
         """Build the engine of one graph into `directory`."""
         with tempfile.TemporaryDirectory(prefix="flap-export-build-") as folder:
-            graph = write_masked_graph(self.source / self.artifact.graphs[kind], self.artifact, Path(folder))
+            graph = write_tensorrt_graph(self.source / self.artifact.graphs[kind], self.artifact, Path(folder))
             network = parsed_network(graph, self.polygraphy)
             self._prepare(network[1])
             serialized = self._serialized(network, graph.name)

@@ -51,7 +51,7 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) -> NDArray[np.generic]:
-    tensor = _joined(checkpoint, name) if EVERY_EXPERT in name else checkpoint.weights.finite(name)
+    tensor = _stacked(checkpoint, name) if EVERY_EXPERT in name else checkpoint.weights.finite(name)
     tensor = (tensor.to(torch.float32) + offset if offset else tensor).to(dtype)
     if dtype != torch.bfloat16:
         return tensor.numpy()
@@ -60,16 +60,14 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) 
     return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
-def _joined(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The tensor of every expert in one: side by side along F, and biases [E, H] one below the other."""
+def _stacked(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The tensor of every expert in one: weights [E, F, H], whichever way a projection goes, and biases [E, H]."""
     path, _, kind = name.removeprefix(f"{checkpoint.family.modules.layers}.").partition(".")[2].rpartition(".")
     projection = checkpoint.family.projection(path)
     assert projection is not None, name
     layer = checkpoint.shape.layers[int(name.removeprefix(f"{checkpoint.family.modules.layers}.").partition(".")[0])]
     parts = [checkpoint.weights.finite(name.replace(EVERY_EXPERT, str(expert))) for expert in range(layer.experts)]
-    if kind == "bias":
-        return torch.stack(parts)
-    return torch.cat(parts, dim=1 if projection.restores else 0)
+    return torch.stack([part.T if kind == "weight" and projection.restores else part for part in parts])
 
 
 def write_graph(ir_model: ir.Model, path: Path, data_name: str | None) -> None:

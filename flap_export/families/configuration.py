@@ -94,6 +94,7 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         parallel_blocks=_is_set(config, family.parallel_blocks),
         shared_gates=family.mixture is not None and family.mixture.shared is not None and family.mixture.shared.gated,
+        experts_per_token=_experts_per_token(config, family),
         layers=tuple(
             LayerShape(**attention, **_ffn_fields(config, family, index)) for index in range(config.num_hidden_layers)
         ),
@@ -137,6 +138,15 @@ def _ffn_fields(config: Any, family: Family, index: int) -> dict[str, Any]:
         "experts": getattr(config, mixture.experts_field),
         "shared_channels": _shared_channels(config, mixture.shared, width),
     }
+
+
+def _experts_per_token(config: Any, family: Family) -> int:
+    """k; 0 without experts, and where layers differ in it."""
+    if family.mixture is None:
+        return 0
+    stated = getattr(config, family.mixture.chosen_field)
+    counts = set(stated) if isinstance(stated, (list, tuple)) else {stated}
+    return counts.pop() if len(counts) == 1 else 0
 
 
 def _shared_channels(config: Any, shared: SharedExpert | None, expert_width: int) -> int | None:

@@ -206,6 +206,8 @@ class Mixture:
     """Configuration field that holds E."""
     width_field: str = "moe_intermediate_size"
     """Configuration field that holds F."""
+    chosen_field: str = "num_experts_per_tok"
+    """Configuration field that holds k."""
     shared: SharedExpert | None = None
     layers: Callable[[Any, int], bool] | None = None
     """Says of a configuration and a layer's index whether that layer is a mixture; None where all are."""

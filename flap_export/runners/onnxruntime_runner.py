@@ -23,7 +23,7 @@ from flap_export.artifact import (
     present_names,
 )
 from flap_export.building.flavours import Flavour
-from flap_export.building.masks import masked_graph
+from flap_export.building.graphs import cuda_graph, tensorrt_graph
 from flap_export.building.profiles import profiles_of, provider_options
 from flap_export.devices import parsed_device, quota_threads
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError
@@ -78,11 +78,9 @@ class OnnxRuntimeRunner(Runner):
         self._array_dtype: np.dtype[Any] = np.dtype(self._precision.array)
         self._device, self._device_id = parsed_device(options.device)
         graph = _graph_file(artifact, path, options.logits)
-        relaxed = _relaxed(graph, artifact) if self._device == "cpu" else None
-        self._grows = relaxed is not None
-        # TensorRT reads causality otherwise than it is meant, see `flap_export.building.masks`.
-        masked = masked_graph(graph, artifact) if provider is not None else None
-        self._session: Any = self._opened(graph, relaxed or masked, options.threads)
+        changed = self._changed(graph)
+        self._grows = changed is not None and self._device == "cpu"
+        self._session: Any = self._opened(graph, changed, options.threads)
         self._binding: Any = None
         self._cache: GrowingCache | None = None
         _check_interface(self._session, artifact, path)
@@ -90,6 +88,20 @@ class OnnxRuntimeRunner(Runner):
     def close(self) -> None:
         """Free the session and its cache."""
         self._session, self._binding, self._cache = None, None, None
+
+    def _changed(self, graph: Path) -> bytes | None:
+        """What takes the place of the graph on this device, or None."""
+        try:
+            if self._flavour is not None:
+                return tensorrt_graph(graph, self._artifact)
+            return relaxed_graph(graph, self._artifact) if self._device == "cpu" else cuda_graph(graph)
+        except ArtifactError:
+            raise
+        # protobuf's exception has moved between its versions.
+        except Exception as error:
+            raise ArtifactError(
+                f"ONNX Runtime cannot open '{graph}', which is no ONNX graph; the artifact is damaged, export it again"
+            ) from error
 
     def _opened(self, graph: Path, changed: bytes | None, threads: int | None) -> Any:
         """An InferenceSession on the wanted device; `changed` stands for the graph's file where it is given."""
@@ -218,18 +230,6 @@ def _import_onnxruntime(device: str) -> Any:
             "pip install --upgrade 'flap-export[cpu]'",
         )
     return onnxruntime
-
-
-def _relaxed(graph: Path, artifact: Artifact) -> bytes | None:
-    try:
-        return relaxed_graph(graph, artifact)
-    except ArtifactError:
-        raise
-    # protobuf's exception has moved between its versions.
-    except Exception as error:
-        raise ArtifactError(
-            f"ONNX Runtime cannot open '{graph}', which is no ONNX graph; the artifact is damaged, export it again"
-        ) from error
 
 
 def _check_options(artifact: Artifact, path: Path, options: RunnerOptions) -> None:

@@ -24,7 +24,7 @@ from flap_export.artifact import (
     present_names,
 )
 from flap_export.building.flavours import import_tensorrt
-from flap_export.building.masks import write_masked_graph
+from flap_export.building.graphs import write_tensorrt_graph
 from flap_export.building.record import EngineRecord, Profile
 from flap_export.errors import ArtifactError, MissingRequirementError
 from flap_export.runners.base import Logits, TokenIds
@@ -204,7 +204,7 @@ class TensorRTSession:
         refitter = self._trt.Refitter(self._engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
         with tempfile.TemporaryDirectory(prefix="flap-export-refit-") as folder:
-            graph = write_masked_graph(source / artifact.graphs[kind], artifact, Path(folder))
+            graph = write_tensorrt_graph(source / artifact.graphs[kind], artifact, Path(folder))
             if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
                 raise ArtifactError(f"the engine's weights cannot be read from '{source}'; build it again")
 

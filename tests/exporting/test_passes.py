@@ -14,9 +14,11 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from flap_export.exporting.dialect.node import AFTER_ALL, CARRIED, EACH, MARKS
 from flap_export.exporting.passes.constants import FoldConstantsPass
 from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
+from flap_export.exporting.passes.loops import MakeLoopsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
 from flap_export.exporting.passes.rotaries import JoinPartialRotariesPass
@@ -576,3 +578,39 @@ class TestFoldQueryScales:
     )
     def test_others_stay(self, options: dict[str, Any]) -> None:
         assert not FoldQueryScalesPass()(self.attention(**options)).modified
+
+
+class TestMakeLoops:
+    @staticmethod
+    def rounds(graph: Graph, initial: ir.Value, factors: ir.Value, name: str) -> ir.Value:
+        """One round of: multiply by a row of factors, add |x|."""
+
+        def mark(kind: str, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
+            marked = graph.node(kind, value, shape=shape, name=f"{name}.{kind}")
+            marked.producer().domain = MARKS  # type: ignore[union-attr]
+            return marked
+
+        total = mark(CARRIED, initial, [3])
+        factor = mark(EACH, factors, [3])
+        outside = graph.node("Abs", graph.inputs[0], shape=[3], name=f"{name}.outside")
+        product = graph.node("Mul", total, factor, shape=[3], name=f"{name}.product")
+        return mark(AFTER_ALL, graph.node("Add", product, outside, shape=[3], name=f"{name}.made"), [3])
+
+    def test_a_round_between_marks_becomes_a_loop(self) -> None:
+        graph = Graph(x=[3], first=[4, 3], second=[2, 3])
+        graph.graph.opset_imports[MARKS] = 1
+        between = self.rounds(graph, graph.inputs[0], graph.inputs[1], "a")
+        model = graph.model(graph.node("Neg", self.rounds(graph, between, graph.inputs[2], "b"), shape=[3], name="y"))
+        assert MakeLoopsPass()(model).modified
+        assert ops(model) == ["Abs", "Scan", "Abs", "Scan", "Neg"]
+        assert model.graph.opset_imports == {"": 24}
+        bodies = [
+            [n.op_type for n in node.attributes["body"].as_graph()] for node in model.graph if node.op_type == "Scan"
+        ]
+        assert bodies == [["Mul", "Add"], ["Mul", "Add"]]
+        x, first, second = random(3), random(4, 3), random(2, 3)
+        expected = x
+        for factor in (*first, *second):
+            expected = expected * factor + np.abs(x)
+        np.testing.assert_allclose(run(model, x=x, first=first, second=second)[0], -expected, rtol=1e-6)
+        assert not MakeLoopsPass()(model).modified

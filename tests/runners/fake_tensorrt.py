@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 
 from flap_export.artifact import load_artifact
-from flap_export.building.masks import masked_graph
+from flap_export.building.graphs import tensorrt_graph
 from flap_export.building.record import EngineRecord
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -115,7 +115,7 @@ class FakeEngine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-        content = masked_graph(graph, record.artifact)
+        content = tensorrt_graph(graph, record.artifact)
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: DTYPES[value.type] for value in self.session.get_inputs()}
         self.contexts: list[FakeContext] = []

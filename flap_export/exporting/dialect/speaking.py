@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flap_export.exporting.dialect.activations import ACTIVATIONS
 from flap_export.exporting.dialect.attention import attention
-from flap_export.exporting.dialect.experts import JoinedExperts
+from flap_export.exporting.dialect.experts import StackedExperts
 from flap_export.exporting.dialect.norms import normalized
 from flap_export.exporting.dialect.rotary import turning_by
 from flap_export.exporting.dialect.routers import looks_at_no_group, routed
@@ -41,6 +41,6 @@ def speaking_onnx(model: nn.Module, checkpoint: Checkpoint, tables: Mapping[str,
         if looks_at_no_group(module):
             module.forward = partial(routed, module)
         if isinstance(module, Experts):
-            model.set_submodule(path, JoinedExperts(module))
+            model.set_submodule(path, StackedExperts(module))
     with turning_by(tables, model, interleaved=family.rotary.interleaved):
         yield

@@ -12,6 +12,7 @@ from flap_export.errors import FlapExportError
 from flap_export.exporting.passes.constants import FoldConstantsPass
 from flap_export.exporting.passes.heads import LayOutHeadsPass
 from flap_export.exporting.passes.logits import KeepAllLogitsPass
+from flap_export.exporting.passes.loops import MakeLoopsPass
 from flap_export.exporting.passes.projections import FuseProjectionsPass
 from flap_export.exporting.passes.reshapes import StaticReshapesPass
 from flap_export.exporting.passes.rotaries import JoinPartialRotariesPass
@@ -45,6 +46,7 @@ def optimize(ir_model: ir.Model) -> ir.Model:
         FuseProjectionsPass(),
         LayOutHeadsPass(),
         common.RemoveUnusedNodesPass(),
+        MakeLoopsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(size_limit=64),
         common.ClearMetadataAndDocStringPass(),
