@@ -30,7 +30,13 @@ def shape_of(layers: Sequence[LayerShape], head_dim: int = 2) -> DecoderShape:
 
 
 def layer_of(
-    query_heads: int = 4, kv_heads: int = 2, channels: int = 24, experts: int = 0, *, joint: bool = False
+    query_heads: int = 4,
+    kv_heads: int = 2,
+    channels: int = 24,
+    experts: int = 0,
+    shared: int | None = None,
+    *,
+    joint: bool = False,
 ) -> LayerShape:
     return LayerShape(
         query_heads=query_heads,
@@ -39,6 +45,7 @@ def layer_of(
         joint_query_heads=query_heads * joint,
         joint_key_heads=kv_heads * joint,
         experts=experts,
+        shared_channels=shared,
     )
 
 
@@ -47,9 +54,17 @@ def ladders_of(
 ) -> tuple[LayerLadders, ...]:
     """Of random scores, few of them distinct, so that ties are common."""
     random = np.random.default_rng(seed)
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.from_numpy(random.integers(-2, 5, size).astype(float))
+
     scores = [
-        LayerScores(*(torch.from_numpy(random.integers(-2, 5, size).astype(float)) for size in sizes))
-        for sizes in (((layer.query_heads,), layer.ffn_scores) for layer in shape.layers)
+        LayerScores(
+            drawn(layer.query_heads),
+            drawn(*layer.ffn_scores),
+            None if layer.shared_channels is None else drawn(layer.shared_channels),
+        )
+        for layer in shape.layers
     ]
     return ladders_from_scores(scores, shape, head_units=head_units, align_channels=align_channels)
 
@@ -59,7 +74,8 @@ def layers(draw: st.DrawFn) -> LayerShape:
     kv_heads = draw(st.integers(1, 4))
     group_size, channels = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 3, 12, 24, 60]))
     experts, joint = draw(st.sampled_from([0, 0, 0, 3])), draw(st.sampled_from([False, False, True]))
-    return layer_of(kv_heads * group_size, kv_heads, channels, experts, joint=joint)
+    shared = draw(st.sampled_from([None, channels, 2 * channels + 1])) if experts else None
+    return layer_of(kv_heads * group_size, kv_heads, channels, experts, shared, joint=joint)
 
 
 @st.composite

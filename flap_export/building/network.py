@@ -12,6 +12,7 @@ from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, Artifact, pas
 from flap_export.building.flavours import quiet_polygraphy
 from flap_export.building.record import NetworkSummary
 from flap_export.errors import ArtifactError, InputError
+from flap_export.families import family_of
 from flap_export.precision import PRECISIONS
 
 _PLACE: Final = re.compile(r"ModelImporter\.cpp|\[!\]|In node ")
@@ -148,10 +149,20 @@ def _attention_problems(network: Any, trt: Any) -> Iterator[str]:
 
 
 def _type_problems(network: Any, artifact: Artifact) -> Iterator[str]:
-    wanted = PRECISIONS[artifact.dtype].tensorrt
+    wanted, routers = PRECISIONS[artifact.dtype].tensorrt, _single_precision_widths(artifact)
     for layer in layers_of(network):
         if layer.type.name in _COMPUTING_LAYERS and (found := layer.get_output(0).dtype.name) != wanted:
-            yield f"layer {layer.name} must compute in {wanted}, found {found}"
+            is_router = layer.type.name == "MATRIX_MULTIPLY" and tuple(layer.get_output(0).shape)[-1] in routers
+            if not (is_router and found == PRECISIONS["float32"].tensorrt):
+                yield f"layer {layer.name} must compute in {wanted}, found {found}"
+
+
+def _single_precision_widths(artifact: Artifact) -> set[int]:
+    """Outputs of the routers, where their family computes them in single precision."""
+    mixture = family_of(artifact.family).mixture
+    if mixture is None or not mixture.router_in_float32:
+        return set()
+    return {layer.experts for layer in artifact.shape.layers if layer.experts}
 
 
 def summary_of(network: Any, artifact: Artifact, trt: Any) -> NetworkSummary:

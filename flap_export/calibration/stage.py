@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from flap_export.calibration.layerwise import streamed
+from flap_export.calibration.layerwise import LayerPass, streamed
 from flap_export.calibration.moments import RunningMoments
 from flap_export.calibration.reference import ReferenceMoments
 from flap_export.calibration.statistics import (
@@ -97,7 +97,7 @@ def calibrate(
             with _observed(checkpoint, statistics, length, sites, visited.index, visited.layer):
                 visited.observe() if removed else visited.propagate()
             if removed is not None:
-                _zero_columns(checkpoint, visited.index, visited.layer, removed(visited.index, sites))
+                _zero_columns(checkpoint, visited, removed(visited.index, sites))
                 visited.propagate()
     digests = {"weights": checkpoint.weights.digest, "calibration": windows.digest}
     return CalibrationStatistics(checkpoint.name, source, sequences, length, seed, statistics, sites, digests)
@@ -204,10 +204,10 @@ def _restoring_modules(checkpoint: Checkpoint, index: int, layer: nn.Module, spa
     return [layer.get_submodule(path) for path in paths]
 
 
-def _zero_columns(checkpoint: Checkpoint, index: int, layer: nn.Module, removed: Mapping[CutSpace, Tensor]) -> None:
+def _zero_columns(checkpoint: Checkpoint, visited: LayerPass, removed: Mapping[CutSpace, Tensor]) -> None:
     """Let the restoring projections ignore channels, [R] or [E, R]."""
     for space, channels in removed.items():
-        modules = _restoring_modules(checkpoint, index, layer, space)
+        modules = _restoring_modules(checkpoint, visited.index, visited.layer, space)
         for module, own in zip(modules, channels if channels.ndim == 2 else [channels], strict=True):
             weight = module.get_parameter("weight")
             weight[:, own.to(weight.device)] = 0

@@ -213,6 +213,8 @@ class Mixture:
     """Says of a configuration and a layer's index whether that layer is a mixture; None where all are."""
     router: str = "mlp.gate"
     """The module that chooses experts, relative to its layer."""
+    router_in_float32: bool = False
+    """Whether it multiplies in single precision, whatever precision the model computes in."""
 
 
 @dataclass(frozen=True)

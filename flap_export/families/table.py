@@ -140,7 +140,10 @@ _ROUTERS_CHOOSE = "5.24"
 """Before, mixtures chose experts themselves, and other weights of routers were in single precision."""
 _EVERY_LAYER_A_MIXTURE = Mixture("num_experts", width_field="intermediate_size")
 _MIXTURE_AFTER_THE_FIRST = Mixture(
-    "n_routed_experts", shared=SharedExpert(count_field="n_shared_experts"), layers=sparsity.after_the_first
+    "n_routed_experts",
+    shared=SharedExpert(count_field="n_shared_experts"),
+    layers=sparsity.after_the_first,
+    router_in_float32=True,
 )
 _NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
@@ -234,6 +237,7 @@ FAMILIES: dict[str, Family] = {
                 "moe_num_experts",
                 shared=SharedExpert(count_field="moe_num_shared_experts"),
                 layers=sparsity.in_range,
+                router_in_float32=True,
             ),
             rotary=Rotary(interleaved=True, in_float32=True),
             stored=Stored(names={".mlp.moe_statics.": ".mlp.gate.moe_statics."}, unused=("model.mtp_",)),
@@ -425,7 +429,9 @@ FAMILIES: dict[str, Family] = {
                 *_gated("mlp.shared_mlp", "shared"),
             ),
             since=_ROUTERS_CHOOSE,
-            mixture=Mixture("num_experts", width_field="intermediate_size", shared=SharedExpert()),
+            mixture=Mixture(
+                "num_experts", width_field="intermediate_size", shared=SharedExpert(), router_in_float32=True
+            ),
             bias_flags={"query": "attention_bias"},
         ),
         # Transformers computes it by Llama's classes, with biases everywhere or nowhere; no checkpoint has them.

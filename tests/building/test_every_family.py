@@ -33,8 +33,16 @@ CAPPED = ("gemma2", "vaultgemma")
 """Families whose capped attention is in plain operators."""
 NORMALIZING = {"CAST", "CONSTANT", "ELEMENTWISE", "REDUCE", "SHUFFLE", "SOFTMAX", "UNARY", "NORMALIZATION"}
 """What may be float32 in a network of half precision: the insides of norms, and the capped families' softmax."""
-ELSE = {"apertus": {"ACTIVATION", "SELECT"}, "ministral3": {"UNSQUEEZE"}}
-"""And what xIELU and the queries' factor by position add."""
+ROUTERS_IN_FLOAT32 = {"MATRIX_MULTIPLY", "ACTIVATION", "GATHER"}
+ELSE = {
+    "apertus": {"ACTIVATION", "SELECT"},
+    "dots1": {*ROUTERS_IN_FLOAT32, "FILL", "SELECT", "UNSQUEEZE"},
+    "ernie4_5_moe": {*ROUTERS_IN_FLOAT32, "SQUEEZE"},
+    "glm4_moe": ROUTERS_IN_FLOAT32,
+    "hunyuan_v1_moe": {"MATRIX_MULTIPLY"},
+    "ministral3": {"UNSQUEEZE"},
+}
+"""And what xIELU, the queries' factor by position, and routers that are kept in single precision add."""
 
 
 def exported(family: str, kind: str, dtype: DtypeName, folder: Path) -> Artifact:
@@ -74,6 +82,8 @@ def check_network(record: EngineRecord, artifact: Artifact, *, capped: bool) -> 
     assert network.types[TYPES[record.dtype]] > 0
     assert set(network.types) <= {TYPES[record.dtype], "FLOAT", "INT64", "INT32", "BOOL"}
     assert set(network.float32_layers) <= NORMALIZING | ROUTING | ELSE.get(artifact.family, set())
+    routers = sum(bool(layer.experts) for layer in artifact.shape.layers)
+    assert network.float32_layers.get("MATRIX_MULTIPLY", 0) <= routers
 
 
 def check_graph_means_the_same(folder: Path, artifact: Artifact) -> None:

@@ -28,7 +28,9 @@ from tiny import (
 from torch import Tensor
 
 from flap_export import validate
-from flap_export.allocation.ladders import ffn_ladder
+from flap_export.allocation.budgets import cheapest_first
+from flap_export.allocation.ladders import Ladder, ffn_ladder, ladders_from_scores
+from flap_export.allocation.ladders import layer_plan as layer_plan_of
 from flap_export.allocation.stage import STRUCTURES, StructureName, allocate
 from flap_export.artifact import load_artifact, past_names
 from flap_export.building.graphs import cuda_graph
@@ -37,6 +39,7 @@ from flap_export.errors import BudgetError, InputError, ModelError, PlanError
 from flap_export.evidence.coupled import magnitude_scores, taylor_scores
 from flap_export.evidence.measuring import measure
 from flap_export.evidence.methods import METHODS
+from flap_export.evidence.sensitivity import Sensitivity, hull_slopes
 from flap_export.exporting import export
 from flap_export.ideal import read_parameters
 from flap_export.models.loading import check_weights, load_model, meta_model
@@ -135,7 +138,14 @@ def scores_of(shape: DecoderShape, seed: int = 0) -> tuple[LayerScores, ...]:
     def drawn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    return tuple(LayerScores(drawn(layer.query_heads), drawn(*layer.ffn_scores)) for layer in shape.layers)
+    return tuple(
+        LayerScores(
+            drawn(layer.query_heads),
+            drawn(*layer.ffn_scores),
+            None if layer.shared_channels is None else drawn(layer.shared_channels),
+        )
+        for layer in shape.layers
+    )
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -164,6 +174,90 @@ def test_a_step_costs_a_channel_of_every_expert() -> None:
     assert ladder.order[:6].tolist() == [1, 5, 14, 2, 6, 13]
     np.testing.assert_allclose(ladder.scores, scores.sort(dim=1).values.mean(dim=0).numpy())
     assert ladder.kept(4) == (0, 9, 10)
+
+
+def step(elements: list[int], cost: int, score: float) -> tuple[list[int], int, float]:
+    return elements, cost, score
+
+
+def steps_of(ladder: Ladder) -> list[tuple[list[int], int, float]]:
+    parts = np.split(ladder.order, ladder.gone[:-1])
+    return [step(list(own), *rest) for own, *rest in zip(parts, ladder.costs, ladder.scores, strict=True)]
+
+
+WITH_SHARED = SHAPE.layers[0].model_copy(update={"ffn_channels": 2, "experts": 2, "shared_channels": 3})
+ROUTED_SCORES, SHARED_SCORES = torch.tensor([[3.0, 1.0], [4.0, 6.0]]).double(), torch.tensor([9.0, 2.0, 3.0]).double()
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+def test_a_step_takes_of_every_routed_expert_or_of_the_shared_one(proportional: bool) -> None:
+    shape = SHAPE.model_copy(update={"layers": (WITH_SHARED,)})
+    scores = LayerScores(torch.zeros(2).double(), ROUTED_SCORES, SHARED_SCORES)
+    ladder = ladders_from_scores([scores], shape, proportional=proportional)[0].ffn
+    if proportional:
+        # Half of two channels, and a third of three; then the rest.
+        assert steps_of(ladder) == [step([1, 2, 5], 36, 4.5), step([0, 3, 6, 4], 48, 16.5)]
+    else:
+        alone = [step([5], 12, 2.0), step([1, 2], 24, 2.5), step([6], 12, 3.0), step([0, 3], 24, 4.5)]
+        assert steps_of(ladder) == [*alone, step([4], 12, 9.0)]
+    assert ladder.costs.sum() == shape.ffn_parameters(WITH_SHARED)
+    plan = layer_plan_of(0, shape, ladders_from_scores([scores], shape, proportional=proportional)[0], 0, 1)
+    assert plan.shared_channels == (0, 2)
+    assert plan.experts == (((0,), (1,)) if proportional else ((0, 1), (0, 1)))
+
+
+@pytest.mark.parametrize("align_channels", [1, 4, 8])
+@pytest.mark.parametrize("times", [1, 3])
+def test_shared_channels_stay_in_proportion(times: int, align_channels: int) -> None:
+    layer = SHAPE.layers[0].model_copy(update={"ffn_channels": 24, "shared_channels": 24 * times})
+    shape = SHAPE.model_copy(update={"layers": (layer,)})
+    ladders = ladders_from_scores(scores_of(shape), shape, align_channels=align_channels, proportional=True)[0]
+    for steps in range(len(ladders.ffn.gone) + 1):
+        plan = layer_plan_of(0, shape, ladders, 0, steps)
+        assert plan.shared_width == times * plan.ffn_width
+        assert plan.ffn_width % align_channels == 0
+    assert len(ladders.ffn.gone) == 24 // align_channels
+
+
+def test_what_is_too_large_ends_its_ladder() -> None:
+    """A cheaper step behind it would take elements that stand before it, too."""
+    first = np.array([1.0, 2.0, 3.0]), np.array([1, 10, 1])
+    second = np.array([4.0, 5.0]), np.array([1, 1])
+    assert cheapest_first([first, second], 3) == [1, 2]
+
+
+def test_losses_are_spent_along_their_hull() -> None:
+    """Per weight, and never falling: what is cheap behind something dear comes with it."""
+    ladder = Ladder(np.arange(6), np.arange(6) + 1, np.array([2, 2, 2, 4, 4, 2]), np.array([4.0, 1, 1, 8, 16, 2]))
+    assert hull_slopes(ladder).tolist() == [1, 1, 1, 2, 3, 3]
+
+
+def test_a_plan_states_shared_channels_beside_experts(tmp_path: Path) -> None:
+    dense = open_checkpoint(tiny_checkpoint("glm4_moe", tmp_path / "dense", num_hidden_layers=4))
+    plan = uneven_plan(dense)
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
+    first, second, *_ = json.loads((tmp_path / "plan.json").read_text())["layers"]
+    assert set(first) == {"layer", "query_heads", "kv_heads", "ffn_channels"}
+    assert set(second) == {"layer", "query_heads", "kv_heads", "experts", "shared_channels"}
+    assert second["shared_channels"] == list(range(1, 24, 3))
+
+
+@pytest.mark.parametrize(
+    ("index", "shared", "message"),
+    [
+        (1, None, "layer 1: the plan must list the shared_channels of the model's shared expert, got none"),
+        (1, (0, 24), r"layer 1: shared_channels must lie in 0\.\.23"),
+        (0, (), "layer 0: the plan lists shared_channels, and this layer has no shared expert"),
+    ],
+)
+def test_shared_channels_that_do_not_fit(index: int, shared: Any, message: str, tmp_path: Path) -> None:
+    dense = open_checkpoint(tiny_checkpoint("glm4_moe", tmp_path / "dense"))
+    plan = keep_all_plan(dense)
+    layers = list(plan.layers)
+    layers[index] = layers[index].model_copy(update={"shared_channels": shared})
+    with pytest.raises(PlanError, match=message):
+        plan.model_copy(update={"layers": tuple(layers)}).check(dense.shape)
 
 
 def test_a_plan_states_experts_instead_of_channels(tmp_path: Path) -> None:
@@ -242,6 +336,74 @@ def test_losses_are_measured_channel_by_channel_of_every_expert(tmp_path: Path) 
     assert sorted(element // 40 for element in module.order[:5].tolist()) == list(range(5))
     ladder = found.ladders(open_checkpoint(dense).shape)[0].ffn
     assert ladder.costs.sum() == 3 * 32 * 5 * 40
+
+
+def test_losses_of_a_shared_expert_are_measured_by_itself(tmp_path: Path) -> None:
+    dense = tiny_checkpoint("qwen2_moe", tmp_path / "dense")
+    found = measure(dense, save_tokens(tmp_path / "ids.npy", tokens_of(6, 11)))
+    found.save(tmp_path / "sensitivity.safetensors")
+    assert (0, "shared") not in found.modules
+    module = found.modules[1, "shared"]
+    assert sorted(module.order.tolist()) == list(range(56))
+    assert module.gone.tolist() == list(range(1, 57))
+    assert module.losses[-1] > 0
+    shape = open_checkpoint(dense).shape
+    for ladders in (found.ladders(shape), Sensitivity.load(tmp_path / "sensitivity.safetensors").ladders(shape)):
+        ladder = ladders[1].ffn
+        assert sorted(ladder.order.tolist()) == list(range(5 * 24 + 56))
+        assert ladder.scores.sum() == pytest.approx(float(module.losses[-1] + found.modules[1, "ffn"].losses[-1]))
+        shared = ladder.order[ladder.order >= 120] - 120
+        assert shared.tolist() == module.order.tolist()
+
+
+def test_a_shared_experts_least_squares_are_those_of_all_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, from what enters transformers' own module; its gate comes behind."""
+    monkeypatch.setattr("flap_export.rewriting.restoring.best_ridge", lambda *_: 0.02)
+    dense, tokens = tiny_checkpoint("qwen2_moe", tmp_path / "dense"), tokens_of(40, 11)
+    checkpoint, seen = open_checkpoint(dense), []
+    model = plain_model(dense)
+    model.model.layers[1].mlp.shared_expert.down_proj.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    logits_of(model, tokens)
+    plan = plan_of(checkpoint, [layer_plan(checkpoint, i, range(2), range(0, 24, 2 + i)) for i in range(2)])
+    (tmp_path / "restored").mkdir()
+    found = dict(rewrite(checkpoint, plan, fitted_restorer(restore(checkpoint, plan, tokens, tmp_path / "restored"))))
+    name, kept = "model.layers.1.mlp.shared_expert.down_proj", list(plan.layers[1].shared_channels or ())
+    weight = checkpoint.weights[f"{name}.weight"].double().numpy()
+    expected, bias = fitted(weight, seen[0].flatten(0, -2).double().numpy(), kept, 0.02)
+    np.testing.assert_allclose(found[f"{name}.weight"].numpy(), expected[:, kept], atol=1e-3)
+    np.testing.assert_allclose(found[f"{name}.bias"].numpy(), bias, atol=1e-3)
+
+
+def test_magnitudes_of_a_shared_expert_are_its_own(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen2_moe", tmp_path / "dense"))
+    plain, mixed = magnitude_scores(checkpoint)
+    prefix = "model.layers.1.mlp.shared_expert"
+    gate, up, down = (checkpoint.weights[f"{prefix}.{n}_proj.weight"].double().square() for n in ("gate", "up", "down"))
+    expected = gate.sum(1) + up.sum(1) + down.sum(0)
+    assert plain.shared_channels is None
+    assert mixed.shared_channels is not None
+    torch.testing.assert_close(mixed.shared_channels, (expected - expected.mean()) / expected.std())
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("glm4_moe", "model.layers.2.mlp.gate_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.gate_proj.weight"),
+    ],
+)
+def test_what_predicts_several_tokens_is_left_out(family: str, name: str, tmp_path: Path) -> None:
+    """Published checkpoints hold it, transformers does not look at it; the layers before are not touched."""
+    dense = tiny_checkpoint(family, tmp_path / "dense")
+    before = set(open_checkpoint(dense).weights)
+    tensors = load_file(dense / "model.safetensors")
+    save_file({**tensors, name: torch.zeros(3, 4)}, dense / "model.safetensors", metadata={"format": "pt"})
+    assert set(open_checkpoint(dense).weights) == before
+    load_model(dense, dtype=torch.float32)
 
 
 def test_magnitudes_are_counted_expert_by_expert(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
         sizes(1024, 3072, 18, 16, 2, 103424, head_dim=128, use_bias=False, rope_theta=500000.0)
         | {"hidden_dropout_prob": 0.0, "compression_ratio": 1.0, "rope_scaling": None, "tie_word_embeddings": True},
     ),
+    "ernie-4.5-21b-a3b-pt": (
+        "ernie4_5_moe",
+        21.83,
+        sizes(2560, 12288, 28, 20, 4, 103424, use_bias=False, rope_theta=500000.0, tie_word_embeddings=True)
+        | {"moe_capacity": [64, 64, 64], "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_interval": 1}
+        | {"moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
+    ),
     "exaone-4.0-1.2b": (
         "exaone4",
         1.28,
@@ -165,6 +172,13 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
                 "type": "yarn",
             }
         },
+    ),
+    "qwen1.5-moe-a2.7b": (
+        "qwen2_moe",
+        14.32,
+        sizes(2048, 5632, 24, 16, 16, 151936, use_sliding_window=False, sliding_window=32768, max_window_layers=21)
+        | {"moe_intermediate_size": 1408, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False}
+        | {"shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1, "rope_theta": 1000000.0},
     ),
     "seed-oss-36b-instruct": (
         "seed_oss",
