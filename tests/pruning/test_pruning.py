@@ -36,7 +36,11 @@ def test_from_model_to_checkpoint(family: str, tmp_path: Path) -> None:
     assert PruningPlan.load(tmp_path / "pruned" / "plan.json") == plan
     assert plan.method["calibration"] == source
     assert set(plan.digests) == {"weights", "calibration"}
-    assert {pruned.weights[name].dtype for name in pruned.weights} == {torch.bfloat16}
+    stored = open_checkpoint(dense).weights
+    for name in pruned.weights:
+        # Transformers saves some routers in single precision, and so they stay.
+        expected = stored[name].dtype if ".mlp.gate." in name else torch.bfloat16
+        assert pruned.weights[name].dtype == expected, name
     statistics = CalibrationStatistics.load(tmp_path / "pruned" / "statistics.safetensors")
     assert statistics.digests == plan.digests
     verify(tmp_path / "pruned")
