@@ -39,6 +39,8 @@ class StepCache(Cache):  # type: ignore[misc]
         steps = torch.arange(new_tokens, device=write_indices.device)
         self.position_ids = write_indices.unsqueeze(1) + steps.unsqueeze(0)
         """[B, n]"""
+        self._keys = torch.arange(length, device=write_indices.device).view(1, 1, 1, -1)
+        """Positions of all rows, [1, 1, 1, L]; made once, so that all masks of a graph are seen to follow from them."""
         self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     @abstractmethod
@@ -59,7 +61,7 @@ class StepCache(Cache):  # type: ignore[misc]
         kind = window, None if slopes is None else id(slopes)
         if kind not in self._masks:
             query = self.position_ids.unsqueeze(1).unsqueeze(-1)
-            key = torch.arange(self.length, device=query.device).view(1, 1, 1, -1)
+            key = self._keys
             visible = key <= query if window is None else (key <= query) & (key > query - window)
             seen, hidden = (torch.full((), x, dtype=dtype, device=query.device) for x in (0, torch.finfo(dtype).min))
             if slopes is not None:

@@ -14,13 +14,25 @@ import numpy as np
 import parity_models
 import pytest
 import torch
-from tiny import ALL_FAMILIES, MIXTURES, PLAIN_FAMILIES, tiny_checkpoint, tiny_pruned, tokens_of
+from tiny import (
+    ALL_FAMILIES,
+    MIXTURES,
+    PLAIN_FAMILIES,
+    layer_plan,
+    plan_of,
+    save_pruned,
+    tiny_checkpoint,
+    tiny_pruned,
+    tiny_statistics,
+    tokens_of,
+)
 
 from flap_export import devices
 from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
 from flap_export.exporting import export
 from flap_export.models.loading import load_model
+from flap_export.models.opening import open_checkpoint
 from flap_export.runners import Logits, Runner, open_runner
 from flap_export.runners.static_torch_runner import grouped_attention
 
@@ -494,6 +506,22 @@ def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
         fixed = logits_of(static)
     for one, two in zip(grown, fixed, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=0 if family == "llama" else 1e-5)
+
+
+@pytest.mark.skipif("bloom" not in ALL_FAMILIES, reason="transformers is too old")
+def test_caches_grow_where_layers_see_by_different_masks(tmp_path: Path) -> None:
+    """Every layer of a pruned model with ALiBi has slopes, and so a mask, of its own."""
+    dense = open_checkpoint(tiny_checkpoint("bloom", tmp_path / "dense"))
+    plan = plan_of(dense, [layer_plan(dense, index, [index, 3], range(9)) for index in range(2)])
+    pruned = save_pruned(Path(dense.name), plan, tmp_path / "pruned", tiny_statistics(Path(dense.name), tmp_path))
+    export(pruned, tmp_path / "onnx", max_length=300)
+    prompts = [tokens_of(1, length, seed=length)[0].tolist() for length in (50, 61)]
+    found = []
+    for path in (tmp_path / "onnx", pruned):
+        with open_runner(path, threads=1) as runner:
+            found.append([runner.prefill(prompts), *(runner.decode(np.array([step, 7])) for step in range(8))])
+    for grown, torch_logits in zip(*found, strict=True):
+        np.testing.assert_allclose(grown, torch_logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
