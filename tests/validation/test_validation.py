@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import parity_models
 import pytest
+from tiny import ALL_FAMILIES, tiny_checkpoint
 
 from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, MissingRequirementError
@@ -304,6 +305,22 @@ def test_another_checkpoint_is_refused(artifact: Path, tmp_path: Path) -> None:
     pruned = parity_models.save_uneven(tmp_path / "pruned")
     with pytest.raises(ArtifactError, match=r"layer 0 is \(query_heads=4 .* and \(query_heads=0 .*exported from"):
         validate(artifact, reference=pruned)
+
+
+@pytest.mark.skipif("mixtral" not in ALL_FAMILIES, reason="transformers is too old")
+def test_an_artifact_that_does_not_say_how_many_experts_are_chosen_is_of_its_checkpoint(tmp_path: Path) -> None:
+    """Artifacts of earlier versions do not; one that says another number is another model's."""
+    mixture = tiny_checkpoint("mixtral", tmp_path / "mixtral")
+    export(mixture, tmp_path / "onnx", max_length=40)
+    (tmp_path / "onnx" / "manifest.json").unlink()
+    description = json.loads((tmp_path / "onnx" / ARTIFACT_NAME).read_text())
+    del description["shape"]["experts_per_token"]
+    (tmp_path / "onnx" / ARTIFACT_NAME).write_text(json.dumps(description))
+    assert validate(tmp_path / "onnx", reference=mixture, decode_steps=2, threads=1).passed
+    description["shape"]["experts_per_token"] = 1
+    (tmp_path / "onnx" / ARTIFACT_NAME).write_text(json.dumps(description))
+    with pytest.raises(ArtifactError, match="experts_per_token is 1 in the artifact and 2 in the checkpoint"):
+        validate(tmp_path / "onnx", reference=mixture)
 
 
 def test_an_artifact_without_the_last_graph_is_compared_without_it(damaged: Path, checkpoint: Path) -> None:
