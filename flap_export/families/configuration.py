@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from flap_export.errors import ModelError
@@ -64,7 +64,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
 
     Raises:
         ModelError: there is no layer, the query heads are not a multiple of the KV heads, or they do not fill the
-            hidden size where the family's class takes that for granted.
+            hidden size where the family's class takes that for granted; or tokens are sent to no expert, or to more
+            than there are.
     """
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
@@ -86,6 +87,9 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         "attention_bias": family.has_bias("query", config),
         "head_numbers": tuple(range(heads)) if family.alibi else (),
     }
+    layers = tuple(
+        LayerShape(**attention, **_ffn_fields(config, family, index)) for index in range(config.num_hidden_layers)
+    )
     return DecoderShape(
         hidden_size=config.hidden_size,
         head_dim=head_dim,
@@ -94,10 +98,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         parallel_blocks=_is_set(config, family.parallel_blocks),
         shared_gates=family.mixture is not None and family.mixture.shared is not None and family.mixture.shared.gated,
-        experts_per_token=_experts_per_token(config, family),
-        layers=tuple(
-            LayerShape(**attention, **_ffn_fields(config, family, index)) for index in range(config.num_hidden_layers)
-        ),
+        experts_per_token=_experts_per_token(config, family, layers),
+        layers=layers,
     )
 
 
@@ -140,13 +142,25 @@ def _ffn_fields(config: Any, family: Family, index: int) -> dict[str, Any]:
     }
 
 
-def _experts_per_token(config: Any, family: Family) -> int:
-    """k; 0 without experts, and where layers differ in it."""
-    if family.mixture is None:
+def _experts_per_token(config: Any, family: Family, layers: Sequence[LayerShape]) -> int:
+    """k; 0 without experts, and where layers differ in it.
+
+    Raises:
+        ModelError: a layer that is a mixture has no such number, or one that it cannot choose.
+    """
+    if family.mixture is None or not any(layer.experts for layer in layers):
         return 0
-    stated = getattr(config, family.mixture.chosen_field)
-    counts = set(stated) if isinstance(stated, (list, tuple)) else {stated}
-    return counts.pop() if len(counts) == 1 else 0
+    name = family.mixture.chosen_field
+    stated = getattr(config, name)
+    counts = list(stated) if isinstance(stated, (list, tuple)) else [stated] * len(layers)
+    if len(counts) != len(layers):
+        raise ModelError(f"{name} must be one number, or one for each of {len(layers)} layers, got {len(counts)}")
+    chosen = {(count, layer.experts) for count, layer in zip(counts, layers, strict=True) if layer.experts}
+    for count, experts in chosen:
+        if not isinstance(count, int) or not 1 <= count <= experts:
+            raise ModelError(f"{name} must lie in 1..{experts}, the experts of a layer, got {count}")
+    found: set[int] = {count for count, _ in chosen}
+    return found.pop() if len(found) == 1 else 0
 
 
 def _shared_channels(config: Any, shared: SharedExpert | None, expert_width: int) -> int | None:

@@ -21,6 +21,7 @@ from tiny import (
     plan_of,
     save_tokens,
     tiny_checkpoint,
+    tiny_config,
     tiny_pruned,
     tokens_of,
     uneven_plan,
@@ -548,6 +549,32 @@ def test_the_reference_code_knows_no_experts(tmp_path: Path) -> None:
         calibrate(dense, source, statistics="reference")
     with pytest.raises(BudgetError, match="the reference code knows no mixtures"):
         allocate(scores_of(SHAPE), SHAPE, 0.4, selection="reference")
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "stated", "found"),
+    [
+        ("mixtral", "num_experts_per_tok", 3, 3),
+        ("mixtral", "num_experts_per_tok", 4, "must lie in 1..3, the experts of a layer, got 4"),
+        ("mixtral", "num_experts_per_tok", 0, "must lie in 1..3, the experts of a layer, got 0"),
+        ("dots1", "num_experts_per_tok", None, "must lie in 1..6, the experts of a layer, got None"),
+        ("hunyuan_v1_moe", "moe_topk", [2, 2], 2),
+        ("hunyuan_v1_moe", "moe_topk", [2, 3], 0),
+        ("hunyuan_v1_moe", "moe_topk", [2, 9], "must lie in 1..5, the experts of a layer, got 9"),
+        ("hunyuan_v1_moe", "moe_topk", [2], "must be one number, or one for each of 2 layers, got 1"),
+    ],
+)
+def test_tokens_are_sent_to_as_many_experts_as_there_are_at_most(
+    family: str, field: str, stated: Any, found: int | str, tmp_path: Path
+) -> None:
+    if family not in MIXTURES:
+        pytest.skip("transformers is too old")
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config(family).to_dict(), field: stated}))
+    if isinstance(found, int):
+        assert open_checkpoint(tmp_path).shape.experts_per_token == found
+        return
+    with pytest.raises(ModelError, match=f"num_experts_per_tok {found}"):
+        open_checkpoint(tmp_path)
 
 
 def test_older_transformers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
