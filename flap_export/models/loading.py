@@ -113,6 +113,11 @@ class MetaLayers:
             keep_double_precision(layer, family)
         return layer
 
+    def precision(self, index: int, name: str) -> torch.dtype:
+        """What the class of layer `index` keeps a tensor in; see `materialize`."""
+        made: Tensor | None = self._layers[index].state_dict().get(name)
+        return self._dtype if made is None else torch.promote_types(self._dtype, made.dtype)
+
 
 def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give values to what no checkpoint stores: rotary frequencies, the factor of scaled embeddings, masks.

@@ -93,10 +93,9 @@ class Supernet:
         plan = layer_plan(index, self._dense.shape, self._ladders[index], attention, ffn)
         kept = kept_channels(plan, self._dense.shape)
         prefix = f"{self._dense.family.modules.layers}.{index}."
-        return {
-            name.removeprefix(prefix): tensor.to(device=self._device, dtype=self._dtype)
-            for name, tensor in rewrite_layer(self._dense, index, kept, self._restore, (part,))
-        }
+        rewritten = rewrite_layer(self._dense, index, kept, self._restore, (part,))
+        own = ((name.removeprefix(prefix), tensor) for name, tensor in rewritten)
+        return {name: tensor.to(device=self._device, dtype=self._meta.precision(index, name)) for name, tensor in own}
 
     def _forget(self, key: tuple[int, Part, int], block: dict[str, Tensor]) -> None:
         self._bytes -= _size(block)

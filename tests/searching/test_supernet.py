@@ -100,6 +100,17 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     check_losses(tiny_problem("llama", tmp_path, dtype=torch.bfloat16, num_hidden_layers=3), tmp_path, rel=0.05)
 
 
+@pytest.mark.skipif("glm4_moe" not in ALL_FAMILIES, reason="transformers is too old")
+def test_routers_stay_in_single_precision(tmp_path: Path) -> None:
+    """They choose as those of the checkpoint do, where the model computes in half precision."""
+    problem = tiny_problem("glm4_moe", tmp_path, dtype=torch.bfloat16)
+    dense = open_checkpoint(problem.model)
+    layer = problem.supernet(dense).layer(1, 1, 9)
+    for name in ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"):
+        assert torch.equal(layer.state_dict()[name], dense.weights[f"model.layers.1.{name}"])
+    assert layer.state_dict()["self_attn.q_proj.weight"].dtype == torch.bfloat16
+
+
 def test_the_dense_model_loses_nothing(tmp_path: Path) -> None:
     problem = tiny_problem("llama", tmp_path)
     with problem.opened() as losses:
