@@ -32,14 +32,17 @@ def check_threads(threads: int | None) -> None:
 
 def available_cores() -> int:
     """Cores this process may use; those of a container with a share of the CPU time are as many as it has time for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, quota_threads() or cores)
+    return quota_threads() or _allowed_cores()
 
 
 def quota_threads() -> int | None:
-    """Threads that a container has CPU time for; None where its time is not limited."""
+    """Threads that a container has CPU time and cores for; None where its time is not limited."""
     quota = cpu_quota()
-    return None if quota is None else max(math.ceil(quota), 1)
+    return None if quota is None else min(max(math.ceil(quota), 1), _allowed_cores())
+
+
+def _allowed_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_to_quota() -> None:
@@ -49,7 +52,7 @@ def keep_to_quota() -> None:
     import of PyTorch; what the environment says already is kept.
     """
     if (threads := quota_threads()) is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(min(threads, available_cores())))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def available_memory_bytes() -> int | None:

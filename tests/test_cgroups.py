@@ -124,6 +124,7 @@ def test_cores_are_those_that_there_is_time_for(
     monkeypatch.setattr(devices, "cpu_quota", lambda: quota)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert available_cores() == cores
+    assert devices.quota_threads() == (None if threads is None else cores)
     keep_to_quota()
     assert os.environ.pop("OMP_NUM_THREADS", None) == threads
     with pytest.raises(InputError, match=f"must lie in 1..{2 * cores} on the {cores} cores"):

@@ -244,6 +244,7 @@ def test_a_session_takes_no_more_threads_than_a_container_has_time_for(
     real = onnxruntime.SessionOptions
     monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: made.append(real()) or made[-1])
     monkeypatch.setattr(devices, "cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     for threads in (None, 1):
         open_runner(artifact, threads=threads).close()
     assert [options.intra_op_num_threads for options in made] == [2, 1]
