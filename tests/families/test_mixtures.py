@@ -504,8 +504,11 @@ def test_a_token_is_computed_by_its_own_experts_only(family: str, tokens: int, t
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     outputs = [event["args"]["output_type_shape"] for event in events if event["args"].get("op_name") == "Gemm"]
     widths = [next(iter(output[0].values())) for output in outputs]
-    # Two layers, two products each of [rows, F], two experts for each token.
-    assert sum(rows for rows, width in widths if width == 40) == 2 * 2 * 2 * 2 * tokens
+    shape = load_artifact(tmp_path / "onnx").shape
+    mixtures = [layer for layer in shape.layers if layer.experts]
+    # Two products of [rows, F] in each of these layers, and each token's own experts.
+    own = sum(rows for rows, width in widths if width == mixtures[0].ffn_channels)
+    assert own == len(mixtures) * 2 * shape.experts_per_token * 2 * tokens
 
 
 def session_of(graph: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
