@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from flap_export.errors import ModelError
-from flap_export.families.family import Family, SharedExpert
+from flap_export.families.family import Family, Mixture, SharedExpert
 from flap_export.families.rope import rope_types
 from flap_export.shapes import DecoderShape, LayerShape
 
@@ -25,6 +25,9 @@ def check_config(config: Any, family: Family) -> None:
     if unknown:
         raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
     _check_windows(config)
+    _check_rotary_dim(config)
+    if family.mixture is not None and _has_mixtures(config, family.mixture):
+        _check_routing(config, family.mixture)
     for name, required in family.requires.items():
         allowed = (getattr(config, required),) if isinstance(required, str) else required
         found = _field(config, name, allowed[0])
@@ -57,6 +60,41 @@ def _check_windows(config: Any) -> None:
             f"layer_types holds sliding_attention, but sliding_window is {window}"
             f"{'' if used else ' and use_sliding_window is false'}; such a model has no meaning, correct the fields"
         )
+
+
+def _check_rotary_dim(config: Any) -> None:
+    """Whether the channels of a head that turn, where a configuration counts them, are pairs, and all there."""
+    turning = getattr(config, "rotary_dim", None)
+    if turning is None:
+        return
+    size = config.hidden_size // config.num_attention_heads
+    if turning % 2 or turning > size:
+        raise ModelError(
+            f"rotary_dim must be even and at most the {size} channels of a head, got {turning}; transformers cannot "
+            "compute such a model, correct the field"
+        )
+
+
+def _has_mixtures(config: Any, mixture: Mixture) -> bool:
+    return mixture.layers is None or any(mixture.layers(config, index) for index in range(config.num_hidden_layers))
+
+
+def _check_routing(config: Any, mixture: Mixture) -> None:
+    """Whether routers have as many experts as they choose, and groups of two or more where they choose groups first."""
+    experts = getattr(config, mixture.experts_field)
+    name = mixture.chosen_field
+    chosen = _chosen_counts(config, mixture)
+    if min(chosen) < 1 or max(chosen) > experts:
+        raise ModelError(f"{name} must lie in 1..{experts} ({mixture.experts_field}), got {getattr(config, name)}")
+    groups = getattr(config, "n_group", None)
+    if groups is None:
+        return
+    if groups < 1 or experts % groups or experts // groups < 2:
+        raise ModelError(
+            f"n_group must divide {mixture.experts_field} ({experts}) into groups of at least 2, got {groups}"
+        )
+    if not 1 <= config.topk_group <= groups:
+        raise ModelError(f"topk_group must lie in 1..{groups} (n_group), got {config.topk_group}")
 
 
 def shape_from_config(config: Any, family: Family) -> DecoderShape:
@@ -144,9 +182,14 @@ def _experts_per_token(config: Any, family: Family) -> int:
     """k; 0 without experts, and where layers differ in it."""
     if family.mixture is None:
         return 0
-    stated = getattr(config, family.mixture.chosen_field)
-    counts = set(stated) if isinstance(stated, (list, tuple)) else {stated}
+    counts = _chosen_counts(config, family.mixture)
     return counts.pop() if len(counts) == 1 else 0
+
+
+def _chosen_counts(config: Any, mixture: Mixture) -> set[int]:
+    """k, of all layers."""
+    stated = getattr(config, mixture.chosen_field)
+    return set(stated) if isinstance(stated, (list, tuple)) else {stated}
 
 
 def _shared_channels(config: Any, shared: SharedExpert | None, expert_width: int) -> int | None:

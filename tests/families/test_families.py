@@ -183,6 +183,13 @@ def test_a_family_that_needs_a_newer_transformers_says_so(
         ),
         ("mpt", {"no_bias": False}, r"mpt is supported with no_bias equal to True only, got False"),
         ("gptj", {"rotary_dim": None}, r"transformers' gptj cannot compute rotary_dim=False$"),
+        ("gptj", {"rotary_dim": 5}, r"rotary_dim must be even and at most the 8 channels of a head, got 5; .* correct"),
+        ("codegen", {"rotary_dim": 10}, r"rotary_dim must be .* at most the 8 channels of a head, got 10"),
+        ("qwen3_moe", {"num_experts_per_tok": 6}, r"num_experts_per_tok must lie in 1\.\.5 \(num_experts\), got 6"),
+        ("hunyuan_v1_moe", {"moe_topk": [2, 0]}, r"num_experts_per_tok must lie in 1\.\.5 .*, got \[2, 0\]"),
+        ("glm4_moe", {"n_group": 2}, r"n_group must divide n_routed_experts \(5\) into groups of at least 2, got 2"),
+        ("dots1", {"n_group": 6}, r"n_group must divide n_routed_experts \(6\) into groups of at least 2, got 6"),
+        ("dots1", {"topk_group": 4}, r"topk_group must lie in 1\.\.3 \(n_group\), got 4"),
         ("gpt2", {"add_cross_attention": True}, r"gpt2 is supported with add_cross_attention equal to False only, got"),
         (
             "gpt_bigcode",
