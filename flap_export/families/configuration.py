@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from flap_export.errors import ModelError
-from flap_export.families.family import Family, SharedExpert
+from flap_export.families.family import Family, Mixture, SharedExpert
 from flap_export.families.rope import rope_types
 from flap_export.shapes import DecoderShape, LayerShape
 
@@ -25,6 +25,9 @@ def check_config(config: Any, family: Family) -> None:
     if unknown:
         raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
     _check_windows(config)
+    _check_rotary_dim(config)
+    if family.mixture is not None and _has_mixtures(config, family.mixture):
+        _check_routing(config, family.mixture)
     for name, required in family.requires.items():
         allowed = (getattr(config, required),) if isinstance(required, str) else required
         found = _field(config, name, allowed[0])
@@ -59,13 +62,57 @@ def _check_windows(config: Any) -> None:
         )
 
 
+def _check_rotary_dim(config: Any) -> None:
+    """Whether the channels of a head that turn, where a configuration counts them, are pairs, and all there."""
+    turning = getattr(config, "rotary_dim", None)
+    if turning is None:
+        return
+    size = config.hidden_size // config.num_attention_heads
+    if turning % 2 or turning > size:
+        raise ModelError(
+            f"rotary_dim must be even and at most the {size} channels of a head, got {turning}; transformers cannot "
+            "compute such a model, correct the field"
+        )
+
+
+def _has_mixtures(config: Any, mixture: Mixture) -> bool:
+    return mixture.layers is None or any(mixture.layers(config, index) for index in range(config.num_hidden_layers))
+
+
+def _check_routing(config: Any, mixture: Mixture) -> None:
+    """Whether routers have as many experts as they choose, and groups of two or more where they choose groups first."""
+    experts = getattr(config, mixture.experts_field)
+    name, layers = mixture.chosen_field, config.num_hidden_layers
+    chosen = _chosen_counts(config, mixture)
+    if len(chosen) != layers:
+        raise ModelError(f"{name} must be one number, or one for each of {layers} layers, got {len(chosen)}")
+    if any(not isinstance(count, int) or not 1 <= count <= experts for count in chosen):
+        raise ModelError(f"{name} must lie in 1..{experts} ({mixture.experts_field}), got {getattr(config, name)}")
+    _check_shared_expert(config, mixture.shared)
+    groups = getattr(config, "n_group", None)
+    if groups is None:
+        return
+    if groups < 1 or experts % groups or experts // groups < 2:
+        raise ModelError(
+            f"n_group must divide {mixture.experts_field} ({experts}) into groups of at least 2, got {groups}"
+        )
+    if not 1 <= config.topk_group <= groups:
+        raise ModelError(f"topk_group must lie in 1..{groups} (n_group), got {config.topk_group}")
+
+
+def _check_shared_expert(config: Any, shared: SharedExpert | None) -> None:
+    """Whether there is a shared expert where the class makes one in any case."""
+    name = None if shared is None or shared.may_be_missing else shared.count_field or shared.width_field
+    if name is not None and not getattr(config, name):
+        raise ModelError(f"{name} must be at least 1, got {getattr(config, name)}; such models are not supported")
+
+
 def shape_from_config(config: Any, family: Family) -> DecoderShape:
     """The dense decoder's shape, read from a transformers configuration.
 
     Raises:
         ModelError: there is no layer, the query heads are not a multiple of the KV heads, or they do not fill the
-            hidden size where the family's class takes that for granted; or tokens are sent to no expert, or to more
-            than there are.
+            hidden size where the family's class takes that for granted.
     """
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
@@ -143,24 +190,18 @@ def _ffn_fields(config: Any, family: Family, index: int) -> dict[str, Any]:
 
 
 def _experts_per_token(config: Any, family: Family, layers: Sequence[LayerShape]) -> int:
-    """k; 0 without experts, and where layers differ in it.
-
-    Raises:
-        ModelError: a layer that is a mixture has no such number, or one that it cannot choose.
-    """
-    if family.mixture is None or not any(layer.experts for layer in layers):
+    """k; 0 without experts, and where layers differ in it."""
+    if family.mixture is None:
         return 0
-    name = family.mixture.chosen_field
-    stated = getattr(config, name)
-    counts = list(stated) if isinstance(stated, (list, tuple)) else [stated] * len(layers)
-    if len(counts) != len(layers):
-        raise ModelError(f"{name} must be one number, or one for each of {len(layers)} layers, got {len(counts)}")
-    chosen = {(count, layer.experts) for count, layer in zip(counts, layers, strict=True) if layer.experts}
-    for count, experts in chosen:
-        if not isinstance(count, int) or not 1 <= count <= experts:
-            raise ModelError(f"{name} must lie in 1..{experts}, the experts of a layer, got {count}")
-    found: set[int] = {count for count, _ in chosen}
+    counts = _chosen_counts(config, family.mixture)
+    found = {count for count, layer in zip(counts, layers, strict=True) if layer.experts}
     return found.pop() if len(found) == 1 else 0
+
+
+def _chosen_counts(config: Any, mixture: Mixture) -> list[int]:
+    """How many experts every layer chooses."""
+    stated = getattr(config, mixture.chosen_field)
+    return list(stated) if isinstance(stated, (list, tuple)) else [stated] * config.num_hidden_layers
 
 
 def _shared_channels(config: Any, shared: SharedExpert | None, expert_width: int) -> int | None:

@@ -196,6 +196,8 @@ class SharedExpert:
     """Or the one that holds S in units of F; several shared experts are one that is as wide as they are together."""
     gated: bool = False
     """Whether a gate, which is never cut, weighs what it gives."""
+    may_be_missing: bool = False
+    """Whether the class makes none where a configuration states zero; others make one without channels."""
 
 
 @dataclass(frozen=True)

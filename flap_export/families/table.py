@@ -235,7 +235,7 @@ FAMILIES: dict[str, Family] = {
             since=_ROUTERS_CHOOSE,
             mixture=Mixture(
                 "moe_num_experts",
-                shared=SharedExpert(count_field="moe_num_shared_experts"),
+                shared=SharedExpert(count_field="moe_num_shared_experts", may_be_missing=True),
                 layers=sparsity.in_range,
                 router_in_float32=True,
             ),

@@ -92,7 +92,7 @@ def attend_by(attention: Callable[..., tuple[Tensor, None]], name: str, model: n
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(name, partial(_with_own_window, attention))
     AttentionMaskInterface.register(name, _no_mask)
     model.config._attn_implementation = name  # type: ignore[union-attr]
     for layer in model.get_submodule(family.modules.layers).children():
@@ -111,6 +111,13 @@ def _with_cache(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> 
     # Families and versions of transformers call it by different names.
     cache = next(value for value in (*given, *named.values()) if isinstance(value, Cache))
     return given, {**named, "step_cache": cache}
+
+
+def _with_own_window(
+    attention: Callable[..., tuple[Tensor, None]], module: nn.Module, *tensors: Tensor | None, **named: Any
+) -> tuple[Tensor, None]:
+    """Call `attention` with the window of its module; that of Qwen2-MoE names it to nobody, and has it in its mask."""
+    return attention(module, *tensors, **{"sliding_window": getattr(module, "sliding_window", None), **named})
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> Tensor:

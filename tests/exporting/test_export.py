@@ -371,8 +371,11 @@ def test_a_window_as_long_as_the_cache_needs_no_mask(tmp_path: Path) -> None:
     assert "Where" not in {node.op_type for node in proto.graph.node}
 
 
-def test_windows_in_some_layers_only(tmp_path: Path) -> None:
-    dense = tiny_checkpoint("qwen2", tmp_path / "dense", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+# The attention of Qwen2-MoE names its window to no attention function.
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("qwen2_moe", marks=NEEDS_TRANSFORMERS_5)])
+def test_windows_in_some_layers_only(family: str, tmp_path: Path) -> None:
+    windows = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+    dense = tiny_checkpoint(family, tmp_path / "dense", use_sliding_window=True, **windows)
     artifact = export(dense, tmp_path / "onnx")
     assert artifact.max_length == 64, "all of the model's positions, where they are few"
     check_parity(tmp_path / "onnx", dense)

@@ -558,12 +558,12 @@ def test_the_reference_code_knows_no_experts(tmp_path: Path) -> None:
     ("family", "field", "stated", "found"),
     [
         ("mixtral", "num_experts_per_tok", 3, 3),
-        ("mixtral", "num_experts_per_tok", 4, "must lie in 1..3, the experts of a layer, got 4"),
-        ("mixtral", "num_experts_per_tok", 0, "must lie in 1..3, the experts of a layer, got 0"),
-        ("dots1", "num_experts_per_tok", None, "must lie in 1..6, the experts of a layer, got None"),
+        ("mixtral", "num_experts_per_tok", 4, r"must lie in 1\.\.3 \(num_local_experts\), got 4"),
+        ("mixtral", "num_experts_per_tok", 0, r"must lie in 1\.\.3 \(num_local_experts\), got 0"),
+        ("dots1", "num_experts_per_tok", None, r"must lie in 1\.\.6 \(n_routed_experts\), got None"),
         ("hunyuan_v1_moe", "moe_topk", [2, 2], 2),
         ("hunyuan_v1_moe", "moe_topk", [2, 3], 0),
-        ("hunyuan_v1_moe", "moe_topk", [2, 9], "must lie in 1..5, the experts of a layer, got 9"),
+        ("hunyuan_v1_moe", "moe_topk", [2, 9], r"must lie in 1\.\.5 \(num_experts\), got \[2, 9\]"),
         ("hunyuan_v1_moe", "moe_topk", [2], "must be one number, or one for each of 2 layers, got 1"),
     ],
 )
