@@ -120,12 +120,13 @@ def _with_own_window(
     return attention(module, *tensors, **{"sliding_window": getattr(module, "sliding_window", None), **named})
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> Tensor:
+def _no_mask(*_: Any, device: Any = None, cache_position: Tensor | None = None, **__: Any) -> Tensor:
     """Transformers' mask interface: what is seen is the attention's own business.
 
-    A tensor that nothing reads, because MPT's model asks for another dtype of whatever it gets.
+    A tensor that nothing reads, because MPT's model asks for another dtype of whatever it gets; on the model's device,
+    of which transformers 4 tells by positions.
     """
-    return torch.zeros(())
+    return torch.zeros((), device=device if cache_position is None else cache_position.device)
 
 
 def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float) -> Tensor:

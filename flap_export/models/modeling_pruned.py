@@ -331,9 +331,10 @@ def _own_biases(
     name: str, dense_heads: int, numbers: list[int], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Of biases [dense heads, ...] or [B dense heads, ...] that attention is handed, those of the heads it has."""
-    biases: Tensor = kwargs[name]
-    kept = biases.view(-1, dense_heads, *biases.shape[1:])[:, list(numbers)].flatten(0, 1)
-    return args, {**kwargs, name: kept}
+    by_head = kwargs[name].unflatten(0, (-1, dense_heads)).unbind(1)
+    # An index would have to come from the host, which no CUDA graph can hold.
+    kept = torch.stack([by_head[number] for number in numbers], dim=1)
+    return args, {**kwargs, name: kept.flatten(0, 1)}
 
 
 def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:
