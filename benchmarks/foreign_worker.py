@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,18 @@ class ForeignModel(Protocol):
 
     def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
         """Greedy tokens after `prompt`."""
+
+
+def timed_calls(call: Callable[[], object]) -> Timed:
+    """What times a number of calls."""
+
+    def timed(calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - begin) * 1000 / calls
+
+    return timed
 
 
 def serve(open_model: Callable[[str, int], ForeignModel]) -> None:

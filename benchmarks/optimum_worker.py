@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, final
 
 import numpy as np
 import onnxruntime
 import torch
-from foreign_worker import Timed, serve
+from foreign_worker import Timed, serve, timed_calls
 from optimum.onnxruntime import ORTModelForCausalLM
 
 
@@ -32,13 +31,13 @@ class OptimumModel:
     def prefill(self, tokens: np.ndarray) -> Timed:
         """A function that times a number of prefills, in ms each."""
         ids = torch.from_numpy(tokens.astype(np.int64))
-        return _timed(lambda: self._called(ids, ids.shape[1]))
+        return timed_calls(lambda: self._called(ids, ids.shape[1]))
 
     def decode(self, context: np.ndarray) -> Timed:
         """A function that times a number of steps behind `context`, in ms each."""
         ids = torch.from_numpy(context.astype(np.int64))
         past = self._called(ids, ids.shape[1]).past_key_values
-        return _timed(lambda: self._called(ids[:, -1:], ids.shape[1] + 1, past))
+        return timed_calls(lambda: self._called(ids[:, -1:], ids.shape[1] + 1, past))
 
     def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
         """Greedy tokens after `prompt`."""
@@ -46,16 +45,6 @@ class OptimumModel:
             torch.tensor([prompt]), do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens
         )
         return [int(token) for token in found[0, len(prompt) :]]
-
-
-def _timed(call: Any) -> Timed:
-    def timed(calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - begin) * 1000 / calls
-
-    return timed
 
 
 if __name__ == "__main__":

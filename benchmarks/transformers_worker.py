@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, final
 
 import numpy as np
 import torch
-from foreign_worker import Timed, serve
+from foreign_worker import Timed, serve, timed_calls
 from transformers import AutoModelForCausalLM
+
+from flap_export.models.attention import cache_argument
 
 
 @final
@@ -19,26 +20,27 @@ class TransformersModel:
         if threads:
             torch.set_num_threads(threads)
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+        self.cache_argument = cache_argument(self.model)
         self.vocabulary_size = self.model.config.vocab_size
 
     def _called(self, tokens: torch.Tensor, past: Any = None) -> Any:
         with torch.inference_mode():
-            return self.model(input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+            return self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{self.cache_argument: past})
 
     def prefill(self, tokens: np.ndarray) -> Timed:
         """A function that times a number of prefills, in ms each."""
         ids = torch.from_numpy(tokens.astype(np.int64))
-        return _timed(lambda: self._called(ids))
+        return timed_calls(lambda: self._called(ids))
 
     def decode(self, context: np.ndarray) -> Timed:
         """A function that times a number of steps, each of other tokens, in ms each; the cache grows by one a step."""
         ids = torch.from_numpy(context.astype(np.int64))
-        past, draw = self._called(ids).past_key_values, torch.Generator().manual_seed(0)
+        past, draw = self._called(ids)[self.cache_argument], torch.Generator().manual_seed(0)
 
         def step() -> None:
             self._called(torch.randint(3, self.vocabulary_size, (len(ids), 1), generator=draw), past)
 
-        return _timed(step)
+        return timed_calls(step)
 
     def generate(self, prompt: list[int], new_tokens: int) -> list[int]:
         """Greedy tokens after `prompt`."""
@@ -46,16 +48,6 @@ class TransformersModel:
             torch.tensor([prompt]), do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens
         )
         return [int(token) for token in found[0, len(prompt) :]]
-
-
-def _timed(call: Any) -> Timed:
-    def timed(calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - begin) * 1000 / calls
-
-    return timed
 
 
 if __name__ == "__main__":
