@@ -7,6 +7,7 @@ is lost, swapped or cut wrongly shows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -324,7 +325,8 @@ LONGROPE: dict[str, Any] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    sizes = {**SIZES, **FAMILY_SIZES.get(family, {}), **overrides}
+    """A configuration of its own: transformers writes defaults into the dictionaries it is handed."""
+    sizes = deepcopy({**SIZES, **FAMILY_SIZES.get(family, {}), **overrides})
     values = {name: value for name, value in sizes.items() if value is not ...}
     listed = {name: value(sizes["num_hidden_layers"]) for name, value in values.items() if callable(value)}
     names, generation = FAMILIES[family].rotary.names_in_4, int(transformers.__version__.partition(".")[0])
