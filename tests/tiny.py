@@ -89,6 +89,18 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "exaone": {"head_dim": 12, "rope_theta": 50.0},
     # Norms behind the blocks, windows in every other layer; in the others no head turns.
     "exaone4": {"head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2, "rope_theta": 50.0},
+    # The same before the blocks, and mixtures behind a plain layer, with two shared experts.
+    "exaone_moe": {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+        "rope_theta": 50.0,
+        "moe_intermediate_size": 24,
+        "num_experts": 5,
+        "num_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.7,
+    },
     # Norms behind the blocks, and one norm over all queries, and over all keys.
     "flex_olmo": {"head_dim": 12, "num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True},
     # Norms whose weights are offsets, embeddings scaled, heads that together are wider than the hidden size.
@@ -174,6 +186,16 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # A shared expert that is as wide as every other one.
     "hunyuan_v1_moe": {"head_dim": 12, "num_experts": 5, "moe_topk": 2},
+    # A plain layer in front; what routed and shared experts give is added in single precision.
+    "hy_v3": {
+        "head_dim": 12,
+        "rope_theta": 50.0,
+        "moe_intermediate_size": 24,
+        "num_experts": 5,
+        "num_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "router_scaling_factor": 1.7,
+    },
     "iquestcoder": {"head_dim": 12, "rope_theta": 50.0},
     # Layer norms; no gate, the square of what is positive.
     "jais2": {"rope_theta": 50.0},
@@ -181,6 +203,23 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 6.0},
     },
+    # A mixture in every other layer, and windows, whose heads turn faster.
+    "mellum": {
+        "head_dim": 12,
+        "intermediate_size": 56,
+        "moe_intermediate_size": 40,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": alternating,
+        "mlp_layer_types": lambda layers: (["dense", "sparse"] * layers)[:layers],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 15.0},
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
+        },
+    },
+    # One norm over all queries, one over all keys, half of every head turns.
+    "minimax_m2": {"head_dim": 12, "rotary_dim": 6, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"head_dim": 12, "sliding_window": 6, "layer_types": alternating},
     # Queries that grow with their position, by steps of four tokens.
     "ministral3": {
@@ -269,6 +308,16 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "seed_oss": {"head_dim": 12, "attention_bias": True},
     # In every other layer no head turns; those have windows.
     "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6, "rope_theta": 50.0},
+    # A mixture with two shared experts in every layer.
+    "solar_open": {
+        "head_dim": 12,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 0.7,
+        "rope_theta": 50.0,
+    },
     # A quarter of every head turns; the same hidden states for attention and FFN, see also the tests of both kinds.
     "stablelm": {"partial_rotary_factor": 0.25, "use_parallel_residual": True, "use_qkv_bias": True},
     "starcoder2": {"sliding_window": 6},
@@ -390,6 +439,11 @@ def grouped_rows(query_heads: Sequence[int], kv_heads: Sequence[int], group: int
         "k": rows([head * (group + 2) + group for head in kv_heads]),
         "v": rows([head * (group + 2) + group + 1 for head in kv_heads]),
     }
+
+
+def expert_projections(family: str) -> tuple[str, str, str]:
+    """Gate, up and down of one expert, as the family calls them."""
+    return ("w1", "w3", "w2") if family in ("minimax_m2", "mixtral") else ("gate_proj", "up_proj", "down_proj")
 
 
 def tokens_of(sequences: int, length: int, *, seed: int = 0) -> Tensor:

@@ -67,7 +67,7 @@ def _check_rotary_dim(config: Any) -> None:
     turning = getattr(config, "rotary_dim", None)
     if turning is None:
         return
-    size = config.hidden_size // config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if turning % 2 or turning > size:
         raise ModelError(
             f"rotary_dim must be even and at most the {size} channels of a head, got {turning}; transformers cannot "

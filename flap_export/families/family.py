@@ -165,12 +165,16 @@ class Rotary:
     sines_first: bool = False
     """Whether the rotary embedding gives sines before cosines, each of them once. The class then turns heads by a
     function that no other has, and own attention does it instead."""
+    partial: bool = False
+    """Whether the class turns as many channels of a head as its table has, and not always all of them."""
     in_float32: bool = False
     """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
     required_fields: tuple[str, ...] = ()
     """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
     names_in_4: Mapping[str, str] = field(default_factory=dict)
     """What transformers 4 called rotary parameters of this family, where that is something else."""
+    is_new: bool = False
+    """Whether the class reads none of transformers 4's fields, and warns of them."""
 
 
 @dataclass(frozen=True)

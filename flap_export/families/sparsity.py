@@ -21,3 +21,9 @@ def in_range(config: Any, index: int) -> bool:
     """Every so many layers one, from one layer to another."""
     first, last, interval = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
     return index in range(first, last + 1) and (index + 1) % interval == 0
+
+
+def by_name(config: Any, index: int) -> bool:
+    """Those that are called so."""
+    is_sparse: bool = config.mlp_layer_types[index] == "sparse"
+    return is_sparse

@@ -145,6 +145,7 @@ _MIXTURE_AFTER_THE_FIRST = Mixture(
     layers=sparsity.after_the_first,
     router_in_float32=True,
 )
+_PARTIAL_ROTARY = Rotary(partial=True)
 _NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
@@ -269,6 +270,21 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("exaone4", "Exaone4", _SEPARATE_PROJECTIONS),
         Family(
+            "exaone_moe",
+            "ExaoneMoe",
+            _WITH_SHARED_EXPERTS,
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture(
+                "num_experts",
+                shared=SharedExpert(count_field="num_shared_experts"),
+                layers=sparsity.by_name,
+                router_in_float32=True,
+            ),
+            stored=Stored(
+                names={".mlp.e_score_correction_bias": ".mlp.gate.e_score_correction_bias"}, unused=("mtp.",)
+            ),
+        ),
+        Family(
             "falcon",
             "Falcon",
             _FALCON_PROJECTIONS,
@@ -320,14 +336,15 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
             requires=_ONE_DIRECTION,
         ),
-        Family("glm", "Glm", _GLM_PROJECTIONS, rotary=Rotary(interleaved=True)),
-        Family("glm4", "Glm4", _GLM_PROJECTIONS, rotary=Rotary(interleaved=True)),
+        Family("glm", "Glm", _GLM_PROJECTIONS, rotary=Rotary(interleaved=True, partial=True)),
+        Family("glm4", "Glm4", _GLM_PROJECTIONS, rotary=Rotary(interleaved=True, partial=True)),
         Family(
             "glm4_moe",
             "Glm4Moe",
             _WITH_SHARED_EXPERTS,
             since=_ROUTERS_CHOOSE,
             mixture=_MIXTURE_AFTER_THE_FIRST,
+            rotary=_PARTIAL_ROTARY,
             stored=Stored(unused=("model.layers.{layers}.",)),
         ),
         Family(
@@ -385,7 +402,9 @@ FAMILIES: dict[str, Family] = {
             ),
             stored=Stored(names={"embed_out.": "lm_head."}, buffers=(".attention.bias", ".attention.masked_bias")),
             heads=Heads(plain=True),
-            rotary=Rotary(names_in_4={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}),
+            rotary=Rotary(
+                partial=True, names_in_4={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+            ),
             bias_flags={"query": "attention_bias", "ffn": None},
         ),
         Family(
@@ -434,6 +453,29 @@ FAMILIES: dict[str, Family] = {
             ),
             bias_flags={"query": "attention_bias"},
         ),
+        Family(
+            "hy_v3",
+            "HYV3",
+            _WITH_SHARED_EXPERTS,
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture(
+                "num_experts",
+                shared=SharedExpert(count_field="num_shared_experts"),
+                layers=sparsity.by_name,
+                router_in_float32=True,
+            ),
+            stored=Stored(
+                names={
+                    ".mlp.router.gate.": ".mlp.gate.",
+                    ".mlp.expert_bias": ".mlp.e_score_correction_bias",
+                    ".mlp.shared_mlp.": ".mlp.shared_experts.",
+                },
+                unused=("model.layers.{layers}.",),
+            ),
+            bias_flags={"query": "attention_bias"},
+            # Routed experts have none in any case.
+            requires={"mlp_bias": (False, None)},
+        ),
         # Transformers computes it by Llama's classes, with biases everywhere or nowhere; no checkpoint has them.
         Family(
             "internlm3",
@@ -453,6 +495,26 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("jais2", "Jais2", _UNGATED_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family("llama", "Llama", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "mellum",
+            "Mellum",
+            _EXPERTS_IN_SOME_LAYERS,
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_experts", layers=sparsity.by_name),
+            rotary=Rotary(is_new=True),
+            stored=Stored(unused=("mtp.",)),
+            bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "minimax_m2",
+            "MiniMaxM2",
+            (*_JOINTLY_NORMED_PROJECTIONS[:4], *_MIXTRAL_PROJECTIONS[4:]),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_local_experts", width_field="intermediate_size"),
+            heads=Heads(norms=_JOINT_NORMS),
+            rotary=_PARTIAL_ROTARY,
+            stored=Stored(names={".block_sparse_moe.": ".mlp."}),
+        ),
         Family("ministral", "Ministral", _SEPARATE_PROJECTIONS),
         Family(
             "ministral3",
@@ -514,6 +576,7 @@ FAMILIES: dict[str, Family] = {
             "Nemotron",
             _UNGATED_PROJECTIONS,
             since="5",
+            rotary=_PARTIAL_ROTARY,
             norm=Norm(epsilon="eps", offset=1.0, is_centred=True, suffix="LayerNorm1P"),
             bias_flags=_LLAMA_BIAS_FLAGS,
         ),
@@ -574,6 +637,7 @@ FAMILIES: dict[str, Family] = {
             # Before, every attention had a rotary embedding beside the model's, which nothing read.
             since="5",
             heads=Heads(plain=True),
+            rotary=_PARTIAL_ROTARY,
             bias_flags={"query": None, "ffn": None},
         ),
         Family(
@@ -582,11 +646,12 @@ FAMILIES: dict[str, Family] = {
             _PHI_PROJECTIONS,
             # Its norms of queries and keys have H / Q channels.
             heads=Heads(fixed_where={"qk_layernorm": True}),
+            rotary=_PARTIAL_ROTARY,
             parallel_blocks=True,
             bias_flags={"query": None, "ffn": None},
         ),
         # It holds the factors of longrope against H / Q.
-        Family("phi3", "Phi3", _FUSED_PROJECTIONS, heads=Heads(fixed_with_rope=("longrope",))),
+        Family("phi3", "Phi3", _FUSED_PROJECTIONS, heads=Heads(fixed_with_rope=("longrope",)), rotary=_PARTIAL_ROTARY),
         Family("qwen2", "Qwen2", _SEPARATE_PROJECTIONS),
         Family(
             "qwen2_moe",
@@ -617,11 +682,21 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("smollm3", "SmolLM3", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
+            "solar_open",
+            "SolarOpen",
+            (*_SEPARATE_PROJECTIONS[:4], *_WITH_SHARED_EXPERTS[7:]),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture(
+                "n_routed_experts", shared=SharedExpert(count_field="n_shared_experts"), router_in_float32=True
+            ),
+        ),
+        Family(
             "stablelm",
             "StableLm",
             _SEPARATE_PROJECTIONS,
             since="5",
             heads=Heads(size_follows=True),
+            rotary=_PARTIAL_ROTARY,
             parallel_blocks="use_parallel_residual",
             # A norm of its own for every head.
             requires={"qk_layernorm": (False,)},

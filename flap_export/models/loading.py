@@ -126,7 +126,9 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
-            model.set_submodule(path, type(module)(config=getattr(module, "config", checkpoint.config)))
+            computed = type(module)(config=getattr(module, "config", checkpoint.config))
+            _check_turning(computed, checkpoint)
+            model.set_submodule(path, computed)
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
                 factor = torch.tensor(checkpoint.shape.hidden_size**0.5, dtype=buffer.dtype)
@@ -136,6 +138,20 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
             elif f"{path}.{name}".endswith(checkpoint.family.stored.buffers):
                 module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
                 model._init_weights(module)  # type: ignore[operator]
+
+
+def _check_turning(rotary: nn.Module, checkpoint: Checkpoint) -> None:
+    """Whether the family's class can turn as many channels of a head as the configuration makes it."""
+    size, family = checkpoint.shape.head_dim, checkpoint.family
+    for name, buffer in rotary.named_buffers(recurse=False):
+        turning = 2 * buffer.numel()
+        if name.endswith("inv_freq") and (turning > size or not (family.rotary.partial or turning == size)):
+            possible = f"at most {size}" if family.rotary.partial else f"all {size}"
+            raise ModelError(
+                f"'{checkpoint.directory / 'config.json'}' makes {turning} channels of a head turn "
+                f"(partial_rotary_factor, head_dim), and transformers' {family.model_type} can turn {possible}; "
+                "no such model can be computed, correct the fields"
+            )
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:

@@ -88,7 +88,8 @@ def write_beside_weights(directory: Path, dense: Checkpoint, plan: PruningPlan, 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration of a checkpoint that was opened, with rotary settings that every transformers reads."""
     raw: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
-    return both_rope_forms(raw, checkpoint.config, checkpoint.family.rotary.names_in_4)
+    rotary = checkpoint.family.rotary
+    return raw if rotary.is_new else both_rope_forms(raw, checkpoint.config, rotary.names_in_4)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -38,9 +38,13 @@ ELSE = {
     "apertus": {"ACTIVATION", "SELECT"},
     "dots1": {*ROUTERS_IN_FLOAT32, "FILL", "SELECT", "UNSQUEEZE"},
     "ernie4_5_moe": {*ROUTERS_IN_FLOAT32, "SQUEEZE"},
+    "exaone_moe": ROUTERS_IN_FLOAT32,
     "glm4_moe": ROUTERS_IN_FLOAT32,
     "hunyuan_v1_moe": {"MATRIX_MULTIPLY"},
+    "hy_v3": ROUTERS_IN_FLOAT32,
+    "minimax_m2": {"ACTIVATION", "GATHER"},
     "ministral3": {"UNSQUEEZE"},
+    "solar_open": ROUTERS_IN_FLOAT32,
 }
 """And what xIELU, the queries' factor by position, and routers that are kept in single precision add."""
 

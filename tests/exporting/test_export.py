@@ -57,6 +57,7 @@ NODES = {
     "ernie4_5_moe": (53, 20),
     "exaone": (22, 11),
     "exaone4": (24, 16),
+    "exaone_moe": (54, 27),
     "falcon": (22, 11),
     "flex_olmo": (50, 20),
     "gemma": (21, 12),
@@ -82,6 +83,9 @@ NODES = {
     "ministral3": (23, 20),
     "mistral": (22, 17),
     "hunyuan_v1_moe": (52, 20),
+    "hy_v3": (55, 20),
+    "mellum": (45, 27),
+    "minimax_m2": (51, 20),
     "mixtral": (42, 26),
     "mpt": (18, 17),
     "nemotron": (20, 11),
@@ -99,6 +103,7 @@ NODES = {
     "qwen3_moe": (45, 20),
     "seed_oss": (23, 11),
     "smollm3": (22, 17),
+    "solar_open": (52, 20),
     "stablelm": (22, 11),
     "starcoder2": (23, 17),
     "vaultgemma": (34, 24),
@@ -108,7 +113,15 @@ they reach more.
 
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
-PLAIN_NODES = {"dots1": 24, "ernie4_5_moe": 22, "glm4_moe": 25, "qwen2_moe": 23}
+PLAIN_NODES = {
+    "dots1": 24,
+    "ernie4_5_moe": 22,
+    "exaone_moe": 24,
+    "glm4_moe": 25,
+    "hy_v3": 24,
+    "mellum": 24,
+    "qwen2_moe": 23,
+}
 """Nodes of a plain layer among mixtures."""
 NORM_VECTORS = {
     "bloom": 2, "codegen": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neo": 2, "gpt_neox": 2, "gptj": 2,

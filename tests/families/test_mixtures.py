@@ -15,6 +15,7 @@ from refitting import fitted
 from safetensors.torch import load_file, save_file
 from tiny import (
     MIXTURES,
+    expert_projections,
     keep_all_plan,
     layer_plan,
     plain_model,
@@ -94,7 +95,7 @@ def routed_inputs(path: Path, tokens: Tensor) -> dict[tuple[int, int], list[Tens
 def test_statistics_are_of_the_tokens_an_expert_was_sent(family: str, tmp_path: Path) -> None:
     dense, tokens = tiny_checkpoint(family, tmp_path / "dense"), tokens_of(7, 12)
     statistics = calibrate(dense, save_tokens(tmp_path / "ids.npy", tokens), chunk_sequences=3)
-    down = "w2" if family == "mixtral" else "down_proj"
+    *_, down = expert_projections(family)
     weights = open_checkpoint(dense).weights
     inputs = routed_inputs(dense, tokens)
     counts = {len(values) for values in inputs.values()}

@@ -344,6 +344,14 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
             "vocab_size": 51200,
         },
     ),
+    "minimax-m2": (
+        "minimax_m2",
+        228.69,
+        sizes(3072, 1536, 62, 48, 8, 200064, head_dim=128, rotary_dim=64, rms_norm_eps=1e-06, rope_theta=5000000)
+        | {"num_local_experts": 256, "num_experts_per_tok": 8, "scoring_func": "sigmoid", "use_routing_bias": True}
+        | {"qk_norm_type": "per_layer", "use_qk_norm": True, "mlp_intermediate_size": 8192, "hidden_act": "silu"}
+        | {"max_position_embeddings": 196608, "shared_intermediate_size": 0, "tie_word_embeddings": False},
+    ),
     "minitron-4b-base": (
         "nemotron",
         4.19,
@@ -429,6 +437,13 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
         | {"norm_topk_prob": False, "num_experts": 7, "num_experts_per_tok": 5, "output_router_logits": False}
         | {"max_position_embeddings": 4096, "rope_scaling": None, "tie_word_embeddings": False},
     ),
+    "solar-open-100b": (
+        "solar_open",
+        102.65,
+        sizes(4096, 10240, 48, 64, 8, 196608, head_dim=128, rms_norm_eps=1e-05, rope_theta=1000000)
+        | {"moe_intermediate_size": 1280, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8}
+        | {"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    ),
 }
 
 
@@ -453,4 +468,5 @@ def test_a_published_configuration(name: str, tmp_path: Path) -> None:
         for name, buffer in module.named_buffers()
         if name.endswith("inv_freq")
     }
-    assert turned == {int(checkpoint.shape.head_dim * fields.get("partial_rotary_factor", 1))}
+    part = fields.get("partial_rotary_factor", 1)
+    assert turned == {fields.get("rotary_dim", int(checkpoint.shape.head_dim * part))}

@@ -169,7 +169,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 ROPE_FIELDS = {"rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "rotary_emb_base", "rotary_pct"}
 ROTARY = sorted(
-    set(ALL_FAMILIES) - {"bloom", "codegen", "gptj", "gpt_neo", "mpt", "opt", "gpt2", "gpt_bigcode", "ministral3"}
+    set(ALL_FAMILIES)
+    - {"bloom", "codegen", "gptj", "gpt_neo", "mpt", "opt", "gpt2", "gpt_bigcode", "ministral3", "mellum"}
 )
 
 

@@ -60,6 +60,33 @@ def test_rotary_scaling_is_read(rope: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(found, tokens_of(2, 12)), logits_of(expected, tokens_of(2, 12)))
 
 
+HALF_TURNED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0, "partial_rotary_factor": 0.5}
+BESIDE = ("llama_4_scaling_beta", "original_max_position_embeddings")
+"""What the class of Ministral 3 cannot do without."""
+WITH_ROPE_PARAMETERS = [family for family in ALL_FAMILIES if getattr(tiny_config(family), "rope_parameters", None)]
+
+
+@pytest.mark.parametrize("family", WITH_ROPE_PARAMETERS)
+def test_heads_turn_in_part_where_the_class_can(family: str, tmp_path: Path) -> None:
+    """With linear scaling, whose frequencies are as many as a configuration says whatever the class makes of them."""
+    stated = tiny_config(family).rope_parameters
+    if "full_attention" in stated:
+        parameters = dict.fromkeys(stated, HALF_TURNED)
+    else:
+        parameters = {**{name: value for name, value in stated.items() if name.startswith(BESIDE)}, **HALF_TURNED}
+    # Its longrope is the only scaling that Phi-3 takes.
+    parameters |= {"rope_type": "default"} if family == "phi3" else {}
+    path = tiny_checkpoint(family, tmp_path / "dense", rope_parameters=parameters)
+    expected, tokens = plain_model(path), tokens_of(2, 7)
+    try:
+        logits = logits_of(expected, tokens)
+    except RuntimeError:
+        with pytest.raises(ModelError, match=r"channels of a head turn \(partial_rotary_factor, head_dim\)"):
+            load_model(path, dtype=torch.float32)
+    else:
+        assert_same_logits(logits_of(load_model(path, dtype=torch.float32), tokens), logits, family)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_weights_are_cast(dtype: torch.dtype, tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path / "dense", dtype=torch.bfloat16)

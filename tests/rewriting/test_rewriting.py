@@ -13,6 +13,7 @@ from tiny import (
     MIXTURES,
     OLD_FALCON,
     assert_same_logits,
+    expert_projections,
     grouped_rows,
     keep_all_plan,
     layer_plan,
@@ -54,7 +55,7 @@ RESTORING = {
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }
 """What families call the projections back to the residual stream, where it is not as in Llama."""
-JOINTLY_NORMED = ("flex_olmo", "olmo2", "olmo3", "olmoe")
+JOINTLY_NORMED = ("flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmoe")
 NORM_NAMES = (
     "layernorm",
     "layer_norm",
@@ -78,7 +79,8 @@ WIDENING = (
     "mlp.dense_h_to_4h",
     "mlp.c_fc",
 )
-EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ROUTING = ("mlp.gate.", "mlp.shared_expert_gate.", "mlp.e_score_correction_bias")
+"""What chooses and weighs experts, and is never cut."""
 SHARED = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 _VARIANTS = [
@@ -248,7 +250,7 @@ def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: di
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
         # Transformers saves some routers in single precision.
-        assert found[name].dtype == (tensor.dtype if ".mlp.gate." in name else torch.bfloat16), name
+        assert found[name].dtype == (tensor.dtype if any(part in name for part in ROUTING) else torch.bfloat16), name
         assert found[name].is_contiguous(), name
         assert torch.equal(found[name], tensor), name
 
@@ -285,7 +287,7 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
             is_of_heads = path.startswith(attention) and "norm." in path
-            if (path.startswith(("mlp.gate.", "mlp.shared_expert_gate.")) or path.endswith(NORMS)) and not is_of_heads:
+            if (path.startswith(ROUTING) or path.endswith(NORMS)) and not is_of_heads:
                 expected[name] = tensor
             elif is_of_heads:
                 heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
@@ -337,7 +339,7 @@ def head_by_head(heads: Sequence[int], in_block: int, size: int) -> list[int]:
 
 
 def expected_experts(checkpoint: Checkpoint, index: int, kept: LayerPlan, means: Tensor) -> dict[str, Tensor]:
-    gate, up, down = ("w1", "w3", "w2") if checkpoint.family.model_type == "mixtral" else EXPERT_PROJECTIONS
+    gate, up, down = expert_projections(checkpoint.family.model_type)
     expected, weights = {}, checkpoint.weights
     for expert, channels in enumerate(kept.experts):
         prefix = f"model.layers.{index}.mlp.experts.{expert}."

@@ -7,7 +7,7 @@ from typing import Any, Final
 from torch import Tensor
 from torch.nn.functional import linear
 
-GROUPING: Final = ("Glm4MoeTopkRouter", "Dots1TopkRouter")
+GROUPING: Final = ("Glm4MoeTopkRouter", "Dots1TopkRouter", "ExaoneMoeTopkRouter", "SolarOpenTopkRouter")
 """Names of their classes."""
 
 
