@@ -441,6 +441,14 @@ def grouped_rows(query_heads: Sequence[int], kv_heads: Sequence[int], group: int
     }
 
 
+ROUTING = ("mlp.gate.", "mlp.shared_expert_gate.", "mlp.e_score_correction_bias")
+"""Beginnings of paths below a layer of what chooses and weighs experts, and is never cut."""
+
+
+def is_routing(name: str) -> bool:
+    return any(f".{part}" in name for part in ROUTING)
+
+
 def expert_projections(family: str) -> tuple[str, str, str]:
     """Gate, up and down of one expert, as the family calls them."""
     return ("w1", "w3", "w2") if family in ("minimax_m2", "mixtral") else ("gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, save_tokens, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
+from tiny import ALL_FAMILIES, is_routing, save_tokens, tiny_checkpoint, tiny_pruned, tiny_statistics, tokens_of
 
 from flap_export.calibration.statistics import CalibrationStatistics
 from flap_export.errors import BudgetError, InputError, ModelError, OutputError
@@ -39,7 +39,7 @@ def test_from_model_to_checkpoint(family: str, tmp_path: Path) -> None:
     stored = open_checkpoint(dense).weights
     for name in pruned.weights:
         # Transformers saves some routers in single precision, and so they stay.
-        expected = stored[name].dtype if ".mlp.gate." in name else torch.bfloat16
+        expected = stored[name].dtype if is_routing(name) else torch.bfloat16
         assert pruned.weights[name].dtype == expected, name
     statistics = CalibrationStatistics.load(tmp_path / "pruned" / "statistics.safetensors")
     assert statistics.digests == plan.digests

@@ -12,9 +12,11 @@ from tiny import (
     ALL_FAMILIES,
     MIXTURES,
     OLD_FALCON,
+    ROUTING,
     assert_same_logits,
     expert_projections,
     grouped_rows,
+    is_routing,
     keep_all_plan,
     layer_plan,
     plain_model,
@@ -79,8 +81,6 @@ WIDENING = (
     "mlp.dense_h_to_4h",
     "mlp.c_fc",
 )
-ROUTING = ("mlp.gate.", "mlp.shared_expert_gate.", "mlp.e_score_correction_bias")
-"""What chooses and weighs experts, and is never cut."""
 SHARED = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
 _VARIANTS = [
@@ -250,7 +250,7 @@ def test_kept_weights_are_slices_and_biases_are_added(family: str, overrides: di
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
         # Transformers saves some routers in single precision.
-        assert found[name].dtype == (tensor.dtype if any(part in name for part in ROUTING) else torch.bfloat16), name
+        assert found[name].dtype == (tensor.dtype if is_routing(name) else torch.bfloat16), name
         assert found[name].is_contiguous(), name
         assert torch.equal(found[name], tensor), name
 
