@@ -605,6 +605,26 @@ def test_static_torch_agrees_with_torch(family: str, pruned: bool, tmp_path: Pat
     np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=1e-9)
 
 
+def test_masks_of_static_caches_are_aligned(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch copies others into aligned ones in every layer; caches hold what was asked for all the same."""
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def spied(*tensors: Any, attn_mask: Any, **options: Any) -> Any:
+        seen.add(attn_mask.shape[-1])
+        return attention(*tensors, attn_mask=attn_mask, **options)
+
+    found = {}
+    for backend in ("torch", "torch-static"):
+        with open_runner(dense, backend=backend, threads=1, max_length=21) as runner, monkeypatch.context() as patched:
+            if backend == "torch-static":
+                patched.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+            found[backend] = [runner.prefill([[*range(13)]]), *(runner.decode(np.array([step])) for step in range(8))]
+            with pytest.raises(ArtifactError, match="must not exceed the cache's 21 rows"):
+                runner.decode(np.array([1]))
+    assert seen == {16, 32}
+    np.testing.assert_allclose(found["torch-static"], found["torch"], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("by_head", [False, True], ids=["one-mask", "mask-per-head"])
 @pytest.mark.parametrize("heads", [2, 4, 6])
 @pytest.mark.parametrize("tokens", [1, 5])
