@@ -61,7 +61,7 @@ WITHIN = {
     "families": ("rope", "family", "sparsity", "configuration", "table"),
     "models": (
         "weights", "modeling_pruned", "opening", "alibi", "rebinding", "double_precision", "loading", "own_attention",
-        "attention",
+        "attention", "fewer_kernels",
     ),
     "calibration": ("products", "moments", "statistics", "reference", "layerwise", "stage"),
     "allocation": ("ladders", "budgets", "ratios", "reference", "stage", "rates"),

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flap_export.devices import check_device
 from flap_export.models.alibi import register_tables, slope_tables
 from flap_export.models.attention import StepCache, attend_by, cache_argument, rotary_modules, softcapped_attention
+from flap_export.models.fewer_kernels import use_fewer_kernels
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.precision import torch_dtype
@@ -148,6 +149,10 @@ class StaticTorchRunner(Runner):
         self._device, self._threads, self._shape = torch.device(options.device), options.threads, checkpoint.shape
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         attend_by(_attention, NAME, model, checkpoint.family)
+        use_fewer_kernels(model, checkpoint.family)
+        if self._device.type != "cpu":
+            # What projections took before they were joined is nobody's.
+            torch.cuda.empty_cache()
         register_tables(model, slope_tables(checkpoint, self._dtype, options.device))
         if self.max_length <= checkpoint.longest_sequence:
             _hold_frequencies(model)
