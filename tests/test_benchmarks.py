@@ -195,6 +195,9 @@ def test_the_gpu_comparison_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> Non
         ]
         assert all(phase["rounds"] >= 3 and phase["dense"]["median_ms"] > 0 for phase in found["phases"])
         assert all(dense > pruned > 0 for dense, pruned in found["predicted_ms"])
+    # Same machine, same models: what differs are the kernels that PyTorch does not fuse.
+    unfused, fused = (found["predicted_ms"] for found in written["comparisons"])
+    assert all(slow > fast for both in zip(unfused, fused, strict=True) for slow, fast in zip(*both, strict=True))
     assert {skipped["what"] for skipped in written["skipped"]} == {"tensorrt", "tensorrt-rtx"}
     assert "skipped tensorrt-rtx: " in done.stdout
     assert list((tmp_path / "work").rglob("*.safetensors")) == []
