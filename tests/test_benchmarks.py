@@ -31,6 +31,7 @@ SCRIPTS = (
     "experts",
     "export_cost",
     "gpu",
+    "gpu_kernels",
     "methods",
     "onnxruntime_cpu",
     "prune_memory",
@@ -201,6 +202,19 @@ def test_the_gpu_comparison_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> Non
     assert {skipped["what"] for skipped in written["skipped"]} == {"tensorrt", "tensorrt-rtx"}
     assert "skipped tensorrt-rtx: " in done.stdout
     assert list((tmp_path / "work").rglob("*.safetensors")) == []
+
+
+def test_a_step_is_taken_apart_into_what_it_launches(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "gpu_kernels.py"), "--quick", "--output", str(tmp_path / "kernels.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    launches = {kernel["kernel"]: kernel["launches"] for kernel in written["kernels"]}
+    # Two layers, with a cache for keys and one for values each.
+    assert launches["aten::scatter_"] == 4
+    assert written["least_ms"] > 0
+    assert written["kernels_ms"] == pytest.approx(sum(kernel["ms"] for kernel in written["kernels"]))
+    assert "a step takes" in done.stdout
 
 
 def test_the_gpu_comparison_exits_3_without_a_gpu(tmp_path: Path) -> None:
