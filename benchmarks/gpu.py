@@ -36,7 +36,7 @@ from flap_export.benchmarking.rounds import take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.errors import FlapExportError
-from flap_export.ideal import Roofline, ideal_speedup
+from flap_export.ideal import Roofline, cache_bytes, ideal_speedup, stored_parameters
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import Assumptions, estimate
 
@@ -47,6 +47,8 @@ BACKENDS: Final = ("torch-static", "tensorrt", "tensorrt-rtx", "onnxruntime")
 ASSUMED: Final = {"torch-static": Assumptions(attention_kernels=11, ffn_kernels=6)}
 """What is expected of a backend that does not fuse kernels as engines do; see `flap_export.models.fewer_kernels`."""
 MODELS: Final = {"7b": "7b", "1b": "1b", "0.1b": "160m"}
+HELD: Final = 0.9
+"""Of a GPU's memory, for weights and caches; the rest is for contexts, workspaces and what is computed."""
 CLOSING_S: Final = 10.0
 """Of the time limit, for what is still to be done when measuring has to stop."""
 TRIAL: Final = "tiny"
@@ -251,11 +253,13 @@ class Comparison:
         try:
             with self.opened(model, ratio, backend, folder) as pruned:
                 found = Found(backend, model, ratio, (dense.device_memory_bytes, pruned.device_memory_bytes))
-                first, *others = workloads(self.arguments)
-                self.measure(found, first, dense, pruned)
-                self.lead_s = max(self.lead_s, time.monotonic() - begin)
-                for workload in others:
+                for workload in workloads(self.arguments):
+                    if reason := self.lacks_room(workload, dense, pruned):
+                        self.skip(f"{model} at {ratio:.0%} on {backend}, {workload.described}", reason)
+                        continue
                     self.measure(found, workload, dense, pruned)
+                    if len(found.phases) == 1:
+                        self.lead_s = max(self.lead_s, time.monotonic() - begin)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -285,6 +289,19 @@ class Comparison:
             samples = [worker.prepare(workload) for workload in tried or workloads(arguments)[:1]]
             self.say(f"opened {model} at {ratio:.0%} on {backend}, first call {samples[0].call_ms:.3f} ms")
             yield Side(worker, made.shape, samples[0].device_memory_bytes)
+
+    def lacks_room(self, workload: Workload, *sides: Side) -> str | None:
+        """Why weights and caches of both are too much for the GPU; to find out by trying costs opening them again."""
+        if self.gpu is None:
+            return None
+        value_bytes, rows = PRECISIONS[self.arguments.dtype].bytes_per_value, self.arguments.max_length
+        needed = sum(
+            value_bytes * stored_parameters(side.shape)
+            + cache_bytes(side.shape, batch_size=workload.batch_size, context_length=rows, bytes_per_value=value_bytes)
+            for side in sides
+        )
+        total = self.gpu["memory_bytes"]
+        return None if needed < HELD * total else f"it holds {needed / 1e9:.1f} GB, and there are {total / 1e9:.1f} GB"
 
     def measure(self, found: Found, workload: Workload, dense: Side, pruned: Side) -> None:
         """One shape; it is saved at once, for a run that is ended from outside has measured something."""

@@ -323,6 +323,25 @@ def test_models_without_room_are_named_and_not_written(tmp_path: Path, monkeypat
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
+def test_shapes_that_the_gpu_has_no_room_for_are_named_and_the_others_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = script("gpu")
+    comparison = fast(gpu, tmp_path)
+    comparison.arguments.ratios, comparison.arguments.batch_sizes = [0.5], [1, 64]
+    # The models take 0.8 MB, the caches of 64 sequences as much again.
+    monkeypatch.setattr(gpu, "described_gpu", lambda device: {"memory_bytes": 1_500_000})
+    workers = StandIn.put_in(gpu, monkeypatch)
+    comparison.run(tmp_path / "work")
+    assert [(phase.phase, phase.batch_size) for phase in comparison.found[0].phases] == [("decode", 1), ("prefill", 1)]
+    assert [skipped["what"] for skipped in comparison.skipped] == [
+        "tiny at 50% on torch-static, decode, batch 64, context 8",
+        "tiny at 50% on torch-static, prefill, batch 64, prompt 8",
+    ]
+    assert all("and there are 0.0 GB" in skipped["why"] for skipped in comparison.skipped)
+    assert len(workers) == 2
+
+
 def test_a_signal_ends_the_gpu_comparison_and_leaves_no_files(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "gpu.py"), "--quick", "--output", str(tmp_path / "gpu.json")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
