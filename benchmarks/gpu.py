@@ -36,7 +36,7 @@ from flap_export.benchmarking.rounds import take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
 from flap_export.errors import FlapExportError
-from flap_export.ideal import Roofline, ideal_speedup
+from flap_export.ideal import Roofline, cache_bytes, ideal_speedup, stored_parameters
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import Assumptions, estimate
 
@@ -44,7 +44,11 @@ AIMS: Final = {"7b decode at batch 1": 0.95}
 """Efficiency, speedup over ideal speedup, at 30 % and 50 %."""
 BACKENDS: Final = ("torch-static", "tensorrt", "tensorrt-rtx", "onnxruntime")
 """The first needs nothing but PyTorch and transformers, and takes the least time to prepare."""
+ASSUMED: Final = {"torch-static": Assumptions(attention_kernels=11, ffn_kernels=6)}
+"""What is expected of a backend that does not fuse kernels as engines do; see `flap_export.models.fewer_kernels`."""
 MODELS: Final = {"7b": "7b", "1b": "1b", "0.1b": "160m"}
+HELD: Final = 0.9
+"""Of a GPU's memory, for weights and caches; the rest is for contexts, workspaces and what is computed."""
 CLOSING_S: Final = 10.0
 """Of the time limit, for what is still to be done when measuring has to stop."""
 TRIAL: Final = "tiny"
@@ -83,7 +87,7 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     made.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 1024])
     made.add_argument("--context-length", type=int, default=1024, help="cached tokens before a decode step")
-    made.add_argument("--max-length", type=int, default=1152, help="rows of the cache")
+    made.add_argument("--max-length", type=int, default=1040, help="rows of the cache, all of which are read")
     made.add_argument("--repeats", type=int, default=15, help="rounds per phase and shape")
     made.add_argument("--budget", type=float, default=0.8, help="seconds for the rounds of one phase and shape")
     made.add_argument("--time-limit", type=float, default=570.0, help="seconds after which this command has ended")
@@ -249,11 +253,13 @@ class Comparison:
         try:
             with self.opened(model, ratio, backend, folder) as pruned:
                 found = Found(backend, model, ratio, (dense.device_memory_bytes, pruned.device_memory_bytes))
-                first, *others = workloads(self.arguments)
-                self.measure(found, first, dense, pruned)
-                self.lead_s = max(self.lead_s, time.monotonic() - begin)
-                for workload in others:
+                for workload in workloads(self.arguments):
+                    if reason := self.lacks_room(workload, dense, pruned):
+                        self.skip(f"{model} at {ratio:.0%} on {backend}, {workload.described}", reason)
+                        continue
                     self.measure(found, workload, dense, pruned)
+                    if len(found.phases) == 1:
+                        self.lead_s = max(self.lead_s, time.monotonic() - begin)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -284,6 +290,19 @@ class Comparison:
             self.say(f"opened {model} at {ratio:.0%} on {backend}, first call {samples[0].call_ms:.3f} ms")
             yield Side(worker, made.shape, samples[0].device_memory_bytes)
 
+    def lacks_room(self, workload: Workload, *sides: Side) -> str | None:
+        """Why weights and caches of both are too much for the GPU; to find out by trying costs opening them again."""
+        if self.gpu is None:
+            return None
+        value_bytes, rows = PRECISIONS[self.arguments.dtype].bytes_per_value, self.arguments.max_length
+        needed = sum(
+            value_bytes * stored_parameters(side.shape)
+            + cache_bytes(side.shape, batch_size=workload.batch_size, context_length=rows, bytes_per_value=value_bytes)
+            for side in sides
+        )
+        total = self.gpu["memory_bytes"]
+        return None if needed < HELD * total else f"it holds {needed / 1e9:.1f} GB, and there are {total / 1e9:.1f} GB"
+
     def measure(self, found: Found, workload: Workload, dense: Side, pruned: Side) -> None:
         """One shape; it is saved at once, for a run that is ended from outside has measured something."""
         arguments, sides = self.arguments, (dense, pruned)
@@ -296,19 +315,21 @@ class Comparison:
             bytes_per_weight=PRECISIONS[arguments.dtype].bytes_per_value, roofline=self.roofline,
         )  # fmt: skip
         found.phases.append(phase_latency(workload, *samples, ideal=ideal, seed=arguments.seed))
-        found.predicted_ms.append((self.predicted_ms(dense.shape, workload), self.predicted_ms(pruned.shape, workload)))
+        assumed = ASSUMED.get(found.backend, Assumptions())
+        dense_ms, pruned_ms = (self.predicted_ms(side.shape, workload, assumed) for side in sides)
+        found.predicted_ms.append((dense_ms, pruned_ms))
         if len(found.phases) == 1:
             self.found.append(found)
         times = " -> ".join(f"{side.median_ms:.3f}" for side in (found.phases[-1].dense, found.phases[-1].pruned))
         self.saved()
         self.say(f"{found.model} at {found.ratio:.0%} on {found.backend}: {times} ms, {found.phases[-1].verdict}")
 
-    def predicted_ms(self, shape: Any, workload: Workload) -> float:
+    def predicted_ms(self, shape: Any, workload: Workload, assumed: Assumptions) -> float:
         """From the rates measured here, which need no assumed efficiency, and the assumptions about kernels."""
         assert self.roofline is not None
         return estimate(
             shape, workload.phase, workload.batch_size, workload.length, machine=self.roofline,
-            dtype=self.arguments.dtype, assumptions=Assumptions(),
+            dtype=self.arguments.dtype, assumptions=assumed,
         ).ms  # fmt: skip
 
 

@@ -31,6 +31,7 @@ SCRIPTS = (
     "experts",
     "export_cost",
     "gpu",
+    "gpu_kernels",
     "methods",
     "onnxruntime_cpu",
     "prune_memory",
@@ -195,9 +196,25 @@ def test_the_gpu_comparison_runs_from_end_to_end_on_a_cpu(tmp_path: Path) -> Non
         ]
         assert all(phase["rounds"] >= 3 and phase["dense"]["median_ms"] > 0 for phase in found["phases"])
         assert all(dense > pruned > 0 for dense, pruned in found["predicted_ms"])
+    # Same machine, same models: what differs are the kernels that PyTorch does not fuse.
+    unfused, fused = (found["predicted_ms"] for found in written["comparisons"])
+    assert all(slow > fast for both in zip(unfused, fused, strict=True) for slow, fast in zip(*both, strict=True))
     assert {skipped["what"] for skipped in written["skipped"]} == {"tensorrt", "tensorrt-rtx"}
     assert "skipped tensorrt-rtx: " in done.stdout
     assert list((tmp_path / "work").rglob("*.safetensors")) == []
+
+
+def test_a_step_is_taken_apart_into_what_it_launches(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "gpu_kernels.py"), "--quick", "--output", str(tmp_path / "kernels.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    launches = {kernel["kernel"]: kernel["launches"] for kernel in written["kernels"]}
+    # Two layers, with a cache for keys and one for values each.
+    assert launches["aten::scatter_"] == 4
+    assert written["least_ms"] > 0
+    assert written["kernels_ms"] == pytest.approx(sum(kernel["ms"] for kernel in written["kernels"]))
+    assert "a step takes" in done.stdout
 
 
 def test_the_gpu_comparison_exits_3_without_a_gpu(tmp_path: Path) -> None:
@@ -304,6 +321,25 @@ def test_models_without_room_are_named_and_not_written(tmp_path: Path, monkeypat
     assert comparison.skipped[0]["what"] == "tiny at 30%, 50% on torch-static"
     assert "the device 'cpu' must have 0.0 GB free, found 0.0 GB" in comparison.skipped[0]["why"]
     assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_shapes_that_the_gpu_has_no_room_for_are_named_and_the_others_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = script("gpu")
+    comparison = fast(gpu, tmp_path)
+    comparison.arguments.ratios, comparison.arguments.batch_sizes = [0.5], [1, 64]
+    # The models take 0.8 MB, the caches of 64 sequences as much again.
+    monkeypatch.setattr(gpu, "described_gpu", lambda device: {"memory_bytes": 1_500_000})
+    workers = StandIn.put_in(gpu, monkeypatch)
+    comparison.run(tmp_path / "work")
+    assert [(phase.phase, phase.batch_size) for phase in comparison.found[0].phases] == [("decode", 1), ("prefill", 1)]
+    assert [skipped["what"] for skipped in comparison.skipped] == [
+        "tiny at 50% on torch-static, decode, batch 64, context 8",
+        "tiny at 50% on torch-static, prefill, batch 64, prompt 8",
+    ]
+    assert all("and there are 0.0 GB" in skipped["why"] for skipped in comparison.skipped)
+    assert len(workers) == 2
 
 
 def test_a_signal_ends_the_gpu_comparison_and_leaves_no_files(tmp_path: Path) -> None:

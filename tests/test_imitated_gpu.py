@@ -11,6 +11,7 @@ import torch
 from imitated_gpu import COMPILER, DEVICE, Imitated, imitated_gpu
 from safetensors.torch import load_file
 from tiny import MIXTURES, save_tokens, tiny_checkpoint, tiny_pruned, tokens_of
+from torch.nn import functional
 
 from flap_export import evaluate, prune
 from flap_export.evidence.methods import PruneOptions
@@ -71,6 +72,25 @@ def test_a_checkpoint_runs_there_as_here(family: str, tmp_path: Path) -> None:
             prefilled = runner.prefill(tokens)
             logits.append(np.concatenate([prefilled.ravel(), runner.decode(tokens[:, -1]).ravel()]))
     np.testing.assert_allclose(*logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_step_there_waits_for_no_plan_of_cudnn(tmp_path: Path, monkeypatch: Any) -> None:
+    """It makes one for every new shape, and caches are seen at many lengths; what was chosen before is put back."""
+    dense, attention, asked = tiny_checkpoint("llama", tmp_path / "dense"), functional.scaled_dot_product_attention, []
+
+    def seen(*tensors: Any, **options: Any) -> Any:
+        asked.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", seen)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for device, wanted in (("cpu", (before, True)), ("cuda:0", (False, True))):
+        asked.clear()
+        with imitated_gpu(), open_runner(dense, backend="torch-static", device=device) as runner:
+            runner.prefill(tokens_of(2, 6).numpy())
+            runner.decode(np.array([1, 2]))
+        assert set(asked) == {wanted}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_rates_are_searched_there_as_here(tmp_path: Path) -> None:

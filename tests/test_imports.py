@@ -60,7 +60,8 @@ WITHIN = {
     "text": ("sources", "tokenization", "windows"),
     "families": ("rope", "family", "sparsity", "configuration", "table"),
     "models": (
-        "weights", "modeling_pruned", "opening", "alibi", "double_precision", "loading", "own_attention", "attention",
+        "weights", "modeling_pruned", "opening", "alibi", "rebinding", "double_precision", "loading", "own_attention",
+        "attention", "fewer_kernels",
     ),
     "calibration": ("products", "moments", "statistics", "reference", "layerwise", "stage"),
     "allocation": ("ladders", "budgets", "ratios", "reference", "stage", "rates"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import partial
 from types import FunctionType, MethodType
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flap_export.families import Family, Norm
+from flap_export.models.rebinding import own_names, rebound
 
 
 def keep_double_precision(model: nn.Module, family: Family) -> None:
@@ -51,18 +51,14 @@ def _in_double(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _with_double_rotary(forward: Any, interleaved: bool) -> FunctionType:
     """An attention's `forward` that turns heads in the precision they have."""
-    own: Any = inspect.unwrap(forward)
-    rotate_half = own.__globals__["rotate_half"]
+    rotate_half = own_names(forward)["rotate_half"]
 
     def turned(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
         angles = (_by_pairs(values) if interleaved else values for values in (cosine, sine))
         cosine, sine = (values.unsqueeze(1) for values in angles)
         return query * cosine + rotate_half(query) * sine, key * cosine + rotate_half(key) * sine
 
-    seen = {**own.__globals__, "apply_rotary_pos_emb": turned}
-    other = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
-    other.__kwdefaults__ = own.__kwdefaults__
-    return other
+    return rebound(forward, apply_rotary_pos_emb=turned)
 
 
 def _by_pairs(values: Tensor) -> Tensor:

@@ -10,15 +10,18 @@ Notation: B sequences, n new tokens, L rows of cache, Q query heads, K KV heads,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flap_export.devices import check_device
 from flap_export.models.alibi import register_tables, slope_tables
 from flap_export.models.attention import StepCache, attend_by, cache_argument, rotary_modules, softcapped_attention
+from flap_export.models.fewer_kernels import use_fewer_kernels
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.precision import torch_dtype
@@ -28,6 +31,12 @@ from flap_export.runners.torch_runner import torch_threads
 
 NAME: Final = "flap_export_static"
 _WARMUP_CALLS: Final = 2
+_MASKED_KERNELS: Final = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+"""What computes attention on a GPU. From 2.11 on, PyTorch hands what has a mask to cuDNN first on H100, H200 and B200,
+which builds a plan for every new shape, a tenth of a second each and more: of every number of heads there is, at every
+length of the caches."""
+_ROW_MULTIPLE: Final = 16
+"""Caches have, and prefills see, a multiple of so many rows: a mask of another length is copied in every layer."""
 Caches = Mapping[int, tuple[Tensor, Tensor]]
 
 
@@ -86,9 +95,24 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     (batch, heads, tokens, size), (_, kv_heads, length, _) = query.shape, key.shape
     group = heads // kv_heads
     rows = query.reshape(batch, kv_heads, group * tokens, size)
-    seen = mask.repeat(1, 1, group, 1) if mask.shape[1] == 1 else mask.reshape(batch, kv_heads, group * tokens, length)
+    if mask.shape[1] > 1:
+        seen = mask.reshape(batch, kv_heads, group * tokens, length)
+    elif tokens == 1 or group == 1:
+        # Nothing is copied: of all query heads it is the same row.
+        seen = mask.expand(-1, -1, group * tokens, -1)
+    else:
+        seen = mask.repeat(1, 1, group, 1)
     output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scaling)
     return output.reshape(query.shape)
+
+
+def _whole_rows(rows: int) -> int:
+    return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def _attention_kernels(device: torch.device) -> AbstractContextManager[Any]:
+    """Let attention be computed by what suits `device`; on a CPU there is nothing to choose."""
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(list(_MASKED_KERNELS))
 
 
 def _hold_frequencies(model: nn.Module) -> None:
@@ -125,6 +149,10 @@ class StaticTorchRunner(Runner):
         self._device, self._threads, self._shape = torch.device(options.device), options.threads, checkpoint.shape
         model: Any = load_model(path, dtype=self._dtype, device=options.device)
         attend_by(_attention, NAME, model, checkpoint.family)
+        use_fewer_kernels(model, checkpoint.family)
+        if self._device.type != "cpu":
+            # What projections took before they were joined is nobody's.
+            torch.cuda.empty_cache()
         register_tables(model, slope_tables(checkpoint, self._dtype, options.device))
         if self.max_length <= checkpoint.longest_sequence:
             _hold_frequencies(model)
@@ -156,7 +184,7 @@ class StaticTorchRunner(Runner):
         }
 
     def _zeros(self, batch_size: int, kv_heads: int) -> Tensor:
-        shape = (batch_size, kv_heads, self.max_length, self._shape.head_dim)
+        shape = (batch_size, kv_heads, _whole_rows(self.max_length), self._shape.head_dim)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def _forward(self, input_ids: TokenIds, write_indices: TokenIds) -> Logits:
@@ -183,7 +211,7 @@ class StaticTorchRunner(Runner):
         ids, starts = torch.from_numpy(input_ids), torch.from_numpy(write_indices)
         if ids.shape[1] > 1 or not self._captures:
             # Rows behind the last new token hold nothing that any query sees.
-            length = int(write_indices.max()) + ids.shape[1]
+            length = _whole_rows(int(write_indices.max()) + ids.shape[1])
             return self._called(ids.to(self._device), starts.to(self._device), length)
         if self._step is None:
             self._step = self._captured(ids.to(self._device), starts.to(self._device))
@@ -196,26 +224,28 @@ class StaticTorchRunner(Runner):
     def _called(self, ids: Tensor, starts: Tensor, length: int) -> Tensor:
         """Logits [B, n, V], or [B, 1, V] of the last tokens; of the caches the first `length` rows are seen."""
         cache = StaticCache(self._caches, starts, ids.shape[1], length)
-        logits: Tensor = self._model(
-            input_ids=ids,
-            position_ids=cache.position_ids,
-            use_cache=True,
-            logits_to_keep=1 if self.logits == "last" else 0,
-            **{cache_argument(self._model): cache},
-        ).logits
+        with _attention_kernels(self._device):
+            logits: Tensor = self._model(
+                input_ids=ids,
+                position_ids=cache.position_ids,
+                use_cache=True,
+                logits_to_keep=1 if self.logits == "last" else 0,
+                **{cache_argument(self._model): cache},
+            ).logits
         return logits[:, -1:] if self.logits == "last" else logits
 
     def _captured(self, ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and output of a decode step at fixed addresses; warming up writes the same rows again and again."""
         # What is captured is what enters one stream, and it has to be one of the device that computes.
         side: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        length = _whole_rows(self.max_length)
         with torch.cuda.device(self._device):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARMUP_CALLS):
-                    self._called(ids, starts, self.max_length)
+                    self._called(ids, starts, length)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=side):
-                logits = self._called(ids, starts, self.max_length)
+                logits = self._called(ids, starts, length)
         return ids, starts, logits
