@@ -5,6 +5,7 @@ Our own pruned checkpoints are read through their configuration, never by runnin
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def config_from(raw: Mapping[str, Any], family: Family, directory: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    values = {key: raw[key] for key in raw if key not in _NOT_THE_MODELS}
+    # Transformers writes defaults into the dictionaries that it is given.
+    values = {key: copy.deepcopy(raw[key]) for key in raw if key not in _NOT_THE_MODELS}
     for name in ("dtype", "torch_dtype"):
         if values.get(name) == "auto":
             del values[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,10 @@ from tiny import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flap_export.errors import ModelError
+from flap_export.families import FAMILIES
 from flap_export.families.rope import as_read, both_rope_forms, table_positions
 from flap_export.models.loading import load_model
-from flap_export.models.opening import open_checkpoint
+from flap_export.models.opening import config_from, open_checkpoint
 from flap_export.rewriting.checkpoint import uneven_config
 
 PARAMETERS = LONGROPE["rope_parameters"]
@@ -115,7 +117,7 @@ def test_a_pruned_gpt_neox_turns_as_the_dense_one_does(tmp_path: Path) -> None:
 def test_either_spelling_of_longrope_is_the_same_model(length: int, tmp_path: Path) -> None:
     path = tiny_checkpoint("phi3", tmp_path / "dense", **LONGROPE)
     expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    older = AutoConfig.for_model("phi3", **{**SIZES, **OLDER_LONGROPE})
+    older = config_from({**SIZES, **OLDER_LONGROPE}, FAMILIES["phi3"], path)
     other = AutoModelForCausalLM.from_config(older)
     other.load_state_dict(expected.state_dict())
     with torch.no_grad():
@@ -125,6 +127,13 @@ def test_either_spelling_of_longrope_is_the_same_model(length: int, tmp_path: Pa
         ]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+def test_reading_a_configuration_changes_nothing_of_what_it_states(tmp_path: Path) -> None:
+    stated = {**SIZES, **OLDER_LONGROPE}
+    before = deepcopy(stated)
+    assert config_from(stated, FAMILIES["phi3"], tmp_path).original_max_position_embeddings == 16
+    assert stated == before
 
 
 def test_longrope_changes_at_its_original_length(tmp_path: Path) -> None:
