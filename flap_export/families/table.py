@@ -135,7 +135,7 @@ _COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
 _MISTRAL_WITH_IMAGES = ("mistral3",)
-_JOINT_NORMS: dict[str, Space] = {"self_attn.q_norm": "joint_query", "self_attn.k_norm": "joint_key"}
+_JOINT_NORMS: dict[str, Space] = {"self_attn.q_norm.weight": "joint_query", "self_attn.k_norm.weight": "joint_key"}
 _ROUTERS_CHOOSE = "5.24"
 """Before, mixtures chose experts themselves, and other weights of routers were in single precision."""
 _EVERY_LAYER_A_MIXTURE = Mixture("num_experts", width_field="intermediate_size")
@@ -187,7 +187,7 @@ FAMILIES: dict[str, Family] = {
             ffn=FeedForward(width_field="n_inner", multiple=4),
             stored=Stored(buffers=(".attn.causal_mask",)),
             heads=Heads(plain=True),
-            rotary=Rotary(interleaved=True, sines_first=True),
+            rotary=Rotary(interleaved=True, sines_first=True, angles_once=True),
             parallel_blocks=True,
             bias_flags={"ffn": None},
             excludes=_NO_ROTARY_DIM,
@@ -197,7 +197,7 @@ FAMILIES: dict[str, Family] = {
             "Cohere",
             _SEPARATE_PROJECTIONS,
             rotary=Rotary(interleaved=True, in_float32=True),
-            heads=Heads(norms={"self_attn.q_norm": "query", "self_attn.k_norm": "kv"}),
+            heads=Heads(parameters={"self_attn.q_norm.weight": "query", "self_attn.k_norm.weight": "kv"}),
             parallel_blocks=True,
             norm=_COHERE_NORM,
             bias_flags={"query": "attention_bias"},
@@ -288,7 +288,7 @@ FAMILIES: dict[str, Family] = {
             _JOINTLY_NORMED_MIXTURE,
             since="5",
             mixture=_EVERY_LAYER_A_MIXTURE,
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
         Family(
@@ -398,7 +398,7 @@ FAMILIES: dict[str, Family] = {
             ffn=FeedForward(width_field="n_inner", multiple=4),
             stored=Stored(buffers=(".attn.bias", ".attn.masked_bias")),
             heads=Heads(plain=True),
-            rotary=Rotary(interleaved=True, sines_first=True),
+            rotary=Rotary(interleaved=True, sines_first=True, angles_once=True),
             parallel_blocks=True,
             bias_flags={"ffn": None},
             excludes=_NO_ROTARY_DIM,
@@ -528,7 +528,7 @@ FAMILIES: dict[str, Family] = {
             "olmo2",
             "Olmo2",
             _JOINTLY_NORMED_PROJECTIONS,
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
         Family(
@@ -537,7 +537,7 @@ FAMILIES: dict[str, Family] = {
             _JOINTLY_NORMED_PROJECTIONS,
             # Earlier versions of transformers 5 turned all layers by one set of parameters, with windows or without.
             since="5.13",
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
         Family(
@@ -546,7 +546,7 @@ FAMILIES: dict[str, Family] = {
             _JOINTLY_NORMED_MIXTURE,
             since="5",
             mixture=_EVERY_LAYER_A_MIXTURE,
-            heads=Heads(norms=_JOINT_NORMS, fill_hidden=True),
+            heads=Heads(parameters=_JOINT_NORMS, fill_hidden=True),
             bias_flags={"query": "attention_bias"},
             # Its class hands a window to attention, and makes masks without one.
             requires={"sliding_window": (None,)},

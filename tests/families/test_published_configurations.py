@@ -30,6 +30,25 @@ def sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocabul
     }
 
 
+GPT_OSS = sizes(
+    2880, 2880, 36, 64, 8, 201088, head_dim=64, sliding_window=128, rope_theta=150000, hidden_act="silu"
+) | {
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 128,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
 PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
     "apertus-8b-2509": (
         "apertus",
@@ -413,6 +432,8 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
             }
         },
     ),
+    "gpt-oss-20b": ("gpt_oss", 20.91, GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "gpt-oss-120b": ("gpt_oss", 116.83, GPT_OSS),
     "olmoe-1b-7b-0924": (
         "olmoe",
         6.92,
