@@ -156,8 +156,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "num_local_experts": 5,
         "num_experts_per_tok": 2,
-        "swiglu_alpha": 1.3,
-        "swiglu_limit": 3.0,
+        "swiglu_limit": 1.2,
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 50.0,
@@ -174,6 +173,15 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.6,
         "logits_scaling": 1.7,
+    },
+    # The same multipliers around a mixture whose experts lie in two tensors.
+    "granitemoe": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 1.7,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
     },
     # Neighbouring channels turn together; o_proj is [H, H], whatever the heads are.
     "helium": {"head_dim": 8, "rope_theta": 50.0},

@@ -15,6 +15,7 @@ from flap_export.families.family import (
     Rotary,
     SharedExpert,
     Space,
+    Stack,
     Stored,
 )
 
@@ -130,6 +131,21 @@ _MIXTRAL_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_gated("mlp.experts.*", "ff
 _JOINTLY_NORMED_MIXTURE = (*_JOINTLY_NORMED_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn"))
 _EXPERTS_IN_SOME_LAYERS = (*_SEPARATE_PROJECTIONS, *_gated("mlp.experts.*", "ffn"))
 _WITH_SHARED_EXPERTS = (*_EXPERTS_IN_SOME_LAYERS, *_gated("mlp.shared_experts", "shared"))
+
+
+def _stack(name: str, *parts: str, alternating: bool = False, transposed: bool = False) -> Stack:
+    """A tensor of all experts, beside which the model has parts for every one."""
+    path = name.partition(".")[0]
+    own = tuple(f"{path}.experts.*.{part}" for part in parts)
+    return Stack(name, own, alternating=alternating, transposed=transposed)
+
+
+_GPT_OSS_STACKS = (
+    _stack("mlp.experts.gate_up_proj", "gate_proj.weight", "up_proj.weight", alternating=True, transposed=True),
+    _stack("mlp.experts.gate_up_proj_bias", "gate_proj.bias", "up_proj.bias", alternating=True),
+    _stack("mlp.experts.down_proj", "down_proj.weight", transposed=True),
+    _stack("mlp.experts.down_proj_bias", "down_proj.bias"),
+)
 
 _COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
@@ -403,7 +419,35 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"ffn": None},
             excludes=_NO_ROTARY_DIM,
         ),
+        Family(
+            "gpt_oss",
+            "GptOss",
+            (*_SEPARATE_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn")),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_local_experts", width_field="intermediate_size", router="mlp.router"),
+            stored=Stored(stacks=_GPT_OSS_STACKS),
+            heads=Heads(parameters={"self_attn.sinks": "query"}),
+            rotary=Rotary(angles_once=True),
+            # Nothing else knows of its sinks.
+            attention_kernel="eager",
+            bias_flags={"query": "attention_bias", "ffn": None},
+        ),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "granitemoe",
+            "GraniteMoe",
+            (*_SEPARATE_PROJECTIONS[:4], *_gated("block_sparse_moe.experts.*", "ffn")),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_local_experts", width_field="intermediate_size", router="block_sparse_moe.router"),
+            stored=Stored(
+                names={".block_sparse_moe.router.layer.": ".block_sparse_moe.router."},
+                stacks=(
+                    _stack("block_sparse_moe.input_linear.weight", "gate_proj.weight", "up_proj.weight"),
+                    _stack("block_sparse_moe.output_linear.weight", "down_proj.weight"),
+                ),
+            ),
+            bias_flags={"query": "attention_bias"},
+        ),
         Family(
             "helium",
             "Helium",

@@ -70,6 +70,7 @@ NODES = {
     "gpt_neo": (20, 21),
     "gpt_neox": (22, 13),
     "gpt_oss": (62, 30),
+    "granitemoe": (41, 22),
     "gptj": (20, 12),
     "granite": (24, 13),
     "helium": (22, 11),

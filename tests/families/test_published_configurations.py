@@ -432,6 +432,14 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
             }
         },
     ),
+    "granite-3.1-3b-a800m-instruct": (
+        "granitemoe",
+        3.30,
+        sizes(1536, 512, 32, 24, 8, 49155, attention_bias=False, rms_norm_eps=1e-06, rope_theta=10000000.0)
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0}
+        | {"num_experts_per_tok": 8, "num_local_experts": 40, "residual_multiplier": 0.22, "rope_scaling": None}
+        | {"max_position_embeddings": 131072, "output_router_logits": False, "tie_word_embeddings": True},
+    ),
     "gpt-oss-20b": ("gpt_oss", 20.91, GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32}),
     "gpt-oss-120b": ("gpt_oss", 116.83, GPT_OSS),
     "olmoe-1b-7b-0924": (

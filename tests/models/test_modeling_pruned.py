@@ -37,7 +37,11 @@ from flap_export.models.loading import load_model, pruned_section
 from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
 from flap_export.models.opening import open_checkpoint
 
-ROUTERS = {"gpt_oss": "mlp.router.weight", "hunyuan_v1_moe": "mlp.gate.wg.weight"}
+ROUTERS = {
+    "gpt_oss": "mlp.router.weight",
+    "granitemoe": "block_sparse_moe.router.weight",
+    "hunyuan_v1_moe": "mlp.gate.wg.weight",
+}
 FOREIGN_MACHINE = """
 import importlib.abc, inspect, json, sys, warnings
 

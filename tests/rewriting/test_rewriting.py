@@ -81,7 +81,7 @@ WIDENING = (
     "mlp.dense_h_to_4h",
     "mlp.c_fc",
 )
-ROUTING = ("mlp.gate.", "mlp.router.", "mlp.shared_expert_gate.")
+ROUTING = ("block_sparse_moe.router.", "mlp.gate.", "mlp.router.", "mlp.shared_expert_gate.")
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SHARED = {"qwen2_moe": "shared_expert", "hunyuan_v1_moe": "shared_mlp"}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
