@@ -185,7 +185,9 @@ def _parts(name: str, place: _Place, stacks: Sequence[Stack]) -> Iterator[tuple[
         yield name, place
         return
     with safe_open(place.file, framework="pt") as file:
-        experts = file.get_slice(place.stored).get_shape()[0]
+        shape = file.get_slice(place.stored).get_shape()
+    # What no experts can lie in is one of the tensors that are missing.
+    experts = shape[0] if len(shape) > 1 else 0
     layer = name.removesuffix(stack.name)
     for expert in range(experts):
         for part, own in enumerate(stack.parts):

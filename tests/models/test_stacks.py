@@ -120,6 +120,7 @@ def test_stacks_of_another_size_are_refused(family: str, tmp_path: Path) -> None
     whole, axis = tensors[name], 2 if stack.transposed else 1
     for wrong, message in (
         (whole[:-1], "lack 'model"),
+        (whole[0, 0, 0], "lack 'model"),
         (torch.cat([whole, whole[:1]]), "which a .* has no place for"),
         (whole.narrow(axis, 0, whole.shape[axis] - 1), r"has shape \[39, 32\], the configuration asks for \[40, 32\]"),
         (whole.narrow(3 - axis, 0, 31), r"has shape \[40, 31\], the configuration asks for \[40, 32\]"),
