@@ -161,6 +161,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
             "rope_type": "yarn",
             "rope_theta": 50.0,
             "factor": 4.0,
+            "attention_factor": 0.6,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
             "truncate": False,

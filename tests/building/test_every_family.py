@@ -39,10 +39,11 @@ ELSE = {
     "dots1": {*ROUTERS_IN_FLOAT32, "FILL", "SELECT", "UNSQUEEZE"},
     "ernie4_5_moe": {*ROUTERS_IN_FLOAT32, "SQUEEZE"},
     "glm4_moe": ROUTERS_IN_FLOAT32,
+    "gpt_oss": {"ACTIVATION"},
     "hunyuan_v1_moe": {"MATRIX_MULTIPLY"},
     "ministral3": {"UNSQUEEZE"},
 }
-"""And what xIELU, the queries' factor by position, and routers that are kept in single precision add."""
+"""And what xIELU, the queries' factor by position, sinks, and routers that are kept in single precision add."""
 
 
 def exported(family: str, kind: str, dtype: DtypeName, folder: Path) -> Artifact:

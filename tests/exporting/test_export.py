@@ -69,7 +69,7 @@ NODES = {
     "gpt_bigcode": (22, 13),
     "gpt_neo": (20, 21),
     "gpt_neox": (22, 13),
-    "gpt_oss": (62, 30),
+    "gpt_oss": (67, 30),
     "granitemoe": (41, 22),
     "gptj": (20, 12),
     "granite": (24, 13),
