@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flap_export.calibration.stage import calibrate
 from flap_export.calibration.statistics import CalibrationStatistics
-from flap_export.families import FAMILIES
+from flap_export.families import EVERY_EXPERT, FAMILIES
 from flap_export.families.rope import as_read
 from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import LayerPlan, PruningPlan, Ratio
@@ -162,12 +162,39 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 700, "num_key_value_heads": ...},
     # Half of every head turns, neighbours together; attention and FFN behind one norm.
     "gptj": {"rotary_dim": 4, "n_inner": 40, "intermediate_size": ..., "num_key_value_heads": ...},
+    # Sinks beside the keys, windows in every other layer; experts that alternate in stacks, with bounds that bite.
+    "gpt_oss": {
+        "head_dim": 12,
+        "sliding_window": 6,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "attention_factor": 0.6,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     # Multipliers of embeddings, residuals, scores and logits, of which none is what is usual.
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.7,
         "attention_multiplier": 0.6,
         "logits_scaling": 1.7,
+    },
+    # The same multipliers around a mixture whose experts lie in two tensors.
+    "granitemoe": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 1.7,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
     },
     # Neighbouring channels turn together; o_proj is [H, H], whatever the heads are.
     "helium": {"head_dim": 8, "rope_theta": 50.0},
@@ -418,6 +445,32 @@ def plain_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
+def experts_path(family: str) -> str:
+    """Where the routed experts of a mixture are, below its layer."""
+    return next(p.path.partition(f".{EVERY_EXPERT}")[0] for p in FAMILIES[family].projections if EVERY_EXPERT in p.path)
+
+
+def expert_channels(experts: Any, expert: int, token: Tensor) -> Tensor:
+    """What enters the down projection of one of transformers' stacked experts, by their own function of a gate.
+
+    Args:
+        experts: the module, whose weights are [in, out] in some families.
+        expert: its number.
+        token: [H]
+    """
+    weight = experts.gate_up_proj[expert]
+    gate_up = token @ (weight if getattr(experts, "is_transposed", False) else weight.T)
+    bias = getattr(experts, "gate_up_proj_bias", None)
+    return experts._apply_gate(gate_up if bias is None else gate_up + bias[expert])
+
+
+def expert_output(experts: Any, expert: int, channels: Tensor) -> Tensor:
+    """What the down projection of one of transformers' stacked experts makes of its channels [F]."""
+    weight, bias = experts.down_proj[expert], getattr(experts, "down_proj_bias", None)
+    output = channels @ (weight if getattr(experts, "is_transposed", False) else weight.T)
+    return output if bias is None else output + bias[expert]
+
+
 def assert_same_logits(found: Tensor, expected: Tensor, family: str) -> None:
     """Bit for bit; but the gate and up products of experts, one in transformers and two here, round differently."""
     if family in MIXTURES:
@@ -441,7 +494,13 @@ def grouped_rows(query_heads: Sequence[int], kv_heads: Sequence[int], group: int
     }
 
 
-ROUTING = ("mlp.gate.", "mlp.shared_expert_gate.", "mlp.e_score_correction_bias")
+ROUTING = (
+    "block_sparse_moe.router.",
+    "mlp.gate.",
+    "mlp.router.",
+    "mlp.shared_expert_gate.",
+    "mlp.e_score_correction_bias",
+)
 """Beginnings of paths below a layer of what chooses and weighs experts, and is never cut."""
 
 

@@ -55,7 +55,7 @@ class _Loop:
         own = next(found for found in nodes if found.op_type == "GatherND" and found.inputs[0] not in inputs)
         down = next(found for found in nodes if found.op_type == "MatMul" and found.inputs[1] in inputs)
         share = next(found for found in nodes if found.op_type == "NonZero")
-        bias = [found for found in nodes if found.op_type == "Add" and found.inputs[1] in inputs]
+        bias = [use.node for use in down.outputs[0].uses() if use.node.op_type == "Add"]
         return cls(
             node,
             _given(own.inputs[0]),
@@ -99,7 +99,7 @@ def _replace(graph: ir.Graph, loop: _Loop) -> None:
     # What an expert makes of tokens that are not meant for it may overflow, and infinity times zero is not zero.
     weighed = tape.op("Where", [tape.op("Greater", [share, zero]), weighed, zero])
     joined = tape.op("Reshape", [weighed, constant("joined", [-1, experts * width])])
-    output = tape.op("MatMul", [joined, _flattened(down)])
+    output = tape.op("MatMul", [joined, _side_by_side(down, _rank(loop.down))])
     if loop.bias is not None:
         output = tape.op("Add", [output, tape.op("MatMul", [shares, loop.of_all(loop.bias)])])
     for value in tape.initializers:
@@ -130,30 +130,36 @@ def _computed_at_once(graph: ir.Graph, loop: _Loop) -> ir.Value:
             if value is loop.own:
                 node.replace_input_with(place, loop.hidden_states)
             elif value in body.inputs:
-                node.replace_input_with(place, _flattened(loop.of_all(_given(value))))
+                node.replace_input_with(place, _side_by_side(loop.of_all(_given(value)), _rank(value)))
         for output in node.outputs:
             output.shape = None
     graph.insert_before(loop.node, moved)
     return loop.channels
 
 
-def _flattened(weight: ir.Value) -> ir.Value:
-    """An initializer [E, F, H] as [E F, H], in place."""
+def _rank(value: ir.Value | None) -> int:
+    shape = _given(value).shape
+    assert shape is not None
+    return len(shape)
+
+
+def _side_by_side(weight: ir.Value, rank: int) -> ir.Value:
+    """An initializer [E, F, ...], of which one expert's part has so many axes, as [E F, ...], in place."""
     import onnx_ir as ir
 
     tensor = weight.const_value
     assert tensor is not None
-    if len(tensor.shape) == 2:
+    if len(tensor.shape) == rank:
         return weight
-    experts, width, columns = tensor.shape.numpy()
-    shape = ir.Shape((experts * width, columns))
+    experts, width, *columns = tensor.shape.numpy()
+    shape = ir.Shape((experts * width, *columns))
     if isinstance(tensor, ir.ExternalTensor):
         weight.const_value = ir.ExternalTensor(
             tensor.location, tensor.offset, tensor.length, tensor.dtype,
             shape=shape, name=weight.name or "", base_dir=tensor.base_dir,
         )  # fmt: skip
     else:
-        values = tensor.numpy().reshape(experts * width, columns)
+        values = tensor.numpy().reshape(experts * width, *columns)
         weight.const_value = ir.Tensor(values, dtype=tensor.dtype, name=weight.name)
     weight.shape = shape
     return weight

@@ -61,7 +61,7 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) 
 
 
 def _stacked(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The tensor of every expert in one: weights [E, F, H], whichever way a projection goes, and biases [E, H]."""
+    """The tensor of every expert in one: weights [E, F, H], whichever way a projection goes, and biases."""
     path, _, kind = name.removeprefix(f"{checkpoint.family.modules.layers}.").partition(".")[2].rpartition(".")
     projection = checkpoint.family.projection(path)
     assert projection is not None, name

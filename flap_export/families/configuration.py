@@ -11,6 +11,11 @@ from flap_export.families.rope import rope_types
 from flap_export.shapes import DecoderShape, LayerShape
 
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+_DEQUANTISED: Final = {
+    "mxfp4": "save them in bfloat16 by `AutoModelForCausalLM.from_pretrained(..., dtype=torch.bfloat16, "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)`, and copy the tokenizer"
+}
+"""How to get full-precision weights of models that are published in fewer bits only, by what holds these."""
 
 
 def check_config(config: Any, family: Family) -> None:
@@ -19,8 +24,7 @@ def check_config(config: Any, family: Family) -> None:
     Raises:
         ModelError: it is quantised, or a field asks for something else; the message names it.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError("its weights are quantised (quantization_config); start from the full-precision checkpoint")
+    _check_precision(config)
     unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
         raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
@@ -39,6 +43,16 @@ def check_config(config: Any, family: Family) -> None:
             named = " and ".join(f"{name}={value}" for name, value in settings.items())
             together = " together" if len(settings) > 1 else ""
             raise ModelError(f"transformers' {family.model_type} cannot compute {named}{together}")
+
+
+def _check_precision(config: Any) -> None:
+    """Whether weights are numbers as they are, and where to get such where they were never published."""
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    mending = _DEQUANTISED.get(str(method), "start from the full-precision checkpoint")
+    raise ModelError(f"its weights are quantised (quantization_config); {mending}")
 
 
 def _field(config: Any, path: str, default: object) -> object:
@@ -184,6 +198,7 @@ def _ffn_fields(config: Any, family: Family, index: int) -> dict[str, Any]:
     width: int = getattr(config, mixture.width_field)
     return {
         "ffn_channels": width,
+        "ffn_bias": family.has_bias("ffn", config),
         "experts": getattr(config, mixture.experts_field),
         "shared_channels": _shared_channels(config, mixture.shared, width),
     }

@@ -137,9 +137,9 @@ class Heads:
     """What configuration fields hold where the class takes H / Q for D, whatever a configuration states."""
     fixed_with_rope: tuple[str, ...] = ()
     """Kinds of rotary embedding with which it does."""
-    norms: Mapping[str, Space] = field(default_factory=dict)
-    """Norms below a layer, where a configuration has them, with weights for every head of a space: a row each, [heads,
-    D], or where one norm runs over all heads of a joint space, [heads D]."""
+    parameters: Mapping[str, Space] = field(default_factory=dict)
+    """Parameters below a layer, where a configuration has them, with something for every head of a space: a row each,
+    [heads, D], a number each, [heads], or where one norm runs over all heads of a joint space, [heads D]."""
 
     @property
     def derived_size(self) -> bool:
@@ -152,7 +152,7 @@ class Heads:
 
         One with joint norms has no place for heads that count in these and nowhere else.
         """
-        has_joint_norms = not JOINT_SPACES.isdisjoint(self.norms.values())
+        has_joint_norms = not JOINT_SPACES.isdisjoint(self.parameters.values())
         return self.derived_size or self.fill_hidden or self.size_follows_in_4 or has_joint_norms
 
 
@@ -163,8 +163,10 @@ class Rotary:
     interleaved: bool = False
     """Whether channels 2i and 2i + 1 of a head turn together; in other families these are i and i + R / 2."""
     sines_first: bool = False
-    """Whether the rotary embedding gives sines before cosines, each of them once. The class then turns heads by a
-    function that no other has, and own attention does it instead."""
+    """Whether the rotary embedding gives sines before cosines. The class then turns heads by a function that no other
+    has, and own attention does it instead."""
+    angles_once: bool = False
+    """Whether it gives every angle once; in other families both channels of a pair have it."""
     partial: bool = False
     """Whether the class turns as many channels of a head as its table has, and not always all of them."""
     in_float32: bool = False
@@ -224,6 +226,27 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor of checkpoints whose first axis is the experts of a layer: what projections of each hold, together."""
+
+    name: str
+    """What checkpoints call it, relative to its layer."""
+    parts: tuple[str, ...]
+    """The tensors that each expert has of it, as the model calls them; of several, outputs stand part after part."""
+    alternating: bool = False
+    """Whether the first outputs of all parts stand before the second ones instead."""
+    transposed: bool = False
+    """Whether it holds weights as [in, out]; all of this package sees them as [out, in]."""
+
+    def outputs_of(self, part: int, outputs: int) -> slice:
+        """Where among the outputs of an expert those of one of the parts are."""
+        if self.alternating:
+            return slice(part, None, len(self.parts))
+        width = outputs // len(self.parts)
+        return slice(part * width, None if part + 1 == len(self.parts) else (part + 1) * width)
+
+
+@dataclass(frozen=True)
 class Stored:
     """How checkpoints differ from the model that is made of them."""
 
@@ -238,6 +261,8 @@ class Stored:
     for the number of layers."""
     transposed: bool = False
     """Whether checkpoints hold the weights of projections as [in, out]; all of this package sees them as [out, in]."""
+    stacks: tuple[Stack, ...] = ()
+    """Tensors of all experts together, where checkpoints hold them so; all of this package sees them one by one."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +354,12 @@ class Family:
         """Whether checkpoints hold the tensor of this name as [in, out]: in some families, the projections' weights."""
         path, _, kind = name.removeprefix(f"{self.modules.layers}.").partition(".")[2].rpartition(".")
         return self.stored.transposed and kind == "weight" and self.projection(path) is not None
+
+    def stack_of(self, name: str) -> tuple[Stack, int] | None:
+        """In which stack checkpoints hold the tensor of this name, and as which of its parts; None where alone."""
+        general = _NUMBER.sub(EVERY_EXPERT, name.removeprefix(f"{self.modules.layers}.").partition(".")[2])
+        places = ((stack, part) for stack in self.stored.stacks for part, path in enumerate(stack.parts))
+        return next(((stack, part) for stack, part in places if stack.parts[part] == general), None)
 
     def restoring(self, space: Space, layer: LayerShape | None = None) -> Projection:
         """The projection that maps `space` back to the residual stream: o_proj for query, down_proj for ffn.

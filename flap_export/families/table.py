@@ -15,6 +15,7 @@ from flap_export.families.family import (
     Rotary,
     SharedExpert,
     Space,
+    Stack,
     Stored,
 )
 
@@ -131,11 +132,26 @@ _JOINTLY_NORMED_MIXTURE = (*_JOINTLY_NORMED_PROJECTIONS[:4], *_gated("mlp.expert
 _EXPERTS_IN_SOME_LAYERS = (*_SEPARATE_PROJECTIONS, *_gated("mlp.experts.*", "ffn"))
 _WITH_SHARED_EXPERTS = (*_EXPERTS_IN_SOME_LAYERS, *_gated("mlp.shared_experts", "shared"))
 
+
+def _stack(name: str, *parts: str, alternating: bool = False, transposed: bool = False) -> Stack:
+    """A tensor of all experts, beside which the model has parts for every one."""
+    path = name.partition(".")[0]
+    own = tuple(f"{path}.experts.*.{part}" for part in parts)
+    return Stack(name, own, alternating=alternating, transposed=transposed)
+
+
+_GPT_OSS_STACKS = (
+    _stack("mlp.experts.gate_up_proj", "gate_proj.weight", "up_proj.weight", alternating=True, transposed=True),
+    _stack("mlp.experts.gate_up_proj_bias", "gate_proj.bias", "up_proj.bias", alternating=True),
+    _stack("mlp.experts.down_proj", "down_proj.weight", transposed=True),
+    _stack("mlp.experts.down_proj_bias", "down_proj.bias"),
+)
+
 _COHERE_NORM = Norm(is_centred=True, suffix="LayerNorm")
 _GEMMA_NORM = Norm(epsilon="eps", offset=1.0)
 _LLAMA_BIAS_FLAGS: dict[Space, str] = {"query": "attention_bias", "ffn": "mlp_bias"}
 _MISTRAL_WITH_IMAGES = ("mistral3",)
-_JOINT_NORMS: dict[str, Space] = {"self_attn.q_norm": "joint_query", "self_attn.k_norm": "joint_key"}
+_JOINT_NORMS: dict[str, Space] = {"self_attn.q_norm.weight": "joint_query", "self_attn.k_norm.weight": "joint_key"}
 _ROUTERS_CHOOSE = "5.24"
 """Before, mixtures chose experts themselves, and other weights of routers were in single precision."""
 _EVERY_LAYER_A_MIXTURE = Mixture("num_experts", width_field="intermediate_size")
@@ -188,7 +204,7 @@ FAMILIES: dict[str, Family] = {
             ffn=FeedForward(width_field="n_inner", multiple=4),
             stored=Stored(buffers=(".attn.causal_mask",)),
             heads=Heads(plain=True),
-            rotary=Rotary(interleaved=True, sines_first=True),
+            rotary=Rotary(interleaved=True, sines_first=True, angles_once=True),
             parallel_blocks=True,
             bias_flags={"ffn": None},
             excludes=_NO_ROTARY_DIM,
@@ -198,7 +214,7 @@ FAMILIES: dict[str, Family] = {
             "Cohere",
             _SEPARATE_PROJECTIONS,
             rotary=Rotary(interleaved=True, in_float32=True),
-            heads=Heads(norms={"self_attn.q_norm": "query", "self_attn.k_norm": "kv"}),
+            heads=Heads(parameters={"self_attn.q_norm.weight": "query", "self_attn.k_norm.weight": "kv"}),
             parallel_blocks=True,
             norm=_COHERE_NORM,
             bias_flags={"query": "attention_bias"},
@@ -304,7 +320,7 @@ FAMILIES: dict[str, Family] = {
             _JOINTLY_NORMED_MIXTURE,
             since="5",
             mixture=_EVERY_LAYER_A_MIXTURE,
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
         Family(
@@ -417,12 +433,40 @@ FAMILIES: dict[str, Family] = {
             ffn=FeedForward(width_field="n_inner", multiple=4),
             stored=Stored(buffers=(".attn.bias", ".attn.masked_bias")),
             heads=Heads(plain=True),
-            rotary=Rotary(interleaved=True, sines_first=True),
+            rotary=Rotary(interleaved=True, sines_first=True, angles_once=True),
             parallel_blocks=True,
             bias_flags={"ffn": None},
             excludes=_NO_ROTARY_DIM,
         ),
+        Family(
+            "gpt_oss",
+            "GptOss",
+            (*_SEPARATE_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn")),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_local_experts", width_field="intermediate_size", router="mlp.router"),
+            stored=Stored(stacks=_GPT_OSS_STACKS),
+            heads=Heads(parameters={"self_attn.sinks": "query"}),
+            rotary=Rotary(angles_once=True),
+            # Nothing else knows of its sinks.
+            attention_kernel="eager",
+            bias_flags={"query": "attention_bias", "ffn": None},
+        ),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
+        Family(
+            "granitemoe",
+            "GraniteMoe",
+            (*_SEPARATE_PROJECTIONS[:4], *_gated("block_sparse_moe.experts.*", "ffn")),
+            since=_ROUTERS_CHOOSE,
+            mixture=Mixture("num_local_experts", width_field="intermediate_size", router="block_sparse_moe.router"),
+            stored=Stored(
+                names={".block_sparse_moe.router.layer.": ".block_sparse_moe.router."},
+                stacks=(
+                    _stack("block_sparse_moe.input_linear.weight", "gate_proj.weight", "up_proj.weight"),
+                    _stack("block_sparse_moe.output_linear.weight", "down_proj.weight"),
+                ),
+            ),
+            bias_flags={"query": "attention_bias"},
+        ),
         Family(
             "helium",
             "Helium",
@@ -511,7 +555,7 @@ FAMILIES: dict[str, Family] = {
             (*_JOINTLY_NORMED_PROJECTIONS[:4], *_MIXTRAL_PROJECTIONS[4:]),
             since=_ROUTERS_CHOOSE,
             mixture=Mixture("num_local_experts", width_field="intermediate_size"),
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             rotary=_PARTIAL_ROTARY,
             stored=Stored(names={".block_sparse_moe.": ".mlp."}),
         ),
@@ -591,7 +635,7 @@ FAMILIES: dict[str, Family] = {
             "olmo2",
             "Olmo2",
             _JOINTLY_NORMED_PROJECTIONS,
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
         Family(
@@ -600,7 +644,7 @@ FAMILIES: dict[str, Family] = {
             _JOINTLY_NORMED_PROJECTIONS,
             # Earlier versions of transformers 5 turned all layers by one set of parameters, with windows or without.
             since="5.13",
-            heads=Heads(norms=_JOINT_NORMS),
+            heads=Heads(parameters=_JOINT_NORMS),
             bias_flags={"query": "attention_bias"},
         ),
         Family(
@@ -609,7 +653,7 @@ FAMILIES: dict[str, Family] = {
             _JOINTLY_NORMED_MIXTURE,
             since="5",
             mixture=_EVERY_LAYER_A_MIXTURE,
-            heads=Heads(norms=_JOINT_NORMS, fill_hidden=True),
+            heads=Heads(parameters=_JOINT_NORMS, fill_hidden=True),
             bias_flags={"query": "attention_bias"},
             # Its class hands a window to attention, and makes masks without one.
             requires={"sliding_window": (None,)},

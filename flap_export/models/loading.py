@@ -29,7 +29,7 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
         "since": family.since,
         "projections": [[p.path, p.inputs, list(p.outputs)] for p in family.projections],
         "layers": [layer.model_dump() for layer in shape.layers],
-        **({"head_norms": dict(family.heads.norms)} if family.heads.norms else {}),
+        **({"head_parameters": dict(family.heads.parameters)} if family.heads.parameters else {}),
         **({"alibi": family.alibi} if family.alibi else {}),
         **kernel,
     }

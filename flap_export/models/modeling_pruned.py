@@ -11,7 +11,7 @@ The two import lines name the family the checkpoint came from. The configuration
                   (null where there is no shared expert), shared_bias; where norms run over all heads
                   joint_query_heads, joint_key_heads: those of the dense layer; and head_numbers, which of the dense
                   layer's heads these are, where heads differ by more than their weights
-    head_norms    path of each norm with weights for every head, where a layer has it, and the space of these heads
+    head_parameters   each parameter with something for every head, where a layer has it, and the space of these heads
     head_dim      of every head
     alibi         what attention calls the biases of all dense heads by distance, which it is handed, if there are any
     since         the version of transformers that is needed
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,26 +135,43 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 class Expert(nn.Module):
     """A gated FFN, with an output bias where it lost channels; its linear modules are called as in checkpoints."""
 
-    def __init__(self, names: list[str], stacked: Any, width: int, bias: bool) -> None:
+    def __init__(self, names: list[str], stacked: Any, hidden_size: int, width: int, bias: bool) -> None:
         super().__init__()
-        self.names, self.width, self.act_fn = names, width, stacked.act_fn
-        like, hidden_size = stacked.down_proj, stacked.hidden_dim
+        self.names, self.width = names, width
+        self.act_fn: Any = getattr(stacked, "act_fn", None)
+        self.own_gate: Any = _own_gate(stacked)
         gate, up, down = names
         if not width:
-            self.add_module(down, Constant(hidden_size, like, bias))
+            self.add_module(down, Constant(hidden_size, stacked.down_proj, bias))
             return
+        like = {"device": stacked.down_proj.device, "dtype": stacked.down_proj.dtype}
         for name in (gate, up):
-            self.add_module(name, nn.Linear(hidden_size, width, bias=False, device=like.device, dtype=like.dtype))
-        self.add_module(down, nn.Linear(width, hidden_size, bias=bias, device=like.device, dtype=like.dtype))
+            self.add_module(name, nn.Linear(hidden_size, width, bias=getattr(stacked, "has_bias", False), **like))
+        self.add_module(down, nn.Linear(width, hidden_size, bias=bias, **like))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Tokens [T, H] that were sent to this expert."""
         gate, up, down = self.names
         if self.width:
-            gated = self.act_fn(self.get_submodule(gate)(hidden_states))
-            hidden_states = gated * self.get_submodule(up)(hidden_states)
+            hidden_states = self.gated(self.get_submodule(gate)(hidden_states), self.get_submodule(up)(hidden_states))
         output: Tensor = self.get_submodule(down)(hidden_states)
         return output
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What the family's class makes of gate and up values [T, F], which it may have in turns."""
+        if self.own_gate is None:
+            gated: Tensor = self.act_fn(gate) * up
+        else:
+            gated = self.own_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+        return gated
+
+
+def _own_gate(stacked: Any) -> Any:
+    """How a class gates whose gate and up values stand in turns; its weights are not held. None for all others."""
+    if getattr(stacked, "is_concatenated", True):
+        return None
+    settings = {name: value for name, value in vars(stacked).items() if not name.startswith("_")}
+    return partial(type(stacked)._apply_gate, SimpleNamespace(**settings))
 
 
 class Experts(nn.ModuleList):
@@ -193,7 +211,7 @@ def _block_of(inputs: str, outputs: list[str]) -> str:
     return space if space in ("ffn", "shared") else "query"
 
 
-def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: list[Any]) -> None:
+def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: list[Any], hidden_size: int) -> None:
     """Give every routed expert of a mixture modules of its own, as wide as stated."""
     paths = [path for path, _, _ in projections if EVERY_EXPERT in path]
     if not paths:
@@ -202,7 +220,8 @@ def _separate_experts(layer: nn.Module, counts: dict[str, Any], projections: lis
     stacked: Any = layer.get_submodule(parent)
     names = [path.partition(EVERY_EXPERT)[2] for path in paths]
     width, bias = counts["ffn_channels"], counts["ffn_bias"]
-    layer.set_submodule(parent, Experts(Expert(names, stacked, width, bias) for _ in range(counts["experts"])))
+    experts = (Expert(names, stacked, hidden_size, width, bias) for _ in range(counts["experts"]))
+    layer.set_submodule(parent, Experts(experts))
 
 
 class OwnCounts:
@@ -290,8 +309,8 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
     }
     projections = _projections_of(counts, pruned["projections"])
     if counts["query_heads"]:
-        _resize_head_norms(layer, pruned.get("head_norms", {}), widths, head_dim)
-    _separate_experts(layer, counts, projections)
+        _resize_head_parameters(layer, pruned.get("head_parameters", {}), widths, head_dim)
+    _separate_experts(layer, counts, projections, hidden_size)
     for path, inputs, outputs in projections:
         if EVERY_EXPERT in path:
             continue
@@ -337,17 +356,21 @@ def _own_biases(
     return args, {**kwargs, name: kept.flatten(0, 1)}
 
 
-def _resize_head_norms(layer: nn.Module, norms: dict[str, str], widths: dict[str, int], head_dim: int) -> None:
-    """Give norms with weights [heads, D] a row for every head that is left; of norms over all heads take the first."""
-    for path, space in norms.items():
-        parent_path, _, name = path.rpartition(".")
-        norm: Any = dict(layer.get_submodule(parent_path).named_children()).get(name)
-        if norm is None:
+def _resize_head_parameters(
+    layer: nn.Module, parameters: dict[str, str], widths: dict[str, int], head_dim: int
+) -> None:
+    """Give parameters [heads, ...] a row for every head that is left; of norms over all heads take the first."""
+    owners = dict(layer.named_modules())
+    for path, space in parameters.items():
+        owner_path, _, name = path.rpartition(".")
+        owner = owners.get(owner_path)
+        if owner is None:
             continue
         if space not in TAKEN_OF:
-            norm.weight = nn.Parameter(norm.weight.new_ones(widths[space] // head_dim, head_dim))
+            dense = owner.get_parameter(name)
+            owner.register_parameter(name, nn.Parameter(dense.new_ones(widths[space] // head_dim, *dense.shape[1:])))
         elif widths[TAKEN_OF[space]] < widths[space]:
-            norm.register_forward_hook(partial(_first_channels, widths[TAKEN_OF[space]]))
+            owner.register_forward_hook(partial(_first_channels, widths[TAKEN_OF[space]]))
 
 
 def _first_channels(width: int, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class Checkpoint:
             buffers=family.stored.buffers,
             unused=tuple(name.format(layers=len(self.shape.layers)) for name in family.stored.unused),
             transposed=family.stores_transposed,
+            stacks=family.stored.stacks,
         )
 
     @property

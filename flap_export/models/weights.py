@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Final, final
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flap_export.errors import ModelError
+from flap_export.families import EVERY_EXPERT, Stack
 from flap_export.storage import digest_of_file, digest_of_json
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -21,6 +23,40 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 _NO_PARAMETERS: Final = (".rotary_emb.inv_freq",)
 """Computed from the configuration; checkpoints of old versions of transformers, those of LLaMA's first two generations
 among them, hold it in every layer."""
+
+
+@final
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is on disk, and what it is of what is stored there."""
+
+    file: Path
+    stored: str
+    expert: int | None = None
+    """Its place on the first axis, where the tensors of all experts are stored as one."""
+    stack: Stack | None = None
+    part: int = 0
+
+    def read(self) -> Tensor:
+        """The tensor; nothing of other experts is read."""
+        with safe_open(self.file, framework="pt") as file:
+            if self.expert is None:
+                whole: Tensor = file.get_tensor(self.stored)
+                return whole
+            # A copy, which lets go of the part that was read with it.
+            return self.within(file.get_slice(self.stored)[self.expert]).clone(memory_format=torch.contiguous_format)
+
+    def within(self, stored: Tensor) -> Tensor:
+        """The tensor in what its expert has of a stack."""
+        assert self.stack is not None
+        outputs = stored.T if self.stack.transposed else stored
+        return outputs[self.stack.outputs_of(self.part, len(outputs))]
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape, from that of what is stored."""
+        if self.expert is None:
+            return tuple(stored)
+        return tuple(self.within(torch.empty(tuple(stored)[1:], device="meta")).shape)
 
 
 @final
@@ -41,6 +77,7 @@ class Weights:
         buffers: tuple[str, ...] = (),
         unused: tuple[str, ...] = (),
         transposed: Callable[[str], bool] = lambda name: False,
+        stacks: Sequence[Stack] = (),
     ) -> None:
         """Look at the files' headers.
 
@@ -53,6 +90,7 @@ class Weights:
             buffers: ends of further names that are left out, because the model computes what they hold.
             unused: beginnings of those that are left out, because the model does without them.
             transposed: says of a name here whether its matrix is given as the transpose of what is on disk.
+            stacks: tensors on disk of which every expert's part has a name of its own here.
         """
         self.directory, self._transposed = directory, transposed
         left = (*_NO_PARAMETERS, *buffers)
@@ -65,19 +103,22 @@ class Weights:
             _check_complete(file, {name for name, holder in files.items() if holder == file})
         names = {name: _renamed(name, renamed or {}) for name in files}
         left_out = f"{base}." if base and not any(own.startswith(f"{base}.") for own in names.values()) else ""
-        self._stored = {own if own.startswith(f"{head}.") else left_out + own: stored for stored, own in names.items()}
-        self._file_of = {name: files[stored] for name, stored in self._stored.items()}
+        whole = {
+            own if own.startswith(f"{head}.") else left_out + own: _Place(files[stored], stored)
+            for stored, own in names.items()
+        }
+        self._places = {own: part for name, place in whole.items() for own, part in _parts(name, place, stacks)}
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files, sorted."""
-        return tuple(sorted(set(self._file_of.values())))
+        return tuple(sorted({place.file for place in self._places.values()}))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._places)
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
@@ -85,10 +126,9 @@ class Weights:
         Raises:
             ModelError: there is no such tensor.
         """
-        if name not in self._file_of:
+        if name not in self._places:
             raise ModelError(f"weights in '{self.directory}' lack the tensor '{name}'; the checkpoint is incomplete")
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self._stored[name])
+        tensor = self._places[name].read()
         return tensor.T if self._transposed(name) else tensor
 
     def finite(self, name: str) -> Tensor:
@@ -126,15 +166,32 @@ class Weights:
         headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for path in self.files:
             with safe_open(path, framework="pt") as file:
-                for name in (name for name, holder in self._file_of.items() if holder == path):
-                    header = file.get_slice(self._stored[name])
-                    headers[name] = (tuple(header.get_shape()), header.get_dtype())
+                for name, place in self._places.items():
+                    if place.file == path:
+                        header = file.get_slice(place.stored)
+                        headers[name] = (place.shape(header.get_shape()), header.get_dtype())
         return headers
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the digests of all files."""
         return digest_of_json({file.name: digest_of_file(file) for file in self.files})
+
+
+def _parts(name: str, place: _Place, stacks: Sequence[Stack]) -> Iterator[tuple[str, _Place]]:
+    """The names here of what is stored under one name: that alone, or the tensors of every expert."""
+    stack = next((stack for stack in stacks if name.endswith(f".{stack.name}")), None)
+    if stack is None:
+        yield name, place
+        return
+    with safe_open(place.file, framework="pt") as file:
+        shape = file.get_slice(place.stored).get_shape()
+    # What no experts can lie in is one of the tensors that are missing.
+    experts = shape[0] if len(shape) > 1 else 0
+    layer = name.removesuffix(stack.name)
+    for expert in range(experts):
+        for part, own in enumerate(stack.parts):
+            yield layer + own.replace(EVERY_EXPERT, str(expert)), _Place(place.file, place.stored, expert, stack, part)
 
 
 def _is_finite(tensor: Tensor) -> bool:

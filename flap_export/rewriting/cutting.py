@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flap_export.calibration.statistics import CutSpace, Site, cut_spaces, part_of
 from flap_export.errors import ModelError
-from flap_export.families import PARTS, Part, Projection, Space, expert_at, experts_of, space_widths
+from flap_export.families import JOINT_SPACES, PARTS, Part, Projection, Space, expert_at, experts_of, space_widths
 from flap_export.models.opening import Checkpoint
 from flap_export.plan import LayerPlan, PruningPlan
 from flap_export.rewriting.compensation import complement
@@ -107,14 +107,14 @@ def rewrite_layer(
     weights, layer = checkpoint.weights, checkpoint.shape.layers[index]
     widths = space_widths(checkpoint.shape, layer)
     for name in [name for name in weights if name.startswith(prefix)]:
-        path, _, kind = name.removeprefix(prefix).rpartition(".")
+        below = name.removeprefix(prefix)
+        path, _, kind = below.rpartition(".")
         projection = checkpoint.family.projection(path)
         if projection is None:
-            block = _block_of(path, checkpoint, index)
+            block = _block_of(below, checkpoint, index)
             if part_of(block or "query") in parts and not (block and _is_emptied(kept[block])):
-                tensor = weights.finite(name)
-                rows = _kept_rows(path, tensor, checkpoint, kept)
-                yield name, tensor if rows is None else tensor[rows]
+                rows = _kept_rows(below, checkpoint, kept)
+                yield name, weights.finite(name) if rows is None else weights.finite(name)[rows]
             continue
         check_kind(projection, kind)
         if projection.restores or projection.part not in parts:
@@ -172,12 +172,12 @@ def check_kind(projection: Projection, kind: str) -> None:
         )
 
 
-def _block_of(path: str, checkpoint: Checkpoint, index: int) -> CutSpace | None:
-    """The block that `path`, no projection, is inside of and leaves with: query and key norms, an activation."""
+def _block_of(name: str, checkpoint: Checkpoint, index: int) -> CutSpace | None:
+    """The block that a tensor of no projection is inside of and leaves with: query and key norms, an activation's."""
     layer = checkpoint.shape.layers[index]
     for space in cut_spaces(layer):
         module = checkpoint.family.restoring(space, layer).path.rpartition(".")[0]
-        if module and path.startswith(f"{module}."):
+        if module and name.startswith(f"{module}."):
             return space
     return None
 
@@ -186,12 +186,12 @@ def _is_emptied(channels: Tensor | None) -> bool:
     return channels is not None and channels.numel() == 0
 
 
-def _kept_rows(path: str, tensor: Tensor, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
-    """What stays of the weights of a norm of heads, [heads, D] or [heads D], int64; None where all of it stays."""
-    space = checkpoint.family.heads.norms.get(path)
+def _kept_rows(name: str, checkpoint: Checkpoint, kept: Kept) -> Tensor | None:
+    """What stays of a parameter of heads, [heads, ...] or [heads D], int64; None where all of it stays."""
+    space = checkpoint.family.heads.parameters.get(name)
     channels = kept[space] if space is not None else None
     size = checkpoint.shape.head_dim
-    return channels if channels is None or tensor.ndim == 1 else channels[::size] // size
+    return channels if channels is None or space in JOINT_SPACES else channels[::size] // size
 
 
 def cut(

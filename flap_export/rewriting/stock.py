@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flap_export.calibration.statistics import CUT_SPACES, CutSpace
 from flap_export.errors import ModelError, PlanError
-from flap_export.families import Family, heads_are_fixed
+from flap_export.families import Family, Stack, expert_at, heads_are_fixed
 from flap_export.models.loading import check_weights, meta_model, parameter_names
 from flap_export.models.opening import Checkpoint, config_from, open_checkpoint
 from flap_export.plan import PruningPlan
@@ -154,7 +154,7 @@ def write_stock_checkpoint(
     """
     config = stock_config(dense, shape)
     target = dataclasses.replace(dense, config=_taken(config, dense), shape=shape)
-    whole = _with_zero_biases(target, tensors)
+    whole = _in_stacks(target, _with_zero_biases(target, tensors))
     stored = ((dense.family.stored_name(name), tensor) for name, tensor in as_stored(dense.family, whole))
     write_shards(directory, stored, max_shard_bytes)
     write_beside_weights(directory, dense, plan, config)
@@ -193,6 +193,38 @@ def _refused(family: Family, directory: Path, error: ModelError) -> PlanError:
         f"--layout stock: transformers' {family.class_name} cannot hold what the plan keeps of this model ({reason}); "
         "use --layout uneven"
     )
+
+
+def _in_stacks(target: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with those that checkpoints of the family hold in stacks put there; a stack is given when full."""
+    family, begun = target.family, dict[str, tuple[Tensor, int]]()
+    prefix = f"{family.modules.layers}."
+    for name, tensor in tensors:
+        place = family.stack_of(name)
+        if place is None:
+            yield name, tensor
+            continue
+        (stack, part), layer = place, name.removeprefix(prefix).partition(".")[0]
+        stored, experts = f"{prefix}{layer}.{stack.name}", target.shape.layers[int(layer)].experts
+        if stored not in begun:
+            begun[stored] = _empty_stack(stack, tensor, experts), experts * len(stack.parts)
+        whole, missing = begun.pop(stored)
+        outputs = whole.mT if stack.transposed else whole
+        number = expert_at(name.removeprefix(f"{prefix}{layer}"))
+        assert number is not None
+        outputs[number, stack.outputs_of(part, outputs.shape[1])] = tensor
+        if missing > 1:
+            begun[stored] = whole, missing - 1
+        else:
+            yield stored, whole
+    assert not begun, "an expert is missing"
+
+
+def _empty_stack(stack: Stack, of_one: Tensor, experts: int) -> Tensor:
+    """Room for a tensor of every expert, [out, ...] each, and of every part."""
+    outputs, *inputs = of_one.shape
+    width = len(stack.parts) * outputs
+    return of_one.new_empty(experts, *inputs, width) if stack.transposed else of_one.new_empty(experts, width, *inputs)
 
 
 def _with_zero_biases(target: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,9 +1,9 @@
 """A cache that grows on the CPU, where attention takes time for every row of the cache, valid or not.
 
 The artifact's cache has a fixed length L, as TensorRT wants it. Nothing in the graph but the shapes of its cache inputs
-and outputs depends on L, but for capped scores, and for masks, which are made of the positions of all keys: with L made
-symbolic in memory, and masks made of as many of these positions as the cache has rows, the same nodes run over a cache
-that is only as long as the tokens need, and give the same numbers.
+and outputs depends on L, but for masks, which are made of the positions of all keys: with L made symbolic in memory,
+and masks made of as many of these positions as the cache has rows, the same nodes run over a cache that is only as
+long as the tokens need, and give the same numbers.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
 
     model = onnx.load(graph, load_external_data=False)
     attentions = [node for node in model.graph.node if node.op_type == "Attention"]
-    # Capped scores are computed in plain operators, whose shapes have the length built in.
-    if len(attentions) < len(artifact.cache_layers):
+    in_plain_operators = len(attentions) < len(artifact.cache_layers)
+    if in_plain_operators and _states_length(model.graph, artifact.max_length):
         return None
-    if any(_is_masked(node) for node in attentions):
+    if in_plain_operators or any(_is_masked(node) for node in attentions):
         keys = _key_positions(model.graph, graph.parent, artifact.max_length)
         if keys is None:
             return None
@@ -56,6 +56,15 @@ def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
             length.dim_param = LENGTH_NAME
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+def _states_length(graph: Any, length: int) -> bool:
+    """Whether a shape may have the length built in, as capped scores of older artifacts do."""
+    from onnx import numpy_helper
+
+    targets = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    shapes = (numpy_helper.to_array(stored) for stored in graph.initializer if stored.name in targets)
+    return any(length in shape for shape in shapes)
 
 
 def _key_positions(graph: Any, folder: Path, length: int) -> str | None:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flap_export.devices import check_device
 from flap_export.models.alibi import register_tables, slope_tables
-from flap_export.models.attention import StepCache, attend_by, cache_argument, rotary_modules, softcapped_attention
+from flap_export.models.attention import StepCache, attend_by, cache_argument, plain_attention, rotary_modules
 from flap_export.models.fewer_kernels import use_fewer_kernels
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
@@ -68,12 +68,13 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     slopes: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
     mask = step_cache.mask(sliding_window, query.dtype, slopes)
-    if softcap is not None:
-        output = softcapped_attention(query * scaling, key, value, mask, softcap)
+    if softcap is not None or s_aux is not None:
+        output = plain_attention(query * scaling, key, value, mask, softcap=softcap, sinks=s_aux)
     else:
         output = grouped_attention(query, key, value, mask, scaling)
     return output.transpose(1, 2), None

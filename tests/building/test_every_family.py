@@ -29,10 +29,10 @@ SIZES: dict[str, Any] = {"hidden_size": 128}
 HEAD_DIM = {family: {"head_dim": 32} for family, sizes in FAMILY_SIZES.items() if "head_dim" in sizes}
 ROUTING = {"TOPK", "SLICE", "SCATTER"}
 """What routers add to that."""
-CAPPED = ("gemma2", "vaultgemma")
-"""Families whose capped attention is in plain operators."""
+PLAIN_ATTENTION = ("gemma2", "gpt_oss", "vaultgemma")
+"""Families whose attention, capped or with sinks, is in plain operators."""
 NORMALIZING = {"CAST", "CONSTANT", "ELEMENTWISE", "REDUCE", "SHUFFLE", "SOFTMAX", "UNARY", "NORMALIZATION"}
-"""What may be float32 in a network of half precision: the insides of norms, and the capped families' softmax."""
+"""What may be float32 in a network of half precision: the insides of norms, and the softmax of plain attention."""
 ROUTERS_IN_FLOAT32 = {"MATRIX_MULTIPLY", "ACTIVATION", "GATHER"}
 ELSE = {
     "apertus": {"ACTIVATION", "SELECT"},
@@ -40,13 +40,14 @@ ELSE = {
     "ernie4_5_moe": {*ROUTERS_IN_FLOAT32, "SQUEEZE"},
     "exaone_moe": ROUTERS_IN_FLOAT32,
     "glm4_moe": ROUTERS_IN_FLOAT32,
+    "gpt_oss": {"ACTIVATION"},
     "hunyuan_v1_moe": {"MATRIX_MULTIPLY"},
     "hy_v3": ROUTERS_IN_FLOAT32,
     "minimax_m2": {"ACTIVATION", "GATHER"},
     "ministral3": {"UNSQUEEZE"},
     "solar_open": ROUTERS_IN_FLOAT32,
 }
-"""And what xIELU, the queries' factor by position, and routers that are kept in single precision add."""
+"""And what xIELU, the queries' factor by position, sinks, and routers that are kept in single precision add."""
 
 
 def exported(family: str, kind: str, dtype: DtypeName, folder: Path) -> Artifact:
@@ -64,7 +65,7 @@ def test_an_a100_engine(family: str, kind: str, dtype: Any, tmp_path: Path) -> N
     if dtype == "float16":
         check_graph_means_the_same(tmp_path / "onnx", artifact)
     record = build(tmp_path / "onnx", tmp_path / "engine", backend="tensorrt-rtx", targets=["sm80"])
-    check_network(record, artifact, capped=family in CAPPED)
+    check_network(record, artifact, plain=family in PLAIN_ATTENTION)
     assert bool(set(record.engines["last"].network.float32_layers) & ROUTING) == (family in MIXTURES)
     engine = record.engines["last"]
     assert engine.size_bytes == (tmp_path / "engine" / engine.file).stat().st_size
@@ -76,13 +77,13 @@ def stored_weights(shape: DecoderShape) -> int:
     return shape.decoder_parameters + shape.head_parameters + head
 
 
-def check_network(record: EngineRecord, artifact: Artifact, *, capped: bool) -> None:
+def check_network(record: EngineRecord, artifact: Artifact, *, plain: bool) -> None:
     network, layers = record.engines["last"].network, artifact.cache_layers
     assert network.caches == {name: artifact.cache_shape(layer, -1) for layer in layers for name in past_names(layer)}
     assert network.cache_updates == 2 * len(layers)
-    assert network.attentions == (0 if capped else len(layers))
+    assert network.attentions == (0 if plain else len(layers))
     unfused = sum(artifact.shape.layers[layer].query_heads < 4 for layer in layers)
-    assert network.decomposable_attentions == (0 if capped else unfused)
+    assert network.decomposable_attentions == (0 if plain else unfused)
     assert network.types[TYPES[record.dtype]] > 0
     assert set(network.types) <= {TYPES[record.dtype], "FLOAT", "INT64", "INT32", "BOOL"}
     assert set(network.float32_layers) <= NORMALIZING | ROUTING | ELSE.get(artifact.family, set())

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 
 from flap_export.exporting.dialect import ScatterCache, rotary_tables, speaking_onnx
 from flap_export.exporting.dialect.activations import xielu
-from flap_export.models.attention import softcapped_attention
+from flap_export.models.attention import plain_attention
 from flap_export.models.loading import build_model
 from flap_export.models.opening import open_checkpoint
 
@@ -123,7 +123,23 @@ def test_softcapped_attention_is_transformers_own(heads: int) -> None:
     mask = torch.where(torch.rand(3, 1, 5, 7, generator=generator) < 0.3, torch.finfo(torch.float32).min, 0.0)
     module = SimpleNamespace(num_key_value_groups=heads // 2, training=False)
     expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.7, softcap=1.5)
-    found = softcapped_attention(query * 0.7, key, value, mask, 1.5)
+    found = plain_attention(query * 0.7, key, value, mask, softcap=1.5)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.3, 30.0, -30.0], ids=["as the scores", "above", "below"])
+@pytest.mark.parametrize("heads", [2, 4, 6])
+def test_attention_with_sinks_is_transformers_own(heads: int, size: float) -> None:
+    """A sink takes next to nothing, or nearly all, of what the keys get."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, 5, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 7, 8, generator=generator)
+    mask = torch.where(torch.rand(3, 1, 5, 7, generator=generator) < 0.3, torch.finfo(torch.float32).min, 0.0)
+    sinks = size * (1 + torch.rand(heads, generator=generator))
+    module = SimpleNamespace(num_key_value_groups=heads // 2, training=False, sinks=sinks)
+    expected, _ = gpt_oss.eager_attention_forward(module, query, key, value, mask, scaling=0.7)
+    found = plain_attention(query * 0.7, key, value, mask, sinks=sinks)
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-6, rtol=1e-6)
 
 

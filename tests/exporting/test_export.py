@@ -61,7 +61,7 @@ NODES = {
     "falcon": (22, 11),
     "flex_olmo": (50, 20),
     "gemma": (21, 12),
-    "gemma2": (36, 25),
+    "gemma2": (34, 24),
     "gemma3_text": (25, 19),
     "glm": (23, 11),
     "glm4": (25, 11),
@@ -70,6 +70,8 @@ NODES = {
     "gpt_bigcode": (22, 13),
     "gpt_neo": (20, 21),
     "gpt_neox": (22, 13),
+    "gpt_oss": (67, 30),
+    "granitemoe": (41, 22),
     "gptj": (20, 12),
     "granite": (24, 13),
     "helium": (22, 11),
@@ -106,7 +108,7 @@ NODES = {
     "solar_open": (52, 20),
     "stablelm": (22, 11),
     "starcoder2": (23, 17),
-    "vaultgemma": (34, 24),
+    "vaultgemma": (32, 24),
 }
 """Nodes of a dense layer and around the layers, those of loops among them: what the passes reach, to be lowered when
 they reach more.

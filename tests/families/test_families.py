@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import ALL_FAMILIES, MIXTURES, tiny_config
+from tiny import ALL_FAMILIES, MIXTURES, experts_path, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -70,7 +70,8 @@ def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> No
     layer = shape_from_config(model.config, row).layers[0]
     for space, stated in (("query", layer.attention_bias), ("ffn", layer.ffn_bias)):
         if space == "ffn" and layer.experts:
-            assert not stated
+            experts = model.get_submodule(f"{row.modules.layers}.0.{experts_path(family)}")
+            assert stated == row.can_hold_bias("ffn") == hasattr(experts, "down_proj_bias")
             continue
         bias = model.get_submodule(f"{row.modules.layers}.0.{row.restoring(space, layer).path}").bias
         always = row.bias_flags.get(space, "never") is None
@@ -79,14 +80,17 @@ def test_output_biases_are_where_the_shape_says(family: str, biased: bool) -> No
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
-    """Gate and up rows one below the other, in every expert."""
+    """Gate and up rows one below the other, or in turns, in every expert."""
     row, model = FAMILIES[family], dense_model(family)
     shape = shape_from_config(model.config, row)
-    layer, experts = shape.layers[1], model.get_submodule(f"{row.modules.layers}.1.mlp.experts")
+    layer, experts = shape.layers[1], model.get_submodule(f"{row.modules.layers}.1.{experts_path(family)}")
     assert layer.experts == {"mixtral": 3, "flex_olmo": 3, "olmoe": 4, "dots1": 6}.get(family, 5)
     model.get_submodule(f"{row.modules.layers}.1.{row.mixture.router}")
-    assert experts.get_parameter("gate_up_proj").shape == (layer.experts, 2 * layer.ffn_channels, shape.hidden_size)
-    assert experts.get_parameter("down_proj").shape == (layer.experts, shape.hidden_size, layer.ffn_channels)
+    gate_up, down = (experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+    if any(stack.transposed for stack in row.stored.stacks):
+        gate_up, down = gate_up.mT, down.mT
+    assert gate_up.shape == (layer.experts, 2 * layer.ffn_channels, shape.hidden_size)
+    assert down.shape == (layer.experts, shape.hidden_size, layer.ffn_channels)
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:
@@ -161,6 +165,11 @@ def test_a_family_that_needs_a_newer_transformers_says_so(
     ("family", "fields", "message"),
     [
         ("llama", {"quantization_config": {"quant_method": "awq"}}, r"quantised.*full-precision"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}},
+            r"quantised \(quantization_config\); save them in bfloat16 by `.*Mxfp4Config\(dequantize=True\)",
+        ),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"\['chunked_attention'\]; supported are"),
         ("ernie4_5_moe", {"use_bias": True}, r"ernie4_5_moe is supported with use_bias equal to False only, got True"),
         ("opt", {"word_embed_proj_dim": 16}, r"opt is supported with word_embed_proj_dim equal to hidden_size \(32\)"),

@@ -15,7 +15,9 @@ from refitting import fitted
 from safetensors.torch import load_file, save_file
 from tiny import (
     MIXTURES,
+    expert_channels,
     expert_projections,
+    experts_path,
     keep_all_plan,
     layer_plan,
     plain_model,
@@ -82,11 +84,10 @@ def routed_inputs(path: Path, tokens: Tensor) -> dict[tuple[int, int], list[Tens
             hidden_states, top_k_index, _ = arguments
             for token, chosen in zip(hidden_states, top_k_index.tolist(), strict=True):
                 for expert in chosen:
-                    gate, up = (module.gate_up_proj[expert] @ token).chunk(2)
-                    found.setdefault((index, expert), []).append((module.act_fn(gate) * up).double())
+                    found.setdefault((index, expert), []).append(expert_channels(module, expert, token).double())
 
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts.register_forward_pre_hook(note)
+        if experts := dict(layer.named_modules()).get(experts_path(open_checkpoint(path).family.model_type)):
+            experts.register_forward_pre_hook(note)
     model(input_ids=tokens, use_cache=False)
     return found
 
@@ -104,7 +105,7 @@ def test_statistics_are_of_the_tokens_an_expert_was_sent(family: str, tmp_path: 
         site, together = statistics.sites[index, "ffn"], torch.stack(values)
         torch.testing.assert_close(site.mean[expert], together.mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(site.variance[expert], together.var(0, unbiased=False), atol=1e-5, rtol=1e-4)
-        weight = weights[f"model.layers.{index}.mlp.experts.{expert}.{down}.weight"].double()
+        weight = weights[f"model.layers.{index}.{experts_path(family)}.{expert}.{down}.weight"].double()
         torch.testing.assert_close(site.weight_square_norm[expert], weight.square().sum(0))
 
 
@@ -602,8 +603,9 @@ def test_every_stored_parameter_can_be_read(family: str, tmp_path: Path) -> None
     """All but the embedding, by enough tokens."""
     pruned = open_checkpoint(tiny_pruned(family, tmp_path))
     left_out = ("embed_tokens", "e_score_correction_bias", "q_proj.bias", "k_proj.bias", "v_proj.bias")
+    left_out += ("sinks", "router.bias", "gate_proj.bias", "up_proj.bias")
     # Norms of single heads are not counted, those over all heads are.
-    left_out += () if pruned.family.heads.norms else ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+    left_out += () if pruned.family.heads.parameters else ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
     stored = sum(pruned.weights[name].numel() for name in pruned.weights if not any(part in name for part in left_out))
     # Norms before emptied attention and emptied plain FFNs are stored and not read.
     norms = 2 + sum(not layer.experts and not layer.ffn_channels for layer in pruned.shape.layers)

@@ -30,6 +30,25 @@ def sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocabul
     }
 
 
+GPT_OSS = sizes(
+    2880, 2880, 36, 64, 8, 201088, head_dim=64, sliding_window=128, rope_theta=150000, hidden_act="silu"
+) | {
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 128,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
 PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
     "apertus-8b-2509": (
         "apertus",
@@ -421,6 +440,16 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
             }
         },
     ),
+    "granite-3.1-3b-a800m-instruct": (
+        "granitemoe",
+        3.30,
+        sizes(1536, 512, 32, 24, 8, 49155, attention_bias=False, rms_norm_eps=1e-06, rope_theta=10000000.0)
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0}
+        | {"num_experts_per_tok": 8, "num_local_experts": 40, "residual_multiplier": 0.22, "rope_scaling": None}
+        | {"max_position_embeddings": 131072, "output_router_logits": False, "tie_word_embeddings": True},
+    ),
+    "gpt-oss-20b": ("gpt_oss", 20.91, GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "gpt-oss-120b": ("gpt_oss", 116.83, GPT_OSS),
     "olmoe-1b-7b-0924": (
         "olmoe",
         6.92,

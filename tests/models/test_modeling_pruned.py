@@ -37,7 +37,11 @@ from flap_export.models.loading import load_model, pruned_section
 from flap_export.models.modeling_pruned import PrunedConfig, PrunedForCausalLM
 from flap_export.models.opening import open_checkpoint
 
-ROUTERS = {"hunyuan_v1_moe": "mlp.gate.wg.weight"}
+ROUTERS = {
+    "gpt_oss": "mlp.router.weight",
+    "granitemoe": "block_sparse_moe.router.weight",
+    "hunyuan_v1_moe": "mlp.gate.wg.weight",
+}
 FOREIGN_MACHINE = """
 import importlib.abc, inspect, json, sys, warnings
 
@@ -138,8 +142,10 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
         widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn, "shared": shape.shared_width}
         widths |= {"joint_query": 4 * size, "joint_key": 2 * size} if query else {"joint_query": 0, "joint_key": 0}
-        rows = {"query": shape.query_heads, "kv": shape.kv_heads} if row.heads.norms and shape.query_heads else {}
-        head_norms = {f"{path}.weight": (rows[space], size) for path, space in row.heads.norms.items() if space in rows}
+        rows = {"query": shape.query_heads, "kv": shape.kv_heads} if shape.query_heads else {}
+        of_heads = {name: rows[space] for name, space in row.heads.parameters.items() if space in rows}
+        assert {name: len(layer.get_parameter(name)) for name in of_heads} == of_heads
+        head_norms = {name: (count, size) for name, count in of_heads.items() if layer.get_parameter(name).ndim == 2}
         router = {ROUTERS.get(family, "mlp.gate.weight"): (shape.experts, 32)} if shape.experts else {}
         router |= {"mlp.shared_expert_gate.weight": (1, 32)} if shape.experts and family == "qwen2_moe" else {}
         correction = "mlp.gate.moe_statics.e_score_correction_bias"
@@ -157,7 +163,7 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
             if type(layer.get_submodule(name.rpartition(".")[0])).__name__.endswith(("Norm", "LayerNorm1P"))
             and not name.startswith(f"{row.modules.attention}.")
         }
-        norms |= set(router)
+        norms |= {*router, "mlp.router.bias"}
         left = {name for name, _ in layer.named_parameters()} - norms
         if shape.query_heads:
             groups = shape.query_heads // shape.kv_heads

@@ -14,7 +14,10 @@ from tiny import (
     OLD_FALCON,
     ROUTING,
     assert_same_logits,
+    expert_channels,
+    expert_output,
     expert_projections,
+    experts_path,
     grouped_rows,
     is_routing,
     keep_all_plan,
@@ -134,7 +137,8 @@ def masked_dense_logits(
         for space in cut_spaces(checkpoint.shape.layers[index]):
             if space == "ffn" and kept_units.experts:
                 means = statistics.sites[index, space].mean.float() if statistics else None
-                hold_experts(layer.mlp.experts, kept_units.experts, means)
+                experts = layer.get_submodule(experts_path(checkpoint.family.model_type))
+                hold_experts(experts, kept_units.experts, means)
                 continue
             mean = statistics.sites[index, space].mean.float() if statistics else None
             module = layer.get_submodule(checkpoint.family.restoring(space, checkpoint.shape.layers[index]).path)
@@ -158,11 +162,10 @@ def hold_experts(module: Any, kept: Sequence[Sequence[int]], means: Tensor | Non
         output = torch.zeros_like(hidden_states)
         for token, (chosen, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights, strict=True)):
             for expert, weight in zip(chosen, weights, strict=True):
-                gate, up = (module.gate_up_proj[expert] @ hidden_states[token]).chunk(2)
-                channels = module.act_fn(gate) * up
+                channels = expert_channels(module, expert, hidden_states[token])
                 removed = [i for i in range(len(channels)) if i not in kept[expert]]
                 channels[removed] = 0 if means is None else means[expert, removed]
-                output[token] += weight * (module.down_proj[expert] @ channels)
+                output[token] += weight * expert_output(module, expert, channels)
         return output
 
     module.forward = forward
@@ -289,6 +292,9 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
             is_of_heads = path.startswith(attention) and "norm." in path
             if (path.startswith(ROUTING) or path.endswith(NORMS)) and not is_of_heads:
                 expected[name] = tensor
+            elif path == "self_attn.sinks":
+                if kept.query_heads:
+                    expected[name] = tensor[list(kept.query_heads)]
             elif is_of_heads:
                 heads_of = kept.query_heads if path.startswith("self_attn.q") else kept.kv_heads
                 if checkpoint.family.model_type in JOINTLY_NORMED and kept.query_heads:
@@ -342,16 +348,21 @@ def expected_experts(checkpoint: Checkpoint, index: int, kept: LayerPlan, means:
     gate, up, down = expert_projections(checkpoint.family.model_type)
     expected, weights = {}, checkpoint.weights
     for expert, channels in enumerate(kept.experts):
-        prefix = f"model.layers.{index}.mlp.experts.{expert}."
+        prefix = f"model.layers.{index}.{experts_path(checkpoint.family.model_type)}.{expert}."
         if channels:
-            expected |= {
-                f"{prefix}{name}.weight": weights[f"{prefix}{name}.weight"][list(channels)] for name in (gate, up)
-            }
+            widening = [f"{prefix}{name}.{kind}" for name in (gate, up) for kind in ("weight", "bias")]
+            expected |= {name: weights[name][list(channels)] for name in widening if name in weights}
             expected[f"{prefix}{down}.weight"] = weights[f"{prefix}{down}.weight"][:, list(channels)]
         gone = [i for i in range(means.shape[1]) if i not in channels]
+        name = f"{prefix}{down}.bias"
+        # The weights are no dictionary.
+        bias = weights[name] if name in weights else None  # noqa: SIM401
         if gone:
             weight = weights[f"{prefix}{down}.weight"]
-            expected[f"{prefix}{down}.bias"] = (weight[:, gone].double() @ means[expert, gone]).to(weight.dtype)
+            added = weight[:, gone].double() @ means[expert, gone]
+            bias = (added if bias is None else bias.double() + added).to(weight.dtype)
+        if bias is not None:
+            expected[name] = bias
     return expected
 
 
@@ -528,5 +539,5 @@ def test_a_restoring_projection_undoes_every_cut_space(family: Family) -> None:
     for space in CUT_SPACES:
         assert family.restoring(space).outputs == ("hidden",)
         joint = {"query": "joint_query", "ffn": None}[space]
-        assert family.has_space(joint) if joint in family.heads.norms.values() else family.has_space(space)
+        assert family.has_space(joint) if joint in family.heads.parameters.values() else family.has_space(space)
         assert any({space, joint} & {*projection.outputs} for projection in family.projections)

@@ -34,6 +34,7 @@ from flap_export.exporting import export
 from flap_export.models.loading import load_model
 from flap_export.models.opening import open_checkpoint
 from flap_export.runners import Logits, Runner, open_runner
+from flap_export.runners.growing_cache import relaxed_graph
 from flap_export.runners.static_torch_runner import grouped_attention
 
 MAX_LENGTH, VOCABULARY = parity_models.MAX_LENGTH, parity_models.VOCABULARY
@@ -477,7 +478,10 @@ def test_cache_of_another_length_fails_in_our_words(damaged: Path, monkeypatch: 
         runner.prefill([[1, 2]])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", *(f for f in ("bloom", "gpt_neo") if f in ALL_FAMILIES)])
+GROWING = ["llama", "mistral", "gemma2", *(f for f in ("bloom", "gpt_neo", "gpt_oss") if f in ALL_FAMILIES)]
+
+
+@pytest.mark.parametrize("family", GROWING)
 def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,6 +511,20 @@ def test_a_growing_cache_gives_the_same_logits_as_the_artifacts_own(
         fixed = logits_of(static)
     for one, two in zip(grown, fixed, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=0 if family == "llama" else 1e-5)
+
+
+@pytest.mark.parametrize(("stated", "grows"), [(200, False), (199, True)])
+def test_a_graph_whose_shapes_state_the_length_keeps_its_cache(stated: int, grows: bool, tmp_path: Path) -> None:
+    """As those of capped scores did."""
+    import onnx
+
+    artifact = export(tiny_checkpoint("gemma2", tmp_path / "dense"), tmp_path / "onnx", max_length=200)
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, stated]), "target"))
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["input_ids", "target"], ["reshaped"]))
+    onnx.save(model, tmp_path / "onnx" / "older.onnx")
+    relaxed = relaxed_graph(tmp_path / "onnx" / "older.onnx", artifact)
+    assert (relaxed is not None) == grows
 
 
 @pytest.mark.skipif("bloom" not in ALL_FAMILIES, reason="transformers is too old")

@@ -11,7 +11,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from flap_export.exporting.dialect.node import node
-from flap_export.models.attention import StepCache, softcapped_attention
+from flap_export.models.attention import StepCache, plain_attention
 
 
 @final
@@ -56,12 +56,14 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     slopes: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, Q, n, D], caches [B, K, L, D] -> [B, n, Q, D]."""
     window = sliding_window if sliding_window is not None and sliding_window < step_cache.length else None
-    if softcap is not None:
-        output = softcapped_attention(query * scaling, key, value, step_cache.mask(window, query.dtype), softcap)
+    if softcap is not None or s_aux is not None:
+        mask = step_cache.mask(window, query.dtype)
+        output = plain_attention(query * scaling, key, value, mask, softcap=softcap, sinks=s_aux)
     elif window is not None or slopes is not None:
         # A float mask that holds causality too: TensorRT refuses a mask beside `is_causal`.
         inputs = (query, key, value, step_cache.mask(window, query.dtype, slopes))

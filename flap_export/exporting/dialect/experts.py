@@ -5,6 +5,8 @@ A few nodes however many experts there are: one Scan, whose rounds see an expert
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ class StackedExperts(nn.Module):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         first: Any = experts[0]
-        self.count, self.width, self.act_fn = len(experts), first.width, first.act_fn
+        self.count, self.width, self.act_fn, self.own_gate = len(experts), first.width, first.act_fn, first.own_gate
         self.gate, self.up, self.down = first.names
         self.add_module(EVERY_EXPERT, _stacked_weights(first, len(experts)))
 
@@ -37,20 +39,44 @@ class StackedExperts(nn.Module):
         shares = shares.scatter(1, top_k_index, top_k_weights.to(shares.dtype))
         if not self.width:
             return torch.zeros_like(hidden_states) if bias is None else shares.to(bias.dtype) @ bias
-        gate, up, down = (each(weights.get_submodule(name).weight) for name in (self.gate, self.up, self.down))
+        gate, up, down = (weights.get_submodule(name) for name in (self.gate, self.up, self.down))
         share, total = each(shares.T), carried(torch.zeros_like(hidden_states, dtype=torch.float32))
         tokens = share.nonzero()
         own = gathered(hidden_states, tokens)
-        output = (self.act_fn(linear(own, gate)) * linear(own, up)) @ down
+        output = self._gated(_widened(own, gate), _widened(own, up)) @ each(down.weight)
         if bias is not None:
             output = output + each(bias)
         weighed = output.to(total.dtype) * gathered(share, tokens).unsqueeze(-1)
         total = node("ScatterND", (total, tokens, weighed), total, 18, reduction="add")
         return after_all(total).to(hidden_states.dtype)
 
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        gated: Tensor = self.act_fn(gate) * up if self.own_gate is None else self.own_gate(_InTurns(gate, up))
+        return gated
+
+
+@dataclass(frozen=True)
+class _InTurns:
+    """Gate and up values [t, F] for a class that takes every other one of both, without laying them out so."""
+
+    gate: Tensor
+    up: Tensor
+
+    def __getitem__(self, taken: tuple[EllipsisType, slice]) -> Tensor:
+        _, turns = taken
+        assert turns.step == 2, turns
+        return self.up if turns.start else self.gate
+
+
+def _widened(own: Tensor, projection: Any) -> Tensor:
+    """Tokens [t, H] -> [t, F], by the weight and the bias of each expert in turn."""
+    product = linear(own, each(projection.weight))
+    bias = projection._parameters["bias"]
+    return product if bias is None else product + each(bias)
+
 
 def _stacked_weights(first: Any, count: int) -> nn.Module:
-    """Parameters of all experts: weights [E, F, H], those of the down projection transposed, and biases [E, H]."""
+    """Parameters of all experts: weights [E, F, H], those of the down projection transposed, and biases."""
     stacked = nn.Module()
     for name in first.names:
         holder = nn.Module()

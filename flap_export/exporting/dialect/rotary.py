@@ -29,13 +29,13 @@ def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
     """
     from flap_export.models.loading import meta_model
 
-    sines_first, tables = checkpoint.family.rotary.sines_first, dict[str, Tensor]()
+    row, tables = checkpoint.family.rotary, dict[str, Tensor]()
     position_ids, like = torch.arange(max_length).unsqueeze(0), torch.zeros(1, dtype=torch.float32)
     for path, rotary in rotary_modules(meta_model(checkpoint, torch.float32)):
         for kind in getattr(rotary, "layer_types", None) or [None]:
             values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
-            for name, value in zip(_table_names(kind), reversed(values) if sines_first else values, strict=True):
-                tables[f"{path}.{name}"] = value[0] if sines_first else _every_value_once(value[0])
+            for name, value in zip(_table_names(kind), reversed(values) if row.sines_first else values, strict=True):
+                tables[f"{path}.{name}"] = value[0] if row.angles_once else _every_value_once(value[0])
     return tables
 
 
