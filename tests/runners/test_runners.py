@@ -518,7 +518,8 @@ def test_a_graph_whose_shapes_state_the_length_keeps_its_cache(stated: int, grow
     """As those of capped scores did."""
     import onnx
 
-    artifact = export(tiny_checkpoint("gemma2", tmp_path / "dense"), tmp_path / "onnx", max_length=200)
+    dense = tiny_checkpoint("gemma2", tmp_path / "dense", max_position_embeddings=256)
+    artifact = export(dense, tmp_path / "onnx", max_length=200)
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, stated]), "target"))
     model.graph.node.append(onnx.helper.make_node("Reshape", ["input_ids", "target"], ["reshaped"]))
