@@ -69,6 +69,15 @@ def train_tokenizer(books: list[str], vocabulary_size: int) -> PreTrainedTokeniz
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Under the class's name that transformers 4 knows, too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    stated = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    stated.pop("backend", None)
+    path.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+
+
 def encode_books(books: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """All books as one stream of token ids, every book closed by the end token. uint16 [tokens]."""
     backend, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
@@ -229,7 +238,7 @@ def main() -> None:
     folder = arguments.output / "model"
     model.to(torch.bfloat16).save_pretrained(folder)
     GenerationConfig(bos_token_id=0, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     for name, books in (("calibration", train_books), ("heldout", valid_books)):
         text = passages(books, 400_000)
         (arguments.output / f"{name}.txt.xz").write_bytes(lzma.compress(text.encode("utf-8"), preset=9))

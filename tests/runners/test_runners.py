@@ -14,6 +14,7 @@ import numpy as np
 import parity_models
 import pytest
 import torch
+import transformers
 from tiny import (
     ALL_FAMILIES,
     MIXTURES,
@@ -671,6 +672,7 @@ def test_static_torch_asks_no_position_within_the_models_own(max_length: int, as
         np.testing.assert_allclose(found, runner.prefill(RAGGED), rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 asks the imitated device for more")
 def test_a_decode_step_of_every_family_can_be_captured(tmp_path: Path) -> None:
     """But those of mixtures, which are not."""
     script, written = Path(__file__).with_name("captured_steps.py"), tmp_path / "steps.json"
