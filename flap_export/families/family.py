@@ -175,7 +175,7 @@ class Rotary:
     """Rotary parameters that the class reads and has no default for, beside those of the scaling's kind."""
     names_in_4: Mapping[str, str] = field(default_factory=dict)
     """What transformers 4 called rotary parameters of this family, where that is something else."""
-    is_new: bool = False
+    newer_form_only: bool = False
     """Whether the class reads none of transformers 4's fields, and warns of them."""
 
 

@@ -161,6 +161,12 @@ _MIXTURE_AFTER_THE_FIRST = Mixture(
     layers=sparsity.after_the_first,
     router_in_float32=True,
 )
+_MIXTURE_WHERE_NAMED = Mixture(
+    "num_experts",
+    shared=SharedExpert(count_field="num_shared_experts"),
+    layers=sparsity.by_name,
+    router_in_float32=True,
+)
 _PARTIAL_ROTARY = Rotary(partial=True)
 _NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
@@ -290,12 +296,7 @@ FAMILIES: dict[str, Family] = {
             "ExaoneMoe",
             _WITH_SHARED_EXPERTS,
             since=_ROUTERS_CHOOSE,
-            mixture=Mixture(
-                "num_experts",
-                shared=SharedExpert(count_field="num_shared_experts"),
-                layers=sparsity.by_name,
-                router_in_float32=True,
-            ),
+            mixture=_MIXTURE_WHERE_NAMED,
             stored=Stored(
                 names={".mlp.e_score_correction_bias": ".mlp.gate.e_score_correction_bias"}, unused=("mtp.",)
             ),
@@ -502,12 +503,7 @@ FAMILIES: dict[str, Family] = {
             "HYV3",
             _WITH_SHARED_EXPERTS,
             since=_ROUTERS_CHOOSE,
-            mixture=Mixture(
-                "num_experts",
-                shared=SharedExpert(count_field="num_shared_experts"),
-                layers=sparsity.by_name,
-                router_in_float32=True,
-            ),
+            mixture=_MIXTURE_WHERE_NAMED,
             stored=Stored(
                 names={
                     ".mlp.router.gate.": ".mlp.gate.",
@@ -545,7 +541,7 @@ FAMILIES: dict[str, Family] = {
             _EXPERTS_IN_SOME_LAYERS,
             since=_ROUTERS_CHOOSE,
             mixture=Mixture("num_experts", layers=sparsity.by_name),
-            rotary=Rotary(is_new=True),
+            rotary=Rotary(newer_form_only=True),
             stored=Stored(unused=("mtp.",)),
             bias_flags={"query": "attention_bias"},
         ),

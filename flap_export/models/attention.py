@@ -173,9 +173,8 @@ def _left_by_sinks(scores: Tensor, shares: Tensor, sinks: Tensor) -> Tensor:
 
     The largest share tells of l, that of the largest score m being exp(m - l). So nothing as large as the scores is
     copied, as where sinks are one column more, nor summed again. The operator could see a sink as a row of zeros in
-    the cache, with a mask [B, Q, n, L] of each layer's own and a row of the cache lost. On ONNX Runtime's CPU, with 64
-    heads on 8, a column took up to 1.6 times as long as this, the operator 0.9 to 1.2 times in prefill and longer in
-    decode, and the logarithm of another sum twice as long and more.
+    the cache, with a mask [B, Q, n, L] of each layer's own and a row of the cache lost. On ONNX Runtime's CPU a column
+    was slower than this, so was the operator in decode, and the logarithm of another sum was slowest.
 
     Args:
         scores: [B, K, g n, L]

@@ -89,7 +89,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration of a checkpoint that was opened, with rotary settings that every transformers reads."""
     raw: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8"))
     rotary = checkpoint.family.rotary
-    return raw if rotary.is_new else both_rope_forms(raw, checkpoint.config, rotary.names_in_4)
+    return raw if rotary.newer_form_only else both_rope_forms(raw, checkpoint.config, rotary.names_in_4)
 
 
 def copy_companions(source: Path, target: Path) -> None:
