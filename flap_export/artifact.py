@@ -15,6 +15,7 @@ head has no cache inputs or outputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -31,6 +32,18 @@ WRITE_INDICES: Final = "write_indices"
 LOGITS: Final = "logits"
 
 LogitsKind = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One cache of one layer: an input of the graph that is also an output, updated in place."""
+
+    past: str
+    """Name of the input."""
+    present: str
+    """Name of the output."""
+    shape: tuple[int, int, int, int]
+    """[B, K_i, L, D]"""
 
 
 class Artifact(Record):
@@ -57,19 +70,18 @@ class Artifact(Record):
         """Layers that have a cache."""
         return tuple(index for index, layer in enumerate(self.shape.layers) if layer.kv_heads)
 
-    def cache_shape(self, layer: int, batch_size: int) -> tuple[int, int, int, int]:
-        """[B, K_i, L, D] of one layer's key (or value) cache."""
-        return (batch_size, self.shape.layers[layer].kv_heads, self.max_length, self.shape.head_dim)
+    def caches(self, batch_size: int) -> tuple[CacheTensor, ...]:
+        """The caches of all layers that have one, in the order of the graph's inputs and outputs."""
+        return cache_tensors(self.shape, self.max_length, batch_size)
 
 
-def past_names(layer: int) -> tuple[str, str]:
-    """Input names of one layer's key and value cache."""
-    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
-
-
-def present_names(layer: int) -> tuple[str, str]:
-    """Output names of one layer's key and value cache."""
-    return f"present.{layer}.key", f"present.{layer}.value"
+def cache_tensors(shape: DecoderShape, length: int, batch_size: int) -> tuple[CacheTensor, ...]:
+    """The caches of a decoder with L rows each, in the order of a graph's inputs and outputs; see `Artifact`."""
+    return tuple(
+        CacheTensor(f"past_key_values.{index}.{name}", f"present.{index}.{name}", (batch_size, heads, length, width))
+        for index, layer in enumerate(shape.layers)
+        for name, (heads, width) in shape.caches(layer).items()
+    )
 
 
 def is_artifact(path: Path) -> bool:

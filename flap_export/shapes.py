@@ -134,6 +134,15 @@ class DecoderShape(Value):
         """
         return layer.ffn_elements * self.ffn_channel_parameters
 
+    def caches(self, layer: LayerShape) -> dict[str, tuple[int, int]]:
+        """Heads and channels that every token has in each cache of `layer`, by name; none in a layer without heads."""
+        return dict.fromkeys(("key", "value"), (layer.kv_heads, self.head_dim)) if layer.kv_heads else {}
+
+    @property
+    def cached_channels(self) -> int:
+        """Values that every token has in all caches together, the sum over layers of 2 K D."""
+        return sum(heads * width for layer in self.layers for heads, width in self.caches(layer).values())
+
     @property
     def decoder_parameters(self) -> int:
         """All attention and FFN weights: what a pruning ratio is a share of."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, is_artifact, load_artifact, past_names, present_names
+from flap_export.artifact import ARTIFACT_NAME, Artifact, CacheTensor, is_artifact, load_artifact
 from flap_export.errors import ArtifactError, InputError
 from flap_export.shapes import DecoderShape, LayerShape
 
@@ -46,9 +46,10 @@ def test_a_saved_artifact_is_the_same(tmp_path: Path) -> None:
 
 def test_layers_without_heads_have_no_cache() -> None:
     assert ARTIFACT.cache_layers == (1,)
-    assert ARTIFACT.cache_shape(1, 3) == (3, 2, 32, 4)
-    assert past_names(1) == ("past_key_values.1.key", "past_key_values.1.value")
-    assert present_names(1) == ("present.1.key", "present.1.value")
+    assert ARTIFACT.caches(3) == (
+        CacheTensor("past_key_values.1.key", "present.1.key", (3, 2, 32, 4)),
+        CacheTensor("past_key_values.1.value", "present.1.value", (3, 2, 32, 4)),
+    )
 
 
 def test_directories_that_are_no_artifact(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, Artifact, past_names, present_names
+from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, Artifact
 from flap_export.building.flavours import quiet_polygraphy
 from flap_export.building.record import NetworkSummary
 from flap_export.errors import ArtifactError, InputError
@@ -127,9 +127,8 @@ def check_network(network: Any, artifact: Artifact, trt: Any) -> None:
 
 def _interface_problems(network: Any, artifact: Artifact) -> Iterator[str]:
     expected: dict[str, tuple[int, ...] | None] = {INPUT_IDS: (-1, -1), WRITE_INDICES: (-1,), LOGITS: None}
-    for layer in artifact.cache_layers:
-        shape = artifact.cache_shape(layer, -1)
-        expected |= dict.fromkeys((*past_names(layer), *present_names(layer)), shape)
+    caches = artifact.caches(-1)
+    expected |= {name: cache.shape for cache in caches for name in (cache.past, cache.present)}
     found = {tensor.name: tuple(tensor.shape) for tensor in (*inputs_of(network), *outputs_of(network))}
     for name in sorted(set(expected) ^ set(found)):
         yield f"{name} is {'missing' if name in expected else 'not one of its inputs and outputs'}"
@@ -137,8 +136,8 @@ def _interface_problems(network: Any, artifact: Artifact) -> Iterator[str]:
         if expected.get(name) not in (None, shape):
             yield f"{name} must be {expected[name]}, found {shape}"
     updates = Counter(layer.type.name for layer in layers_of(network))["KV_CACHE_UPDATE"]
-    if updates != 2 * len(artifact.cache_layers):
-        yield f"{2 * len(artifact.cache_layers)} caches must be updated in place, found {updates}"
+    if updates != len(caches):
+        yield f"{len(caches)} caches must be updated in place, found {updates}"
 
 
 def _attention_problems(network: Any, trt: Any) -> Iterator[str]:

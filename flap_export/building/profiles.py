@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flap_export.artifact import INPUT_IDS, WRITE_INDICES, Artifact, past_names
+from flap_export.artifact import INPUT_IDS, WRITE_INDICES, Artifact
 from flap_export.building.record import Profile, Range
 from flap_export.errors import InputError
 
@@ -48,10 +48,8 @@ def input_shapes(profile: Profile, artifact: Artifact) -> Shapes:
     """Least, usual and largest shape of every input, by name."""
     calls = list(zip(profile.batch_sizes, profile.new_tokens, strict=True))
     shapes: Shapes = {INPUT_IDS: tuple(calls), WRITE_INDICES: tuple((batch,) for batch, _ in calls)}
-    for layer in artifact.cache_layers:
-        caches = tuple(artifact.cache_shape(layer, batch) for batch, _ in calls)
-        shapes |= dict.fromkeys(past_names(layer), caches)
-    return shapes
+    by_call = zip(*(artifact.caches(batch) for batch, _ in calls), strict=True)
+    return shapes | {three[0].past: tuple(cache.shape for cache in three) for three in by_call}
 
 
 def provider_options(profile: Profile, artifact: Artifact, prefix: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, past_names, present_names
+from flap_export.artifact import INPUT_IDS, LOGITS, WRITE_INDICES, LogitsKind, cache_tensors
 from flap_export.exporting.dialect import ScatterCache, rotary_tables, speaking_onnx
 from flap_export.models.alibi import slope_tables
 from flap_export.models.attention import cache_argument
@@ -33,8 +33,8 @@ class DecoderStep(nn.Module):
         self.cache_argument = cache_argument(model)
 
     def forward(
-        self, input_ids: Tensor, write_indices: Tensor, past: Sequence[tuple[Tensor, Tensor]] = ()
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self, input_ids: Tensor, write_indices: Tensor, past: Sequence[tuple[Tensor, ...]] = ()
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Run the causal LM on n new tokens; shapes as in `flap_export.artifact`."""
         past_of_layer = dict(zip(self.cache_layers, past, strict=True))
         cache = ScatterCache(past_of_layer, write_indices, input_ids.shape[1], self.max_length)
@@ -88,14 +88,16 @@ def _example(
     shape: DecoderShape, cache_layers: Sequence[int], max_length: int, dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments to trace `DecoderStep.forward` with, and the names of their free axes."""
-    cache_shapes = [(2, shape.layers[layer].kv_heads, max_length, shape.head_dim) for layer in cache_layers]
-    caches = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for size in cache_shapes]
+    sizes = [shape.caches(shape.layers[layer]).values() for layer in cache_layers]
+    caches = [
+        tuple(torch.zeros(2, heads, max_length, width, dtype=dtype) for heads, width in of_layer) for of_layer in sizes
+    ]
     tokens, write_indices = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     batch, new = torch.export.Dim("batch"), torch.export.Dim("new_tokens")
     if not caches:
         # The exporter loses all axis names over an empty list (and over a None) among the arguments.
         return (tokens, write_indices), ({0: batch, 1: new}, {0: batch})
-    cache_axes = [({0: batch}, {0: batch}) for _ in caches]
+    cache_axes = [({0: batch},) * len(of_layer) for of_layer in caches]
     return (tokens, write_indices, caches), ({0: batch, 1: new}, {0: batch}, cache_axes)
 
 
@@ -115,9 +117,9 @@ def _quiet_exporter() -> Iterator[None]:
 
 def _name_interface(ir_model: ir.Model, checkpoint: Checkpoint) -> None:
     """Name inputs, outputs and initializers as `flap_export.artifact` and the checkpoint do."""
-    layers = [index for index, layer in enumerate(checkpoint.shape.layers) if layer.kv_heads]
-    inputs = [INPUT_IDS, WRITE_INDICES, *(name for layer in layers for name in past_names(layer))]
-    outputs = [LOGITS, *(name for layer in layers for name in present_names(layer))]
+    caches = cache_tensors(checkpoint.shape, 1, 1)
+    inputs = [INPUT_IDS, WRITE_INDICES, *(cache.past for cache in caches)]
+    outputs = [LOGITS, *(cache.present for cache in caches)]
     graph = ir_model.graph
     assert len(graph.inputs) == len(inputs), [value.name for value in graph.inputs]
     assert len(graph.outputs) == len(outputs), [value.name for value in graph.outputs]

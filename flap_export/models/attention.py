@@ -43,9 +43,14 @@ class StepCache(Cache):  # type: ignore[misc]
         """Positions of all rows, [1, 1, 1, L]; made once, so that all masks of a graph are seen to follow from them."""
         self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
-    @abstractmethod
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new rows [B, K, n, D] and return what is seen of the layer's caches, [B, K, L, D] each."""
+        keys, values = self.write(layer_idx, key, value)
+        return keys, values
+
+    @abstractmethod
+    def write(self, layer_idx: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write new rows [B, K, n, D] for each of the layer's caches, in their order; see `update`."""
 
     def mask(self, window: int | None, dtype: torch.dtype, slopes: Tensor | None = None) -> Tensor:
         """Additive mask [B, 1, n, L]: query at position p sees keys p - window < j <= p, or all up to p.

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from flap_export.artifact import Artifact, past_names, present_names
+from flap_export.artifact import Artifact
 from flap_export.errors import ArtifactError
 
 LENGTH_AXIS: Final = 2
@@ -43,8 +43,8 @@ def relaxed_graph(graph: Path, artifact: Artifact) -> bytes | None:
         keys = _key_positions(model.graph, graph.parent, artifact.max_length)
         if keys is None:
             return None
-        _follow_the_cache(model.graph, keys, past_names(artifact.cache_layers[0])[0])
-    caches = {n for layer in artifact.cache_layers for n in (*past_names(layer), *present_names(layer))}
+        _follow_the_cache(model.graph, keys, artifact.caches(1)[0].past)
+    caches = {name for cache in artifact.caches(1) for name in (cache.past, cache.present)}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.name in caches:
             length = value.type.tensor_type.shape.dim[LENGTH_AXIS]
@@ -119,13 +119,12 @@ class GrowingCache:
             return
         wanted = rows * HEADROOM if self.rows else rows
         grown = min(self._artifact.max_length, -(-int(wanted) // ROW_STEP) * ROW_STEP)
-        for layer in self._artifact.cache_layers:
-            batch, heads, _, width = self._artifact.cache_shape(layer, self._batch_size)
-            for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                array = np.zeros((batch, heads, grown, width), self._dtype)
-                if past in self._arrays:
-                    array[:, :, : self.rows] = self._arrays[past]
-                self._bind(past, present, array)
+        for cache in self._artifact.caches(self._batch_size):
+            batch, heads, _, width = cache.shape
+            array = np.zeros((batch, heads, grown, width), self._dtype)
+            if cache.past in self._arrays:
+                array[:, :, : self.rows] = self._arrays[cache.past]
+            self._bind(cache.past, cache.present, array)
         self.rows = grown
 
     def _bind(self, past: str, present: str, array: NDArray[np.generic]) -> None:

@@ -19,8 +19,6 @@ from flap_export.artifact import (
     Artifact,
     LogitsKind,
     load_artifact,
-    past_names,
-    present_names,
 )
 from flap_export.building.flavours import Flavour
 from flap_export.building.graphs import cuda_graph, tensorrt_graph
@@ -145,12 +143,10 @@ class OnnxRuntimeRunner(Runner):
         if self._grows:
             self._cache = GrowingCache(self._binding, self._artifact, batch_size, self._array_dtype)
             return
-        for layer in self._artifact.cache_layers:
-            shape = self._artifact.cache_shape(layer, batch_size)
-            for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                cache = self._zeros(shape)
-                self._binding.bind_ortvalue_input(past, cache)
-                self._binding.bind_ortvalue_output(present, cache)
+        for cache in self._artifact.caches(batch_size):
+            value = self._zeros(cache.shape)
+            self._binding.bind_ortvalue_input(cache.past, value)
+            self._binding.bind_ortvalue_output(cache.present, value)
 
     def _zeros(self, shape: tuple[int, ...]) -> Any:
         """A zeroed OrtValue on the device. Unwritten rows have no weight, but zero times NaN would still be NaN."""
@@ -267,9 +263,8 @@ def _check_interface(session: Any, artifact: Artifact, path: Path) -> None:
         WRITE_INDICES: ("tensor(int64)", (None,)),
         LOGITS: (real, (None, None, artifact.shape.vocabulary_size)),
     }
-    for layer in artifact.cache_layers:
-        cache = (None, *artifact.cache_shape(layer, 1)[1:])
-        expected |= dict.fromkeys((*past_names(layer), *present_names(layer)), (real, cache))
+    for cache in artifact.caches(1):
+        expected |= dict.fromkeys((cache.past, cache.present), (real, (None, *cache.shape[1:])))
     found = {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
     differ = [name for name in found.keys() & expected if not _agrees(found[name], *expected[name])]
     wrong = sorted(differ or found.keys() ^ expected)

@@ -37,7 +37,8 @@ which builds a plan for every new shape, a tenth of a second each and more: of e
 length of the caches."""
 _ROW_MULTIPLE: Final = 16
 """Caches have, and prefills see, a multiple of so many rows: a mask of another length is copied in every layer."""
-Caches = Mapping[int, tuple[Tensor, Tensor]]
+Caches = Mapping[int, tuple[Tensor, ...]]
+"""Those of every layer."""
 
 
 @final
@@ -48,12 +49,11 @@ class StaticCache(StepCache):
         super().__init__(write_indices, new_tokens, length)
         self.caches = caches
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new rows [B, K, n, D] and return what is seen of the caches, [B, K, L, D] each."""
-        rows = self.position_ids[:, None, :, None].expand_as(key)
-        past_key, past_value = self.caches[layer_idx]
-        present = past_key.scatter_(2, rows, key), past_value.scatter_(2, rows, value)
-        return present[0][:, :, : self.length], present[1][:, :, : self.length]
+    def write(self, layer_idx: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write new rows [B, K, n, D] and return what is seen of the layer's caches, [B, K, L, D] each."""
+        rows = self.position_ids[:, None, :, None].expand_as(new[0])
+        written = (past.scatter_(2, rows, one) for past, one in zip(self.caches[layer_idx], new, strict=True))
+        return tuple(present[:, :, : self.length] for present in written)
 
 
 def _attention(
@@ -179,13 +179,12 @@ class StaticTorchRunner(Runner):
         # The caches of the last batch make room before there are others.
         self._graph, self._step, self._generators, self._caches = None, None, {}, {}
         self._caches = {
-            index: (self._zeros(batch_size, layer.kv_heads), self._zeros(batch_size, layer.kv_heads))
+            index: tuple(self._zeros(batch_size, *size) for size in self._shape.caches(layer).values())
             for index, layer in enumerate(self._shape.layers)
-            if layer.kv_heads
         }
 
-    def _zeros(self, batch_size: int, kv_heads: int) -> Tensor:
-        shape = (batch_size, kv_heads, _whole_rows(self.max_length), self._shape.head_dim)
+    def _zeros(self, batch_size: int, heads: int, width: int) -> Tensor:
+        shape = (batch_size, heads, _whole_rows(self.max_length), width)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def _forward(self, input_ids: TokenIds, write_indices: TokenIds) -> Logits:

@@ -20,8 +20,6 @@ from flap_export.artifact import (
     WRITE_INDICES,
     LogitsKind,
     load_artifact,
-    past_names,
-    present_names,
 )
 from flap_export.building.flavours import import_tensorrt
 from flap_export.building.graphs import write_tensorrt_graph
@@ -74,11 +72,9 @@ class TensorRTSession:
         with self._on_stream():
             self._graph, self._generators = None, {}
             self._caches = {}
-            for layer in self._artifact.cache_layers:
-                shape = self._artifact.cache_shape(layer, batch_size)
-                for past, present in zip(past_names(layer), present_names(layer), strict=True):
-                    cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
-                    self._caches |= {past: cache, present: cache}
+            for cache in self._artifact.caches(batch_size):
+                rows = torch.zeros(cache.shape, dtype=self._dtype, device=self._device)
+                self._caches |= {cache.past: rows, cache.present: rows}
             ids = torch.zeros((batch_size, 1), dtype=torch.int64, device=self._device)
             starts = torch.zeros(batch_size, dtype=torch.int64, device=self._device)
             self._step = ids, starts, self._empty_logits(batch_size, 1)

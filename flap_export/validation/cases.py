@@ -102,8 +102,7 @@ def check_memory(sequences: int, length: int, piece: int, shape: DecoderShape, d
         InputError: they do not.
     """
     available = available_memory_bytes()
-    heads = sum(layer.kv_heads for layer in shape.layers)
-    cached = 2 * heads * shape.head_dim * length if device == "cpu" else 0
+    cached = shape.cached_channels * length if device == "cpu" else 0
     needed = sequences * (4 if dtype == "float32" else 8) * (cached + piece * shape.vocabulary_size)
     if available is not None and needed > available:
         raise InputError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import ALL_FAMILIES, FAMILY_SIZES, MIXTURES, VOCABULARY, tiny_checkpoint, tiny_pruned
 
-from flap_export.artifact import Artifact, past_names
+from flap_export.artifact import Artifact
 from flap_export.building import EngineRecord, build
 from flap_export.building.graphs import tensorrt_graph
 from flap_export.exporting import export
@@ -79,8 +79,8 @@ def stored_weights(shape: DecoderShape) -> int:
 
 def check_network(record: EngineRecord, artifact: Artifact, *, plain: bool) -> None:
     network, layers = record.engines["last"].network, artifact.cache_layers
-    assert network.caches == {name: artifact.cache_shape(layer, -1) for layer in layers for name in past_names(layer)}
-    assert network.cache_updates == 2 * len(layers)
+    assert network.caches == {cache.past: cache.shape for cache in artifact.caches(-1)}
+    assert network.cache_updates == len(network.caches)
     assert network.attentions == (0 if plain else len(layers))
     unfused = sum(artifact.shape.layers[layer].query_heads < 4 for layer in layers)
     assert network.decomposable_attentions == (0 if plain else unfused)
@@ -117,7 +117,5 @@ def noisy_feeds(artifact: Artifact, new_tokens: int, starts: list[int]) -> dict[
         "input_ids": draw.integers(0, VOCABULARY, (len(starts), new_tokens)),
         "write_indices": np.array(starts),
     }
-    for layer in artifact.cache_layers:
-        shape = artifact.cache_shape(layer, len(starts))
-        feeds |= {name: draw.standard_normal(shape).astype(np.float16) for name in past_names(layer)}
-    return feeds
+    caches = artifact.caches(len(starts))
+    return feeds | {cache.past: draw.standard_normal(cache.shape).astype(np.float16) for cache in caches}

@@ -32,7 +32,7 @@ from tiny import (
 )
 from torch import Tensor
 
-from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact, past_names, present_names
+from flap_export.artifact import ARTIFACT_NAME, Artifact, load_artifact
 from flap_export.errors import InputError, ModelError, OutputError
 from flap_export.exporting import export
 from flap_export.exporting.dialect import rotary_tables
@@ -154,11 +154,7 @@ def run_onnx(directory: Path, tokens: Tensor, prompt: int, graph: str = "model.o
     """Logits of the prompt and of every further token; `present` is fed back as `past` by hand."""
     artifact, session = load_artifact(directory), session_of(directory, graph)
     batch = len(tokens)
-    caches = {
-        name: np.full(artifact.cache_shape(layer, batch), 7, DTYPES[artifact.dtype])
-        for layer in artifact.cache_layers
-        for name in past_names(layer)
-    }
+    caches = {cache.past: np.full(cache.shape, 7, DTYPES[artifact.dtype]) for cache in artifact.caches(batch)}
     logits, position = [], 0
     for new in (prompt, *[1] * (tokens.shape[1] - prompt)):
         ids = tokens[:, position : position + new].numpy()
@@ -167,8 +163,7 @@ def run_onnx(directory: Path, tokens: Tensor, prompt: int, graph: str = "model.o
         outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
         assert accepted == set(feeds)
         logits.append(outputs["logits"])
-        for layer in artifact.cache_layers:
-            caches.update(zip(past_names(layer), [outputs[n] for n in present_names(layer)], strict=True))
+        caches = {cache.past: outputs[cache.present] for cache in artifact.caches(batch)}
         position += new
     return logits
 
@@ -229,9 +224,9 @@ def check_node_count(proto: onnx.ModelProto, artifact: Artifact) -> None:
 
 
 def check_interface(proto: onnx.ModelProto, artifact: Artifact, graph: str) -> None:
-    layers, shape = artifact.cache_layers, artifact.shape
-    inputs = ["input_ids", "write_indices", *[name for layer in layers for name in past_names(layer)]]
-    outputs = ["logits", *[name for layer in layers for name in present_names(layer)]]
+    caches, shape = artifact.caches(1), artifact.shape
+    inputs = ["input_ids", "write_indices", *[cache.past for cache in caches]]
+    outputs = ["logits", *[cache.present for cache in caches]]
     assert [value.name for value in proto.graph.input] == inputs
     assert [value.name for value in proto.graph.output] == outputs
     dims = {value.name: dims_of(value) for value in [*proto.graph.input, *proto.graph.output]}
@@ -239,9 +234,9 @@ def check_interface(proto: onnx.ModelProto, artifact: Artifact, graph: str) -> N
     assert dims["write_indices"] == ["batch"]
     tokens = 1 if graph == artifact.graphs["last"] else "new_tokens"
     assert dims["logits"] == ["batch", tokens, shape.vocabulary_size]
-    for layer in layers:
-        for name in (*past_names(layer), *present_names(layer)):
-            assert dims[name] == ["batch", *artifact.cache_shape(layer, 1)[1:]], name
+    for cache in caches:
+        for name in (cache.past, cache.present):
+            assert dims[name] == ["batch", *cache.shape[1:]], name
     element = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}[artifact.dtype]
     floats = {value.type.tensor_type.elem_type for value in [*proto.graph.input[2:], *proto.graph.output]}
     assert floats == {element}

@@ -36,7 +36,7 @@ from flap_export.allocation.budgets import cheapest_first
 from flap_export.allocation.ladders import Ladder, ffn_ladder, ladders_from_scores
 from flap_export.allocation.ladders import layer_plan as layer_plan_of
 from flap_export.allocation.stage import STRUCTURES, StructureName, allocate
-from flap_export.artifact import load_artifact, past_names
+from flap_export.artifact import load_artifact
 from flap_export.building.graphs import cuda_graph
 from flap_export.calibration.stage import calibrate
 from flap_export.errors import BudgetError, InputError, ModelError, PlanError
@@ -524,11 +524,7 @@ def session_of(graph: Path, profile: Path | None = None) -> onnxruntime.Inferenc
 def feeds_of(directory: Path, tokens: Any) -> dict[str, Any]:
     """A prompt with empty caches."""
     artifact, batch = load_artifact(directory), len(tokens)
-    caches = {
-        name: np.zeros(artifact.cache_shape(layer, batch), np.float32)
-        for layer in artifact.cache_layers
-        for name in past_names(layer)
-    }
+    caches = {cache.past: np.zeros(cache.shape, np.float32) for cache in artifact.caches(batch)}
     return {"input_ids": tokens, "write_indices": np.zeros(batch, np.int64), **caches}
 
 

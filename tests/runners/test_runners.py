@@ -29,7 +29,7 @@ from tiny import (
 )
 
 from flap_export import devices
-from flap_export.artifact import ARTIFACT_NAME, Artifact, past_names
+from flap_export.artifact import ARTIFACT_NAME, Artifact
 from flap_export.errors import ArtifactError, FlapExportError, InputError, MissingRequirementError, TextError
 from flap_export.exporting import export
 from flap_export.models.loading import load_model
@@ -218,9 +218,7 @@ def test_onnxruntime_complains_about_caches_that_are_not_shared(
         str(artifact / description.graphs["all"]), providers=["CPUExecutionProvider"]
     )
     feeds = {"input_ids": np.ones((1, 2), np.int64), "write_indices": np.zeros(1, np.int64)}
-    for layer in description.cache_layers:
-        for name in past_names(layer):
-            feeds[name] = np.zeros(description.cache_shape(layer, 1), np.float32)
+    feeds |= {cache.past: np.zeros(cache.shape, np.float32) for cache in description.caches(1)}
     session.run(None, feeds)
     assert "TensorScatter" in capfd.readouterr().err
 

@@ -19,25 +19,24 @@ class ScatterCache(StepCache):
     """The caches of one traced step.
 
     Args:
-        past: key and value cache [B, K, L, D] of every layer that kept a head.
+        past: the caches [B, K, L, D] of every layer that kept a head.
         write_indices: int64 [B].
         new_tokens: n.
         length: L.
     """
 
     def __init__(
-        self, past: Mapping[int, tuple[Tensor, Tensor]], write_indices: Tensor, new_tokens: int, length: int
+        self, past: Mapping[int, tuple[Tensor, ...]], write_indices: Tensor, new_tokens: int, length: int
     ) -> None:
         super().__init__(write_indices, new_tokens, length)
         self.past, self.write_indices = past, write_indices
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+        self.present: dict[int, tuple[Tensor, ...]] = {}
         self.valid_keys = write_indices + new_tokens
         """[B]: rows of the cache that hold keys. The operator aligns the last new query with the last valid key."""
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def write(self, layer_idx: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Scatter new rows [B, K, n, D] into the layer's caches, which are returned whole."""
-        past_key, past_value = self.past[layer_idx]
-        self.present[layer_idx] = self._scattered(past_key, key), self._scattered(past_value, value)
+        self.present[layer_idx] = tuple(map(self._scattered, self.past[layer_idx], new))
         return self.present[layer_idx]
 
     def _scattered(self, past: Tensor, new: Tensor) -> Tensor:
