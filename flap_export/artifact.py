@@ -8,6 +8,9 @@ The interface of the graph, with B sequences, n new tokens and a cache of fixed 
     logits                          dtype [B, n, V]     (graph `last`: [B, 1, V], the last position only)
     present.<i>.key/.value          dtype [B, K_i, L, D]
 
+With multi-head latent attention a layer has one cache instead, `past_key_values.<i>.latent`, of one head: the latent,
+and beside it the part of a key that turns.
+
 Positions and the number of valid keys follow from `write_indices` and n inside the graph. Ragged prompts are padded
 on the right and fed with the same `write_indices`; decoding then overwrites the padding rows. A layer that kept no
 head has no cache inputs or outputs.

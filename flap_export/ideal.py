@@ -49,10 +49,10 @@ def read_parameters(shape: DecoderShape, tokens: int | None = None) -> float:
     """Parameters one call reads, once for the whole batch.
 
     Attention and FFN weights, output biases, two norms of H per layer (none before an emptied block; one where blocks
-    are parallel and not both of them empty), norms over all heads, the last norm and the head, V H. Of a mixture the
-    router, E H, the shared expert, and the routed experts that `tokens` new tokens, B n of them, are expected to be
-    sent to; all of them with None. The embedding is not among them: a call reads n rows of it. A tied head is the
-    embedding's own matrix and is read whole, once.
+    are parallel and not both of them empty), norms over all heads or of latents, the last norm and the head, V H. Of a
+    mixture the router, E H, the shared expert, and the routed experts that `tokens` new tokens, B n of them, are
+    expected to be sent to; all of them with None. The embedding is not among them: a call reads n rows of it. A tied
+    head is the embedding's own matrix and is read whole, once.
     """
     layers = sum(_layer_parameters(shape, layer, tokens) for layer in shape.layers)
     return layers + shape.head_parameters + shape.hidden_size
@@ -66,6 +66,8 @@ def _layer_parameters(shape: DecoderShape, layer: LayerShape, tokens: int | None
     )
     vectors = (_norms(shape, layer) + _router_rows(layer) + _has_gate(shape, layer) + biases) * shape.hidden_size
     head_norms = (layer.joint_query_heads + layer.joint_key_heads) * shape.head_dim
+    if shape.latent is not None and layer.query_heads:
+        head_norms += shape.latent.queries + shape.latent.keys_and_values
     channels = share * layer.ffns * layer.ffn_channels + layer.shared_width
     return shape.attention_parameters(layer) + channels * shape.ffn_channel_parameters + vectors + head_norms
 
@@ -137,13 +139,14 @@ def call_flops(
 
         projections   2 n            times the decoder's attention and FFN weights; of E experts, k
         attention     4 p            times the sum over layers of Q D, for Q K^T and its product with V, where
-                                     p = n c + n (n + 1) / 2 pairs of a query and a key it may see
+                                     p = n c + n (n + 1) / 2 pairs of a query and a key it may see; where a latent
+                                     is cached, D is its width
         head          2 m V H        m = 1 with logits `last`, n with `all`
 
     all of it B times. Norms, rotary embeddings, softmax, activations and routers are left out.
     """
     pairs = new_tokens * context_length + new_tokens * (new_tokens + 1) // 2
-    query_channels = sum(layer.query_heads * shape.head_dim for layer in shape.layers)
+    query_channels = sum(layer.query_heads * shape.attended_channels for layer in shape.layers)
     head_tokens = 1 if logits == "last" else new_tokens
     weights = sum(_computed_weights(shape, layer, experts) for layer in shape.layers)
     per_sequence = 2 * new_tokens * weights + 4 * pairs * query_channels + 2 * head_tokens * shape.head_parameters

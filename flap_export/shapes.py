@@ -12,6 +12,10 @@ Notation used throughout the package:
 In some families one norm runs over all query heads together, and one over all key heads. What such a norm makes of one
 head depends on the others, so their projections go on computing every head of the dense layer, and attention takes the
 first Q and K; an attention without heads needs none of it.
+
+In multi-head latent attention (MLA; DeepSeek-V2, section 2.1) the keys and values of all heads are made of one latent
+of a token, and only that is cached. Every query head has a key and a value of its own, so K = Q, and D is the size of a
+value. What makes latents reads and writes nothing that is cut; it too goes with an attention's last head only.
 """
 
 from __future__ import annotations
@@ -88,6 +92,28 @@ class LayerShape(Value):
         return fields if self.head_numbers else {name: fields[name] for name in fields if name != "head_numbers"}
 
 
+class LatentSizes(Value):
+    """Channels of multi-head latent attention."""
+
+    queries: Annotated[int, Field(ge=0, le=2**24)]
+    """Of the latent that a token's queries are made of; 0 where they are made of the hidden states."""
+    keys_and_values: _Size
+    """Of the latent that its keys and values are made of."""
+    score: _Size
+    """Of one head's query and key."""
+    turning: _Size
+    """Of these, those that turn with the position; all heads have the same of a key, beside the latent."""
+
+    @property
+    def cached(self) -> int:
+        """What a token leaves in a layer's cache."""
+        return self.keys_and_values + self.turning
+
+    def key_value(self, head_dim: int) -> int:
+        """Of what a head's key and value are, without what turns."""
+        return self.score - self.turning + head_dim
+
+
 class DecoderShape(Value):
     """Sizes of a decoder whose layers may differ from each other."""
 
@@ -103,7 +129,14 @@ class DecoderShape(Value):
     """Whether shared experts have a gate, H weights that are never cut."""
     experts_per_token: _Heads = 0
     """k of a mixture; 0 without experts, and where a record does not say."""
+    latent: LatentSizes | None = None
+    """Sizes of multi-head latent attention; None where keys and values are made of the hidden states."""
     layers: tuple[LayerShape, ...]
+
+    @model_serializer(mode="wrap")
+    def _latent_where_there_is_one(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.latent else {name: fields[name] for name in fields if name != "latent"}
 
     @property
     def head_block_parameters(self) -> int:
@@ -120,12 +153,24 @@ class DecoderShape(Value):
         return layer.ffns * self.ffn_channel_parameters
 
     def attention_parameters(self, layer: LayerShape) -> int:
-        """Attention weights of `layer`, (2 Q + 2 K) H D; with joint norms, q_proj and k_proj have the dense Q and K."""
-        return layer.head_blocks * self.head_block_parameters
+        """Attention weights of `layer`, (2 Q + 2 K) H D; with joint norms, q_proj and k_proj have the dense Q and K.
+
+        With latents of l channels, of queries l_q or H, scores of s channels of which r turn:
+        Q (l_q s + l (s - r + D) + D H), and what makes the latents, l_q H + (l + r) H.
+        """
+        if self.latent is None:
+            return layer.head_blocks * self.head_block_parameters
+        sizes = self.latent
+        queries = (sizes.queries or self.hidden_size) * sizes.score
+        keys_and_values = sizes.keys_and_values * sizes.key_value(self.head_dim)
+        own = layer.query_heads * (queries + keys_and_values + self.head_block_parameters)
+        return own + self.joint_parameters(layer)
 
     def joint_parameters(self, layer: LayerShape) -> int:
         """Attention weights of `layer` that go with its last head only."""
-        return (layer.joint_query_heads + layer.joint_key_heads) * self.head_block_parameters
+        if self.latent is None:
+            return (layer.joint_query_heads + layer.joint_key_heads) * self.head_block_parameters
+        return (self.latent.queries + self.latent.cached) * self.hidden_size if layer.query_heads else 0
 
     def ffn_parameters(self, layer: LayerShape) -> int:
         """FFN weights of `layer`: 3 H F when gated, 3 H (E F + S) in a mixture.
@@ -136,11 +181,20 @@ class DecoderShape(Value):
 
     def caches(self, layer: LayerShape) -> dict[str, tuple[int, int]]:
         """Heads and channels that every token has in each cache of `layer`, by name; none in a layer without heads."""
-        return dict.fromkeys(("key", "value"), (layer.kv_heads, self.head_dim)) if layer.kv_heads else {}
+        if not layer.kv_heads:
+            return {}
+        if self.latent is not None:
+            return {"latent": (1, self.latent.cached)}
+        return dict.fromkeys(("key", "value"), (layer.kv_heads, self.head_dim))
+
+    @property
+    def attended_channels(self) -> int:
+        """Channels of one head in attention: D, or all of what is cached where that is one latent for all heads."""
+        return self.head_dim if self.latent is None else self.latent.cached
 
     @property
     def cached_channels(self) -> int:
-        """Values that every token has in all caches together, the sum over layers of 2 K D."""
+        """Values that every token has in all caches together, the sum over layers of 2 K D, or of latents."""
         return sum(heads * width for layer in self.layers for heads, width in self.caches(layer).values())
 
     @property

@@ -49,6 +49,16 @@ def alternating(layers: int) -> list[str]:
     return ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
 
 
+# Sizes of which no two are the same, nor that of a head of other families.
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
+
 # What differs; `...` leaves a field out, a function is asked for as many values as there are layers.
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # No gate; an activation with parameters; query and key norms.
@@ -57,6 +67,41 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "arcee": {"rope_theta": 50.0},
     # Windows in all but every fourth layer.
     "cwm": {"head_dim": 12, "sliding_window": 6, "rope_theta": 50.0},
+    # Keys and values of one latent, angles that are complex numbers; a plain layer in front, groups of experts.
+    "deepseek_v2": {
+        **LATENTS,
+        "q_lora_rank": None,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+    },
+    # The same, queries of a latent of their own, and scores that yarn scales.
+    "deepseek_v3": {
+        **LATENTS,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 3,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     # A plain layer in front, groups of experts, a correction that changes which are chosen.
     "dots1": {
         "head_dim": 12,
@@ -180,6 +225,17 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
+    # Latents; layers that are mixtures by name.
+    "glm4_moe_lite": {
+        **LATENTS,
+        "rope_theta": 50.0,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 5,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.7,
+        "mlp_layer_types": lambda layers: (["dense", "sparse"] * layers)[:layers],
+    },
     # Multipliers of embeddings, residuals, scores and logits, of which none is what is usual.
     "granite": {
         "embedding_multiplier": 3.0,
@@ -247,6 +303,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     # One norm over all queries, one over all keys, half of every head turns.
     "minimax_m2": {"head_dim": 12, "rotary_dim": 6, "num_local_experts": 5, "num_experts_per_tok": 2},
+    # Latents, halves of heads turning; embeddings, residuals and logits that are scaled.
+    "minicpm3": {**LATENTS, "rope_theta": 50.0, "scale_emb": 3, "scale_depth": 1.1, "dim_model_base": 20},
     "ministral": {"head_dim": 12, "sliding_window": 6, "layer_types": alternating},
     # Queries that grow with their position, by steps of four tokens.
     "ministral3": {
@@ -357,6 +415,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 4.0,
         "query_pre_attn_scalar": 5,
     },
+    "youtu": {**LATENTS, "rope_theta": 50.0},
 }
 VERSION = Version(transformers.__version__).release
 ALL_FAMILIES = sorted(

@@ -25,12 +25,17 @@ def check_known(shape: DecoderShape) -> None:
     """Whether the code can prune such a model.
 
     Raises:
-        BudgetError: it has experts, joint norms or grouped queries, which the code does not know.
+        BudgetError: it has experts, joint norms, latents or grouped queries, which the code does not know.
     """
     if any(layer.joint_query_heads for layer in shape.layers):
         raise BudgetError(
             "the reference code cuts query and key heads, and this model's norm them together; use --statistics "
             "welford for this model"
+        )
+    if shape.latent is not None:
+        raise BudgetError(
+            "the reference code knows no latents that all heads' keys and values are made of; use --statistics welford "
+            "for this model"
         )
     if any(layer.experts for layer in shape.layers):
         raise BudgetError("the reference code knows no mixtures of experts; use --statistics welford for this model")

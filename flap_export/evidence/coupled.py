@@ -116,7 +116,8 @@ def _layer_scores(dense: Checkpoint, index: int, importance: Callable[[str], Ten
             own[projection.inputs] += values.sum(dim=0)
     ffn = torch.stack(by_expert) if layer.experts else by_expert[0]
     group_size = layer.query_heads // layer.kv_heads
-    heads = totals["query"].view(layer.query_heads, size).sum(dim=1)
+    of_heads = [totals[space] for space in ("query", "score", "key_value") if widths[space]]
+    heads = torch.stack([own.view(layer.query_heads, -1).sum(dim=1) for own in of_heads]).sum(dim=0)
     keys_and_values = totals["kv"].view(layer.kv_heads, size).sum(dim=1) / group_size
     return LayerScores(
         standardised(heads + keys_and_values.repeat_interleave(group_size)),

@@ -8,7 +8,7 @@ from typing import Any, Final
 from flap_export.errors import ModelError
 from flap_export.families.family import Family, Mixture, SharedExpert
 from flap_export.families.rope import rope_types
-from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.shapes import DecoderShape, LatentSizes, LayerShape
 
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 _DEQUANTISED: Final = {
@@ -131,7 +131,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
     if config.num_hidden_layers < 1:
         raise ModelError(f"num_hidden_layers must be at least 1, got {config.num_hidden_layers}")
     heads, kv_heads = config.num_attention_heads, _kv_heads(config, family)
-    head_dim = None if family.heads.derived_size else getattr(config, "head_dim", None)
+    field = "v_head_dim" if family.latent else "head_dim"
+    head_dim = None if family.heads.derived_size else getattr(config, field, None)
     if kv_heads < 1 or heads % kv_heads:
         raise ModelError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}")
     head_dim = head_dim or config.hidden_size // heads
@@ -160,7 +161,17 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
         parallel_blocks=_is_set(config, family.parallel_blocks),
         shared_gates=family.mixture is not None and family.mixture.shared is not None and family.mixture.shared.gated,
         experts_per_token=_experts_per_token(config, family, layers),
+        latent=_latent_sizes(config) if family.latent else None,
         layers=layers,
+    )
+
+
+def _latent_sizes(config: Any) -> LatentSizes:
+    return LatentSizes(
+        queries=config.q_lora_rank or 0,
+        keys_and_values=config.kv_lora_rank,
+        score=config.qk_nope_head_dim + config.qk_rope_head_dim,
+        turning=config.qk_rope_head_dim,
     )
 
 

@@ -8,6 +8,10 @@ weights follows from these spaces; a further family is a further row of the tabl
     shared   S channels of a mixture's expert that every token passes
     joint_query, joint_key    all heads of the dense layer, over which one norm runs: those that attention kept first,
                               then those that count in the norm only
+    query_latent, kv_latent   what queries, and keys and values, of all heads are made of (multi-head latent attention),
+                              never cut
+    score    Q heads of those channels whose products are scores
+    key_value                 Q heads of a key's channels that do not turn, and a value's
 
 In a mixture of experts every routed expert has an `ffn` space of its own; `*` in a path stands for the expert's number,
 as checkpoints have it. Routers and the gates of shared experts are no projections: they read and write what is never
@@ -18,12 +22,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from flap_export.shapes import DecoderShape, LayerShape
 
-Space = Literal["hidden", "query", "kv", "ffn", "shared", "joint_query", "joint_key"]
+Space = Literal[
+    "hidden",
+    "query",
+    "kv",
+    "ffn",
+    "shared",
+    "joint_query",
+    "joint_key",
+    "query_latent",
+    "kv_latent",
+    "score",
+    "key_value",
+]
+UNCUT_SPACES: Final[frozenset[Space]] = frozenset({"hidden", "query_latent", "kv_latent"})
 JOINT_SPACES: Final[frozenset[Space]] = frozenset({"joint_query", "joint_key"})
 Part = Literal["query", "ffn"]
 """The two parts of a layer: attention, whose heads are cut, and the FFN, a shared expert included."""
@@ -43,6 +60,12 @@ class Projection:
     """In how many blocks fused outputs stand, each with its part of every space in that order: one, space after space,
     or None where there is one for every KV group, with its query heads, its key head and its value head. Of several,
     which heads that stay would no longer fill evenly, a layer that loses heads has one for every KV group too."""
+    where: tuple[str, bool] | None = None
+    """Configuration field that says whether a model has it, and whether it must hold something for that, or nothing."""
+
+    def is_there(self, config: Any) -> bool:
+        """Whether models of a configuration have it."""
+        return self.where is None or bool(getattr(config, self.where[0])) == self.where[1]
 
     def dense_blocks(self, groups: int) -> int:
         """Blocks in a layer with so many KV groups that kept all of them."""
@@ -55,12 +78,12 @@ class Projection:
     @property
     def restores(self) -> bool:
         """Whether it maps a cut space back to the residual stream, so that compensation goes here."""
-        return self.inputs != "hidden" and self.outputs == ("hidden",)
+        return self.inputs not in UNCUT_SPACES and self.outputs == ("hidden",)
 
     @property
     def space(self) -> Space:
         """The cut space that it reads from or first writes to."""
-        return self.outputs[0] if self.inputs == "hidden" else self.inputs
+        return self.outputs[0] if self.inputs in UNCUT_SPACES else self.inputs
 
     @property
     def part(self) -> Part:
@@ -292,6 +315,8 @@ class Family:
     norm: Norm = Norm()
     positions_field: str = "max_position_embeddings"
     """Configuration field that holds the number of positions, in families that have one."""
+    latent: bool = False
+    """Whether attention is multi-head latent attention."""
     alibi: str | None = None
     """What the class's attention calls the biases of all heads that grow with the distance of a key (ALiBi), which it
     is handed; None in families without."""
@@ -319,6 +344,10 @@ class Family:
         """Matrices [H, F] that an FFN is made of: two, or three where it is gated."""
         own = [projection for projection in self.projections if EVERY_EXPERT in projection.path]
         return _spaces(own or self.projections).count("ffn")
+
+    def of(self, config: Any) -> Family:
+        """The row as it describes models of one configuration: with the projections that these have."""
+        return replace(self, projections=tuple(p for p in self.projections if p.is_there(config)))
 
     def has_space(self, space: Space) -> bool:
         """Whether a projection reads or writes it."""
@@ -390,6 +419,7 @@ def expert_at(path: str) -> int | None:
 
 def space_widths(shape: DecoderShape, layer: LayerShape) -> dict[Space, int]:
     """Channels of every space in one layer of a decoder; in a mixture, `ffn` is one expert's."""
+    latent = shape.latent
     return {
         "hidden": shape.hidden_size,
         "query": layer.query_heads * shape.head_dim,
@@ -398,6 +428,10 @@ def space_widths(shape: DecoderShape, layer: LayerShape) -> dict[Space, int]:
         "shared": layer.shared_width,
         "joint_query": layer.joint_query_heads * shape.head_dim,
         "joint_key": layer.joint_key_heads * shape.head_dim,
+        "query_latent": latent.queries if latent else 0,
+        "kv_latent": latent.keys_and_values if latent else 0,
+        "score": layer.query_heads * latent.score if latent else 0,
+        "key_value": layer.query_heads * latent.key_value(shape.head_dim) if latent else 0,
     }
 
 

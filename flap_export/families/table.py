@@ -30,6 +30,13 @@ _SEPARATE_PROJECTIONS = (
     Projection("mlp.down_proj", "ffn", ("hidden",)),
 )
 
+_LATENT_PROJECTIONS = (
+    Projection("self_attn.q_proj", "hidden", ("score",), where=("q_lora_rank", False)),
+    Projection("self_attn.q_b_proj", "query_latent", ("score",), where=("q_lora_rank", True)),
+    Projection("self_attn.kv_b_proj", "kv_latent", ("key_value",)),
+    *_SEPARATE_PROJECTIONS[3:],
+)
+
 _JOINTLY_NORMED_PROJECTIONS = (
     Projection("self_attn.q_proj", "hidden", ("joint_query",)),
     Projection("self_attn.k_proj", "hidden", ("joint_key",)),
@@ -130,6 +137,7 @@ def _gated(
 _MIXTRAL_PROJECTIONS = (*_SEPARATE_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn", ("w1", "w3", "w2")))
 _JOINTLY_NORMED_MIXTURE = (*_JOINTLY_NORMED_PROJECTIONS[:4], *_gated("mlp.experts.*", "ffn"))
 _EXPERTS_IN_SOME_LAYERS = (*_SEPARATE_PROJECTIONS, *_gated("mlp.experts.*", "ffn"))
+_LATENT_MIXTURE = (*_LATENT_PROJECTIONS, *_gated("mlp.experts.*", "ffn"), *_gated("mlp.shared_experts", "shared"))
 _WITH_SHARED_EXPERTS = (*_EXPERTS_IN_SOME_LAYERS, *_gated("mlp.shared_experts", "shared"))
 
 
@@ -167,6 +175,10 @@ _MIXTURE_WHERE_NAMED = Mixture(
     layers=sparsity.by_name,
     router_in_float32=True,
 )
+_OWN_KEYS_TURNED_BY_PAIRS: dict[str, tuple[object, ...] | str] = {
+    "num_key_value_heads": "num_attention_heads",
+    "rope_interleave": (True,),
+}
 _PARTIAL_ROTARY = Rotary(partial=True)
 _NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
@@ -236,6 +248,35 @@ FAMILIES: dict[str, Family] = {
             bias_flags={"query": "attention_bias"},
         ),
         Family("cwm", "Cwm", _SEPARATE_PROJECTIONS, heads=_DIVIDING_HEADS, bias_flags={"ffn": "mlp_bias"}),
+        Family(
+            "deepseek_v2",
+            "DeepseekV2",
+            _LATENT_MIXTURE,
+            since=_ROUTERS_CHOOSE,
+            latent=True,
+            heads=_DIVIDING_HEADS,
+            mixture=_MIXTURE_AFTER_THE_FIRST,
+            rotary=Rotary(interleaved=True, angles_once=True, in_float32=True),
+            bias_flags={"query": "attention_bias"},
+            # Routed experts have none in any case.
+            requires={
+                "num_key_value_heads": "num_attention_heads",
+                "topk_method": ("greedy", "group_limited_greedy"),
+                "mlp_bias": (False, None),
+            },
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3",
+            _LATENT_MIXTURE,
+            since=_ROUTERS_CHOOSE,
+            latent=True,
+            mixture=_MIXTURE_AFTER_THE_FIRST,
+            rotary=Rotary(interleaved=True),
+            stored=Stored(unused=("model.layers.{layers}.",)),
+            bias_flags={"query": "attention_bias"},
+            requires=_OWN_KEYS_TURNED_BY_PAIRS,
+        ),
         Family(
             "dots1",
             "Dots1",
@@ -363,6 +404,23 @@ FAMILIES: dict[str, Family] = {
             mixture=_MIXTURE_AFTER_THE_FIRST,
             rotary=_PARTIAL_ROTARY,
             stored=Stored(unused=("model.layers.{layers}.",)),
+        ),
+        Family(
+            "glm4_moe_lite",
+            "Glm4MoeLite",
+            _LATENT_MIXTURE,
+            since=_ROUTERS_CHOOSE,
+            latent=True,
+            mixture=Mixture(
+                "n_routed_experts",
+                shared=SharedExpert(count_field="n_shared_experts"),
+                layers=sparsity.by_name,
+                router_in_float32=True,
+            ),
+            rotary=Rotary(interleaved=True),
+            stored=Stored(unused=("model.layers.{layers}.",)),
+            bias_flags={"query": "attention_bias"},
+            requires=_OWN_KEYS_TURNED_BY_PAIRS,
         ),
         Family(
             "gpt2",
@@ -554,6 +612,16 @@ FAMILIES: dict[str, Family] = {
             heads=Heads(parameters=_JOINT_NORMS),
             rotary=_PARTIAL_ROTARY,
             stored=Stored(names={".block_sparse_moe.": ".mlp."}),
+        ),
+        Family(
+            "minicpm3",
+            "MiniCPM3",
+            _LATENT_PROJECTIONS,
+            since=_ROUTERS_CHOOSE,
+            latent=True,
+            heads=_DIVIDING_HEADS,
+            bias_flags=_LLAMA_BIAS_FLAGS,
+            requires={"num_key_value_heads": "num_attention_heads"},
         ),
         Family("ministral", "Ministral", _SEPARATE_PROJECTIONS),
         Family(
@@ -759,6 +827,16 @@ FAMILIES: dict[str, Family] = {
             norm=_GEMMA_NORM,
             attention_kernel="eager",
             bias_flags={"query": "attention_bias"},
+        ),
+        Family(
+            "youtu",
+            "Youtu",
+            _LATENT_PROJECTIONS,
+            since=_ROUTERS_CHOOSE,
+            latent=True,
+            rotary=Rotary(interleaved=True),
+            bias_flags={"query": "attention_bias"},
+            requires=_OWN_KEYS_TURNED_BY_PAIRS,
         ),
     )
 }

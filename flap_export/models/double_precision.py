@@ -22,7 +22,8 @@ def keep_double_precision(model: nn.Module, family: Family) -> None:
             module.forward = partial(_double_norm, module, family.norm)
         if family.rotary.in_float32 and path.endswith(family.modules.attention) and hasattr(module, "head_dim"):
             module.forward = MethodType(_with_double_rotary(type(module).forward, family.rotary.interleaved), module)
-        if family.attention_kernel == "eager" and path.endswith(family.modules.attention):
+        is_own = family.attention_kernel == "eager" or (family.latent and family.rotary.in_float32)
+        if is_own and path.endswith(family.modules.attention):
             module.forward = partial(_in_double, module.forward)
         if family.mixture is not None and f".{path}".endswith(f".{family.mixture.router}"):
             module.forward = partial(_in_double, module.forward)
@@ -44,7 +45,7 @@ def _widened(value: Any) -> Any:
 
 
 def _in_double(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a router gives, or an attention that no kernel computes, with scores and softmax in float64."""
+    """What a router gives, or an attention that turns heads or has scores in float32, in float64."""
     with _DoubleForSingle():
         return forward(*args, **kwargs)
 

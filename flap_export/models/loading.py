@@ -31,7 +31,19 @@ def pruned_section(family: Family, shape: DecoderShape) -> dict[str, Any]:
         "layers": [layer.model_dump() for layer in shape.layers],
         **({"head_parameters": dict(family.heads.parameters)} if family.heads.parameters else {}),
         **({"alibi": family.alibi} if family.alibi else {}),
+        **({"latent": _latent_section(shape)} if shape.latent else {}),
         **kernel,
+    }
+
+
+def _latent_section(shape: DecoderShape) -> dict[str, int]:
+    """Channels of what keys, values and perhaps queries are made of, and of every head where it is made of that."""
+    assert shape.latent is not None
+    return {
+        "query_latent": shape.latent.queries,
+        "kv_latent": shape.latent.keys_and_values,
+        "score": shape.latent.score,
+        "key_value": shape.latent.key_value(shape.head_dim),
     }
 
 
@@ -131,7 +143,8 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
             model.set_submodule(path, computed)
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
-                factor = torch.tensor(checkpoint.shape.hidden_size**0.5, dtype=buffer.dtype)
+                scale: float = getattr(module, "scalar_embed_scale", checkpoint.shape.hidden_size**0.5)
+                factor = torch.tensor(scale, dtype=buffer.dtype)
                 module.register_buffer(name, factor, persistent=False)
             elif f"{path}.{name}".endswith(checkpoint.family.stored.unread):
                 delattr(module, name)
@@ -142,7 +155,8 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _check_turning(rotary: nn.Module, checkpoint: Checkpoint) -> None:
     """Whether the family's class can turn as many channels of a head as the configuration makes it."""
-    size, family = checkpoint.shape.head_dim, checkpoint.family
+    family, latent = checkpoint.family, checkpoint.shape.latent
+    size = latent.turning if latent else checkpoint.shape.head_dim
     for name, buffer in rotary.named_buffers(recurse=False):
         turning = 2 * buffer.numel()
         if name.endswith("inv_freq") and (turning > size or not (family.rotary.partial or turning == size)):

@@ -13,6 +13,8 @@ The two import lines name the family the checkpoint came from. The configuration
                   layer's heads these are, where heads differ by more than their weights
     head_parameters   each parameter with something for every head, where a layer has it, and the space of these heads
     head_dim      of every head
+    latent        with multi-head latent attention: channels of the latents that queries (0: there are none) and keys
+                  and values are made of, of a head's query, and of a head's key and value without what turns
     alibi         what attention calls the biases of all dense heads by distance, which it is handed, if there are any
     since         the version of transformers that is needed
     attention_kernel   the attention implementation to prefer, where transformers' own choice drops the softcap
@@ -307,6 +309,9 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         "ffn": counts["ffn_bias"],
         "shared": counts["shared_bias"],
     }
+    latent = pruned.get("latent", {})
+    widths |= {space: latent[space] for space in ("query_latent", "kv_latent") if space in latent}
+    widths |= {space: counts["query_heads"] * latent[space] for space in ("score", "key_value") if space in latent}
     projections = _projections_of(counts, pruned["projections"])
     if counts["query_heads"]:
         _resize_head_parameters(layer, pruned.get("head_parameters", {}), widths, head_dim)
@@ -315,13 +320,11 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
         if EVERY_EXPERT in path:
             continue
         parent_path, _, name = path.rpartition(".")
-        block = _block_of(inputs, outputs)
+        block, restores = _block_of(inputs, outputs), outputs == ["hidden"]
         if widths[block] == 0:
             if not parent_path:
-                layer.set_submodule(
-                    path, _empty_projection(_linear(layer, path), inputs != "hidden", output_bias[block])
-                )
-            elif inputs != "hidden":
+                layer.set_submodule(path, _empty_projection(_linear(layer, path), restores, output_bias[block]))
+            elif restores:
                 linear = _linear(layer, path)
                 constant = Constant(_features(linear)[1], linear.weight, output_bias[block])
                 parent: Any = layer.get_submodule(parent_path)
@@ -333,7 +336,7 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
                 layer.set_submodule(parent_path, emptied)
             continue
         linear = _linear(layer, path)
-        bias = output_bias[inputs] if inputs != "hidden" else linear.bias is not None
+        bias = output_bias[inputs] if restores else linear.bias is not None
         layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
         parent = layer.get_submodule(parent_path)
         if block == "query":

@@ -116,6 +116,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     family = family_of("ministral" if model_type == "mistral" and raw.get("layer_types") else model_type)
     _check_version(family)
     config = config_from(raw, family, directory)
+    family = family.of(config)
     shape = _dense_shape(config, family, directory)
     if is_pruned:
         shape = shape.model_copy(update={"layers": _pruned_layers(raw, config.num_hidden_layers, directory)})

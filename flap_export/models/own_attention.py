@@ -19,6 +19,8 @@ Heads = tuple[Tensor, Tensor, Tensor]
 """Queries [B, Q, n, D], keys and values [B, K, n, D]."""
 _QUERIES_KEY_VALUE: Final = (-1, 1, 1)
 """Heads of each kind in a KV group."""
+TURN_FUNCTIONS: Final = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
+"""Functions of transformers' modules that turn heads by cosines and sines: halves of them, or pairs of neighbours."""
 
 
 def falcon(
@@ -100,6 +102,50 @@ def mpt(attend: Attend, module: Any, hidden_states: Tensor, *, step_cache: Any, 
     return module.out_proj(_attended(attend, module, (query, key, value), step_cache, **settings)), None
 
 
+def latent(
+    attend: Attend, module: Any, hidden_states: Tensor, *, step_cache: Any, position_embeddings: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """Multi-head latent attention of tokens [B, n, H], over latents rather than the keys and values made of them.
+
+    What makes keys of a latent is taken to the queries, and what makes values to what attention gives (DeepSeek-V2,
+    section 2.1.2). All heads then attend to the same rows: the latent, and the part of a key that turns beside it. The
+    rows serve as values too, whose last channels are dropped, so that they are cached once and never put together.
+    """
+    still, turning, rank = module.qk_nope_head_dim, module.qk_rope_head_dim, module.kv_lora_rank
+    queries = _latent_queries(module, hidden_states).view(*hidden_states.shape[:2], -1, still + turning)
+    still_query, query = torch.split(queries.transpose(1, 2), [still, turning], dim=-1)
+    compressed, key = torch.split(module.kv_a_proj_with_mqa(hidden_states), [rank, turning], dim=-1)
+    query, key = _turned(module, query, key.unsqueeze(1), position_embeddings)
+    own = torch.cat([module.kv_a_layernorm(compressed).unsqueeze(1), key], dim=-1)
+    (rows,) = step_cache.write(module.layer_idx, own)
+    parts = module.kv_b_proj.weight.view(-1, still + module.v_head_dim, rank)
+    to_keys, to_values = torch.split(parts, [still, module.v_head_dim], dim=1)
+    query = torch.cat([still_query @ to_keys, query], dim=-1)
+    output = attend(module, query, rows, rows, None, step_cache=step_cache, scaling=module.scaling)[0]
+    values = output.transpose(1, 2)[..., :rank] @ to_values.transpose(1, 2)
+    return module.o_proj(values.transpose(1, 2).flatten(2)), None
+
+
+def _latent_queries(module: Any, hidden_states: Tensor) -> Tensor:
+    """Queries of all heads, of a latent of their own where the model has one."""
+    queries: Tensor
+    if module.q_lora_rank is None:
+        queries = module.q_proj(hidden_states)
+    else:
+        queries = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(hidden_states)))
+    return queries
+
+
+def _turned(module: Any, query: Tensor, key: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+    """Heads turned as the class of `module` turns them: by cosines and sines, or as complex numbers."""
+    if isinstance(position_embeddings, Tensor):
+        return apply_rotary_pos_emb(query, key, position_embeddings.imag, position_embeddings.real)
+    by_pairs = getattr(module.config, "rope_interleave", False)
+    turn = getattr(importlib.import_module(type(module).__module__), TURN_FUNCTIONS[by_pairs])
+    turned: tuple[Tensor, Tensor] = turn(query, key, *position_embeddings)
+    return turned
+
+
 def apply_rotary_pos_emb(query: Tensor, key: Tensor, sine: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
     """Turn neighbours among the first R channels of heads [B, heads, n, D]; named as transformers' functions are.
 
@@ -154,9 +200,14 @@ def _attended(attend: Attend, module: Any, heads: Heads, step_cache: Any, **sett
 OWN_ATTENTION: Final[Mapping[str, Callable[..., tuple[Tensor, None]]]] = {
     "BloomAttention": bloom,
     "CodeGenAttention": codegen,
+    "DeepseekV2Attention": latent,
+    "DeepseekV3Attention": latent,
     "FalconAttention": falcon,
     "GPTJAttention": gptj,
     "GPTNeoSelfAttention": gpt_neo,
+    "Glm4MoeLiteAttention": latent,
+    "MiniCPM3Attention": latent,
     "MptAttention": mpt,
+    "YoutuAttention": latent,
 }
 """By the name of the class whose `forward` they replace."""

@@ -57,17 +57,18 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
     """The channels of every space that one layer keeps; a head is D consecutive channels."""
     dense = shape.layers[plan.layer]
 
-    def of_heads(heads: tuple[int, ...], available: int) -> Tensor | None:
+    def of_heads(heads: tuple[int, ...], available: int, size: int = shape.head_dim) -> Tensor | None:
         if len(heads) == available:
             return None
-        starts = torch.tensor(heads, dtype=torch.int64) * shape.head_dim
-        return (starts.unsqueeze(1) + torch.arange(shape.head_dim)).flatten()
+        starts = torch.tensor(heads, dtype=torch.int64) * size
+        return (starts.unsqueeze(1) + torch.arange(size)).flatten()
 
     def of_ffn(channels: Sequence[int] | Sequence[Sequence[int]], width: int, available: int) -> Tensor | None:
         return None if width == available else torch.tensor(channels, dtype=torch.int64)
 
     query, kv = of_heads(plan.query_heads, dense.query_heads), of_heads(plan.kv_heads, dense.kv_heads)
-    shared = plan.shared_channels or ()
+    shared, latent = plan.shared_channels or (), shape.latent
+    score, key_value = (latent.score, latent.key_value(shape.head_dim)) if latent else (0, 0)
     return {
         "hidden": None,
         "query": query,
@@ -76,6 +77,10 @@ def kept_channels(plan: LayerPlan, shape: DecoderShape) -> Kept:
         "shared": of_ffn(shared, len(shared), dense.shared_width),
         "joint_query": _kept_first(query, dense.query_heads * shape.head_dim),
         "joint_key": _kept_first(kv, dense.kv_heads * shape.head_dim),
+        "query_latent": None,
+        "kv_latent": None,
+        "score": of_heads(plan.query_heads, dense.query_heads, score),
+        "key_value": of_heads(plan.query_heads, dense.query_heads, key_value),
     }
 
 

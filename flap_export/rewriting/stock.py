@@ -135,7 +135,7 @@ def _head_counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
     if heads_are_fixed(dense.config, dense.family):
         return {}
     heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
-    return {**heads, "head_dim": dense.shape.head_dim}
+    return heads if dense.shape.latent else {**heads, "head_dim": dense.shape.head_dim}
 
 
 def write_stock_checkpoint(

@@ -78,8 +78,14 @@ def expected_scores(importance: Importance, path: Path) -> tuple[NDArray[np.floa
     for head in range(layer.query_heads):
         own = slice(head * size, (head + 1) * size)
         shared = slice(head // group * size, (head // group + 1) * size)
-        total, of_group = found["o_proj"][:, own].sum(), found["v_proj"][shared].sum()
+        total = found["o_proj"][:, own].sum()
+        of_group = 0.0 if shape.latent else found["v_proj"][shared].sum()
         # Where one norm runs over all of them, queries and keys of heads that go stay.
+        if shape.latent is not None:
+            queries = found["q_b_proj"].reshape(layer.query_heads, -1, found["q_b_proj"].shape[1])
+            keys_and_values = found["kv_b_proj"].reshape(layer.query_heads, -1, found["kv_b_proj"].shape[1])
+            heads.append(total + queries[head].sum() + keys_and_values[head].sum())
+            continue
         if not layer.joint_query_heads:
             total, of_group = total + found["q_proj"][own].sum(), of_group + found["k_proj"][shared].sum()
         heads.append(total + of_group / group)

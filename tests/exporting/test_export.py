@@ -52,6 +52,8 @@ NODES = {
     "cohere": (29, 12),
     "cohere2": (20, 19),
     "cwm": (22, 18),
+    "deepseek_v2": (76, 18),
+    "deepseek_v3": (83, 20),
     "dots1": (69, 27),
     "ernie4_5": (22, 11),
     "ernie4_5_moe": (53, 20),
@@ -66,6 +68,7 @@ NODES = {
     "glm": (23, 11),
     "glm4": (25, 11),
     "glm4_moe": (52, 20),
+    "glm4_moe_lite": (72, 18),
     "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
     "gpt_neo": (20, 21),
@@ -81,6 +84,7 @@ NODES = {
     "jais2": (24, 11),
     "internlm3": (22, 11),
     "llama": (22, 11),
+    "minicpm3": (40, 14),
     "ministral": (22, 18),
     "ministral3": (23, 20),
     "mistral": (22, 17),
@@ -109,6 +113,7 @@ NODES = {
     "stablelm": (22, 11),
     "starcoder2": (23, 17),
     "vaultgemma": (32, 24),
+    "youtu": (38, 11),
 }
 """Nodes of a dense layer and around the layers, those of loops among them: what the passes reach, to be lowered when
 they reach more.
@@ -116,10 +121,13 @@ they reach more.
 Around the layers are positions, embedding, last norm, head, the last token's Slice, and a mask per window size.
 """
 PLAIN_NODES = {
+    "deepseek_v2": 38,
+    "deepseek_v3": 38,
     "dots1": 24,
     "ernie4_5_moe": 22,
     "exaone_moe": 24,
     "glm4_moe": 25,
+    "glm4_moe_lite": 38,
     "hy_v3": 24,
     "mellum": 24,
     "qwen2_moe": 23,

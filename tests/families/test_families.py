@@ -28,7 +28,8 @@ def dense_model(family: str, **overrides: Any) -> nn.Module:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
-    row, model = FAMILIES[family], dense_model(family)
+    model = dense_model(family)
+    row = FAMILIES[family].of(model.config)
     layers = model.get_submodule(row.modules.layers)
     assert isinstance(layers, nn.ModuleList)
     shape = shape_from_config(model.config, row)
@@ -36,8 +37,9 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
         linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         own = row.projections_of(kind)
         plain = {projection.path for projection in own if EVERY_EXPERT not in projection.path}
-        # Routers and gates of shared experts are never cut.
-        assert plain == {name for name in linears if not name.endswith(("gate.wg", "shared_expert_gate"))}
+        # Routers, gates of shared experts, and what makes latents are never cut.
+        uncut = ("gate.wg", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa")
+        assert plain == {name for name in linears if not name.endswith(uncut)}
         assert bool(kind.experts) == (len(plain) < len(own))
     for path in (row.modules.decoder, row.modules.embedding, row.modules.head):
         model.get_submodule(path)
@@ -46,12 +48,15 @@ def test_every_linear_module_of_a_layer_has_a_row(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_spaces_are_the_sizes_of_the_weights(family: str) -> None:
-    row, model = FAMILIES[family], dense_model(family)
+    model = dense_model(family)
+    row = FAMILIES[family].of(model.config)
     shape = shape_from_config(model.config, row)
     for index, layer in enumerate(shape.layers):
         query, kv = layer.query_heads * shape.head_dim, layer.kv_heads * shape.head_dim
         widths = {"hidden": shape.hidden_size, "query": query, "kv": kv, "ffn": layer.ffn_channels}
         widths |= {"shared": layer.shared_channels, "joint_query": query, "joint_key": kv}
+        # Ranks 20 and 14; queries of 10 + 6 channels, of which 6 turn, and values of 12.
+        widths |= {"query_latent": 20, "kv_latent": 14, "score": 4 * 16, "key_value": 4 * (10 + 12)}
         for projection in row.projections_of(layer):
             if EVERY_EXPERT in projection.path:
                 continue
@@ -84,7 +89,9 @@ def test_stacked_experts_are_as_the_shape_says(family: str) -> None:
     row, model = FAMILIES[family], dense_model(family)
     shape = shape_from_config(model.config, row)
     layer, experts = shape.layers[1], model.get_submodule(f"{row.modules.layers}.1.{experts_path(family)}")
-    assert layer.experts == {"mixtral": 3, "flex_olmo": 3, "olmoe": 4, "dots1": 6}.get(family, 5)
+    assert layer.experts == {
+        "mixtral": 3, "flex_olmo": 3, "olmoe": 4, "dots1": 6, "deepseek_v2": 6, "deepseek_v3": 6,
+    }.get(family, 5)  # fmt: skip
     model.get_submodule(f"{row.modules.layers}.1.{row.mixture.router}")
     gate_up, down = (experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
     if any(stack.transposed for stack in row.stored.stacks):

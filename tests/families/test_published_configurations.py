@@ -49,6 +49,8 @@ GPT_OSS = sizes(
     "swiglu_limit": 7.0,
     "tie_word_embeddings": False,
 }
+LATENTS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+YARN_40 = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
     "apertus-8b-2509": (
         "apertus",
@@ -448,6 +450,37 @@ PUBLISHED: dict[str, tuple[str, float, dict[str, Any]]] = {
         | {"num_experts_per_tok": 8, "num_local_experts": 40, "residual_multiplier": 0.22, "rope_scaling": None}
         | {"max_position_embeddings": 131072, "output_router_logits": False, "tie_word_embeddings": True},
     ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        15.71,
+        sizes(2048, 10944, 27, 16, 16, 102400, moe_intermediate_size=1408, q_lora_rank=None, **LATENTS)
+        | {"first_k_dense_replace": 1, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6}
+        | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False, "scoring_func": "softmax"}
+        | {"moe_layer_freq": 1, "routed_scaling_factor": 1.0, "attention_bias": False, "rope_theta": 10000}
+        | {"rope_scaling": {**YARN_40, "mscale": 0.707, "mscale_all_dim": 0.707}, "max_position_embeddings": 163840},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        671.03,
+        sizes(7168, 18432, 61, 128, 128, 129280, moe_intermediate_size=2048, q_lora_rank=1536, **LATENTS)
+        | {"first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8}
+        | {"n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "norm_topk_prob": True, "scoring_func": "sigmoid"}
+        | {"moe_layer_freq": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rope_theta": 10000}
+        | {"rope_scaling": {**YARN_40, "mscale": 1.0, "mscale_all_dim": 1.0}, "max_position_embeddings": 163840},
+    ),
+    "minicpm3-4b": (
+        "minicpm3",
+        4.07,
+        sizes(2560, 6400, 62, 40, 40, 73448, q_lora_rank=768, kv_lora_rank=256, qk_nope_head_dim=64)
+        | {"qk_rope_head_dim": 32, "dim_model_base": 256, "scale_depth": 1.4, "scale_emb": 12, "rms_norm_eps": 1e-05}
+        | {"tie_word_embeddings": True},
+    ),
+    "youtu-llm-2b": (
+        "youtu",
+        1.96,
+        sizes(2048, 6144, 32, 16, 16, 128256, q_lora_rank=1536, rope_theta=1600000, **LATENTS)
+        | {"tie_word_embeddings": True},
+    ),
     "gpt-oss-20b": ("gpt_oss", 20.91, GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32}),
     "gpt-oss-120b": ("gpt_oss", 116.83, GPT_OSS),
     "olmoe-1b-7b-0924": (
@@ -497,5 +530,5 @@ def test_a_published_configuration(name: str, tmp_path: Path) -> None:
         for name, buffer in module.named_buffers()
         if name.endswith("inv_freq")
     }
-    part = fields.get("partial_rotary_factor", 1)
-    assert turned == {fields.get("rotary_dim", int(checkpoint.shape.head_dim * part))}
+    part = int(checkpoint.shape.head_dim * fields.get("partial_rotary_factor", 1))
+    assert turned == {fields.get("rotary_dim", fields.get("qk_rope_head_dim", part))}

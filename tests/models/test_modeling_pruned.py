@@ -142,6 +142,8 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         query, kv, ffn = shape.query_heads * size, shape.kv_heads * size, shape.ffn_channels
         widths = {"hidden": 32, "query": query, "kv": kv, "ffn": ffn, "shared": shape.shared_width}
         widths |= {"joint_query": 4 * size, "joint_key": 2 * size} if query else {"joint_query": 0, "joint_key": 0}
+        widths |= {"query_latent": 20, "kv_latent": 14}
+        widths |= {"score": 16 * shape.query_heads, "key_value": 22 * shape.query_heads}
         rows = {"query": shape.query_heads, "kv": shape.kv_heads} if shape.query_heads else {}
         of_heads = {name: rows[space] for name, space in row.heads.parameters.items() if space in rows}
         assert {name: len(layer.get_parameter(name)) for name in of_heads} == of_heads
@@ -151,6 +153,8 @@ def test_a_resized_layer_has_the_stated_sizes(family: str, tmp_path: Path) -> No
         correction = "mlp.gate.moe_statics.e_score_correction_bias"
         router |= {correction: (1, shape.experts)} if shape.experts and family == "ernie4_5_moe" else {}
         found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.ndim == 2}
+        latents = {"self_attn.q_a_proj.weight": (20, 32), "self_attn.kv_a_proj_with_mqa.weight": (14 + 6, 32)}
+        router |= {name: rows for name, rows in latents.items() if name in found and query}
         assert found == router | head_norms | {
             f"{p.at(expert)}.weight": (sum(widths[space] for space in p.outputs), widths[p.inputs])
             for p in row.projections_of(shape)

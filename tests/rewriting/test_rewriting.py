@@ -289,7 +289,16 @@ def expected_tensors(checkpoint: Checkpoint, plan: PruningPlan, statistics: Cali
         gate_and_up = [*channels, *(layer.ffn_channels + i for i in channels)]
         for name in [name for name in dense if name.startswith(prefix)]:
             tensor, path = dense[name], name.removeprefix(prefix)
-            is_of_heads = path.startswith(attention) and "norm." in path
+            is_of_heads = path.startswith(attention) and "norm." in path and "_a_" not in path
+            if "_a_" in path:
+                # What makes latents stays as it is while there are heads.
+                if kept.query_heads:
+                    expected[name] = tensor
+                continue
+            if checkpoint.family.latent and path.startswith(attention):
+                # Queries of 10 + 6 channels; keys of 10, which do not turn, and values of 12.
+                rows["q"] = [head * 16 + i for head in kept.query_heads for i in range(16)]
+                rows["kv"] = [head * 22 + i for head in kept.kv_heads for i in range(22)]
             if (path.startswith(ROUTING) or path.endswith(NORMS)) and not is_of_heads:
                 expected[name] = tensor
             elif path == "self_attn.sinks":
@@ -512,7 +521,9 @@ def test_attention_and_ffn_together_are_the_layer(family: str, overrides: dict[s
             assert torch.equal(tensor, whole[name]), name
         # A part does not depend on what becomes of the other one.
         for part, found in (("query", attention), ("ffn", ffn)):
-            own = {"ffn", "shared"} if part == "ffn" else {"query", "kv", "joint_query", "joint_key"}
+            own = {"ffn", "shared"}
+            if part == "query":
+                own = {"query", "kv", "joint_query", "joint_key", "score", "key_value"}
             alone = {space: channels if space in own else None for space, channels in kept.items()}
             again = dict(rewrite_layer(checkpoint, index, alone, restore, (part,)))
             assert again.keys() == found.keys()
@@ -538,6 +549,7 @@ def test_quantised_projections_are_refused() -> None:
 def test_a_restoring_projection_undoes_every_cut_space(family: Family) -> None:
     for space in CUT_SPACES:
         assert family.restoring(space).outputs == ("hidden",)
-        joint = {"query": "joint_query", "ffn": None}[space]
-        assert family.has_space(joint) if joint in family.heads.parameters.values() else family.has_space(space)
-        assert any({space, joint} & {*projection.outputs} for projection in family.projections)
+        beside = {"query": "score" if family.latent else "joint_query", "ffn": None}[space]
+        joint = beside in family.heads.parameters.values()
+        assert family.has_space(beside) if joint else family.has_space(space)
+        assert any({space, beside} & {*projection.outputs} for projection in family.projections)

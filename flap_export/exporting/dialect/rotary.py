@@ -34,6 +34,8 @@ def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
     for path, rotary in rotary_modules(meta_model(checkpoint, torch.float32)):
         for kind in getattr(rotary, "layer_types", None) or [None]:
             values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
+            # DeepSeek-V2's are complex numbers.
+            values = (values.real, values.imag) if isinstance(values, Tensor) else values
             for name, value in zip(_table_names(kind), reversed(values) if row.sines_first else values, strict=True):
                 tables[f"{path}.{name}"] = value[0] if row.angles_once else _every_value_once(value[0])
     return tables
@@ -64,24 +66,26 @@ def turning_by(tables: Mapping[str, Tensor], model: nn.Module, *, interleaved: b
     for _, rotary in rotary_modules(model):
         rotary.forward = partial(_tables_at, rotary)
     with ExitStack() as replaced:
+        turned = partial(_turned, interleaved=interleaved)
         for modeling in (importlib.import_module(type(model).__module__), own_attention):
-            replaced.enter_context(_turning(modeling, partial(_turned, interleaved=interleaved)))
+            for name in own_attention.TURN_FUNCTIONS:
+                replaced.enter_context(_turning(modeling, name, turned))
         yield
 
 
 @contextmanager
-def _turning(modeling: Any, turned: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let a module's functions turn heads by `turned`."""
-    # Families with learned positions have no such function.
-    original = getattr(modeling, "apply_rotary_pos_emb", None)
-    modeling.apply_rotary_pos_emb = turned
+def _turning(modeling: Any, name: str, turned: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let a module's function of this name be `turned`."""
+    # Families with learned positions have none.
+    original = getattr(modeling, name, None)
+    setattr(modeling, name, turned)
     try:
         yield
     finally:
         if original is None:
-            del modeling.apply_rotary_pos_emb
+            delattr(modeling, name)
         else:
-            modeling.apply_rotary_pos_emb = original
+            setattr(modeling, name, original)
 
 
 @dataclass(frozen=True)
