@@ -13,7 +13,7 @@ from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_l
 from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
-from flap_export.building.record import check_runnable, load_runnable, record_digest
+from flap_export.building.record import check_runnable, is_engine, load_engine, load_runnable, record_digest
 from flap_export.errors import ArtifactError, InputError, check_choice, check_seed
 from flap_export.ideal import Experts, Phase, Roofline, experts_on, ideal_speedup
 from flap_export.manifest import installed_versions
@@ -68,8 +68,8 @@ def bench(
 
     Raises:
         InputError: an argument out of range.
-        ArtifactError: an artifact is damaged or not what was written, the two differ in dtype or `max_length`, or a
-            shape does not fit them.
+        ArtifactError: an artifact is damaged or not what was written, the two differ in backend, dtype or
+            `max_length`, or a shape does not fit them.
         MissingRequirementError: the backend or the device is not there.
         FlapExportError: a worker process died.
     """
@@ -117,6 +117,12 @@ def bench(
 
 
 def _check_comparable(dense: Artifact, pruned: Artifact, paths: tuple[Path, Path]) -> None:
+    backends = [load_engine(path).flavour if is_engine(path) else "onnxruntime" for path in paths]
+    if backends[0] != backends[1]:
+        raise ArtifactError(
+            f"both must run on the same backend: '{paths[0]}' runs on {backends[0]}, '{paths[1]}' on {backends[1]}; "
+            "name two exported artifacts, or the engines built from them"
+        )
     for name, option in (("dtype", "--dtype"), ("max_length", "--max-length")):
         expected, found = getattr(dense, name), getattr(pruned, name)
         if expected != found:
