@@ -138,7 +138,7 @@ class Weights:
             ModelError: it holds one.
         """
         tensor = self[name]
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"tensor '{name}' in '{self.directory}' holds {broken} values that are NaN or infinite; "
@@ -194,7 +194,7 @@ def _parts(name: str, place: _Place, stacks: Sequence[Stack]) -> Iterator[tuple[
             yield layer + own.replace(EVERY_EXPERT, str(expert)), _Place(place.file, place.stored, expert, stack, part)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, told by the extremes, which NaN spreads to.
 
     Looking at every value would take 30 times longer in float16, and longer than all else that reading does.
