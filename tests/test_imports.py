@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
+import inspect
 import json
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,6 +250,14 @@ def test_every_public_name_resolves(name: str) -> None:
     assert name in dir(flap_export)
     if name != "__version__":
         assert value.__module__.startswith("flap_export.")
+
+
+def test_what_public_functions_return_is_public() -> None:
+    functions = [value for name in flap_export.__all__ if inspect.isfunction(value := getattr(flap_export, name))]
+    returned = [typing.get_type_hints(function)["return"] for function in functions]
+    ours = [kind for kind in returned if getattr(kind, "__module__", "").startswith("flap_export.")]
+    assert len(ours) > 10
+    assert {kind.__name__ for kind in ours} <= set(flap_export.__all__)
 
 
 def test_other_names_do_not_exist() -> None:
