@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from flap_export.ideal import Experts, Phase, Roofline, experts_on, ideal_speedu
 from flap_export.manifest import installed_versions
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
+from flap_export.progress import Progress, no_progress
 
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
@@ -39,7 +40,7 @@ def bench(
     seed: int = 0,
     roofline: Roofline | None = None,
     gpu: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> LatencyReport:
     """Measure a pruned artifact against its dense baseline on the same backend, precision and shapes.
 
@@ -64,7 +65,7 @@ def bench(
         seed: of the tokens, the order of the rounds and the bootstrap.
         roofline: what the machine sustains; see `flap_export.ideal.ideal_speedup`.
         gpu: the GPU's name in `flap_export.prediction`; what that expects then stands beside what was measured.
-        progress: is told, before each phase and shape, which it is, how many are done and how many there are.
+        progress: told before each phase and shape, and when all are done.
 
     Raises:
         InputError: an argument out of range.
@@ -90,14 +91,14 @@ def bench(
         workers = (dense_worker, pruned_worker)
         backend, _ = (worker.backend() for worker in workers)
         for done, workload in enumerate(workloads):
-            if progress is not None:
-                progress(workload.described, done, len(workloads))
+            progress("measurements", done, len(workloads))
             share_s = budget_s / len(workloads)
             samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw, sample_ms=sample_ms)
             ideal = _ideal(dense, pruned, workload, roofline, experts_on(backend, device))
             found = phase_latency(workload, *samples, ideal=ideal, seed=seed)
             predicted = None if gpu is None else _predicted_ms((dense, pruned), workload, gpu)
             measured.append(found.model_copy(update={"predicted_ms": predicted}))
+        progress("measurements", len(workloads), len(workloads))
     return LatencyReport(
         artifact=str(artifact),
         baseline=str(baseline),
