@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,7 +176,7 @@ def writing_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
-        is_scratch = any(part.startswith(SCRATCH_PREFIX) for part in path.parts)
+        is_scratch = _is_scratch(path)
         remedy = "set TMPDIR to a folder on a larger disk" if is_scratch else "choose another --output"
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -184,6 +185,12 @@ def writing_errors(path: Path) -> Iterator[None]:
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EFBIG):
             raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; {remedy}") from error
         raise
+
+
+def _is_scratch(path: Path) -> bool:
+    """Whether `path` lies in what a stage keeps in the folder for temporary files; other folders may be called so."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    return any(above.parent == folder and above.name.startswith(SCRATCH_PREFIX) for above in path.resolve().parents)
 
 
 def save_tensors(path: Path, kind: str, schema_version: int, tensors: Mapping[str, Any], header: Any) -> None:

@@ -192,8 +192,13 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeyp
             check_output(path, MARKER, in_place=in_place)
 
 
-def test_a_full_disk_of_temporary_files_names_their_folder(tmp_path: Path) -> None:
-    for folder, remedy in (("flap-export-x", "set TMPDIR"), ("out", "choose another --output")):
+def test_a_full_disk_of_temporary_files_names_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    for folder, remedy in (
+        ("tmp/flap-export-x", "set TMPDIR"),
+        ("tmp/out", "choose another --output"),
+        ("home/flap-export-runs", "choose another --output"),
+    ):
         with pytest.raises(OutputError, match=remedy), writing_errors(tmp_path / folder / "states"):
             raise OSError(errno.ENOSPC, "full")
     with pytest.raises(OutputError, match="File too large"), writing_errors(tmp_path):
