@@ -24,7 +24,7 @@ from flap_export.errors import LARGEST_SEED, InputError, OutputError
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
 SCRATCH_PREFIX = "flap-export-"
-"""Of what a stage keeps in the folder for temporary files while it works."""
+"""Beginning of the names of what stages keep in the folder for temporary files while they work."""
 _PARTIAL = ".partial"
 _KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "run.json": ("run.json",),
@@ -92,7 +92,7 @@ class Record(Value):
         if path.is_dir() or not path.name:
             raise OutputError(f"the output '{path}' is a directory; name the file of a {cls.kind}")
         try:
-            # One that contradicts itself is of the kind all the same, and is what shall be replaced.
+            # Parsed only, not loaded: a record whose verdicts contradict its values is of this kind all the same.
             if path.exists():
                 cls._parsed(path)
         except InputError as error:
@@ -237,8 +237,8 @@ def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterato
 
     Args:
         path: where the directory shall be.
-        marker: the file that tells a directory of this kind (`plan.json`, `artifact.json`); one of the same kind may
-            be replaced, anything else is never touched, other kinds of outputs included.
+        marker: the file that identifies a directory of this kind (`plan.json`, `artifact.json`); one of the same kind
+            may be replaced, anything else is never touched, other kinds of outputs included.
         overwrite: whether a directory of the same kind is replaced.
 
     Raises:
@@ -308,7 +308,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: bool = False) -> None:
-    """Whether `path` may become an output directory that is told by `marker`; to be asked before the work is done.
+    """Whether `path` may become an output directory of the kind that `marker` identifies; asked before any work.
 
     Args:
         path: where the directory shall be.
@@ -331,7 +331,7 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
     if not in_place and path.is_mount():
         raise OutputError(f"the output '{path}' is a mount point, which cannot be replaced; name a directory below it")
     _check_writable(path, path if in_place else path.resolve().parent)
-    # What a killed process left half-written is nobody's.
+    # What a killed process left half-written may go.
     if not path.exists() or all(entry.name.startswith(".") and _PARTIAL in entry.name for entry in path.iterdir()):
         return
     if (other := _what_else(path, marker)) is not None:
@@ -344,7 +344,7 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
 
 
 def _what_else(path: Path, marker: str) -> str | None:
-    """Why a directory is not of the kind that `marker` tells; None where it is."""
+    """Why a directory is not of the kind that `marker` identifies; None where it is."""
     own = _KINDS.get(marker, (marker,))
     if missing := [name for name in own if not (path / name).is_file()]:
         return f"no {missing[0]}"

@@ -303,7 +303,7 @@ def rates_of_steps(ladders: Sequence[LayerLadders], steps: Steps) -> tuple[Layer
 
     Args:
         ladders: of every layer.
-        steps: how far each is gone down.
+        steps: how many of each are taken.
     """
     return tuple(_rate(LayerCosts.of(layer), *taken) for layer, taken in zip(ladders, steps, strict=True))
 

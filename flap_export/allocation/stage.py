@@ -116,7 +116,7 @@ def allocate_ladders(
     align_channels: int = 1,
     allowed_heads: Sequence[int] | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Ratio]:
-    """Decide how far every ladder is gone down; see `allocate`."""
+    """Decide how many steps of every ladder are taken; see `allocate`."""
     task = _Task(ladders, shape, ratio, remove_heads, allowed_heads)
     layers = plan_layers(ladders, shape, STRUCTURES[structure](task))
     return layers, achieved_ratio(shape, layers, ratio, _reason(shape, structure, "exact", align_channels))

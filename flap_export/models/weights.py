@@ -28,7 +28,7 @@ among them, hold it in every layer."""
 @final
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is on disk, and what it is of what is stored there."""
+    """Where a tensor is on disk: all of a stored tensor, or one expert's part of a stack."""
 
     file: Path
     stored: str
