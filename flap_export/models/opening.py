@@ -153,7 +153,8 @@ def _directory_of(model: str | Path) -> Path:
         raise ModelError(f"'{model}' is a file; name the directory that holds config.json and the weights")
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no model directory at '{model}'")
+        hint = "" if "/" in name else "; a name on the hub reads OWNER/NAME"
+        raise ModelError(f"no model directory at '{model}'{hint}")
     from huggingface_hub import snapshot_download
 
     try:

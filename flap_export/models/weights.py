@@ -222,13 +222,12 @@ def _files_by_name(directory: Path) -> dict[str, Path]:
     if single.is_file():
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
-    pickled = sorted(directory.glob("*.bin"))
-    hint = (
-        "it has pickled weights only; save them with `model.save_pretrained(..., safe_serialization=True)`"
-        if pickled
-        else f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    is_pickled = any(directory.glob("*.bin"))
+    found = "it has pickled weights only" if is_pickled else f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    raise ModelError(
+        f"no safetensors weights in '{directory}': {found}; save pickled ones with "
+        "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`"
     )
-    raise ModelError(f"no safetensors weights in '{directory}': {hint}")
 
 
 def _files_from_index(index: Path) -> dict[str, Path]:
