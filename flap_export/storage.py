@@ -232,19 +232,18 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
 
 
 @contextmanager
-def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterator[Path]:
+def new_directory(path: Path, marker: str) -> Iterator[Path]:
     """A directory that appears whole: yields a temporary sibling that takes the name `path` at the end.
 
     Args:
         path: where the directory shall be.
         marker: the file that identifies a directory of this kind (`plan.json`, `artifact.json`); one of the same kind
             may be replaced, anything else is never touched, other kinds of outputs included.
-        overwrite: whether a directory of the same kind is replaced.
 
     Raises:
         OutputError: `path` holds something else, the disk is full, or the folder cannot be written.
     """
-    check_output(path, marker, overwrite=overwrite)
+    check_output(path, marker)
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
@@ -307,13 +306,12 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(held)
 
 
-def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: bool = False) -> None:
+def check_output(path: Path, marker: str, *, in_place: bool = False) -> None:
     """Whether `path` may become an output directory of the kind that `marker` identifies; asked before any work.
 
     Args:
         path: where the directory shall be.
         marker: see `new_directory`.
-        overwrite: whether a directory of the same kind may be there.
         in_place: whether the directory grows where it is, instead of taking its name when it is whole.
 
     Raises:
@@ -339,8 +337,6 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
             f"the output directory '{path}' holds something else ({other} in it), and nothing was touched; "
             "name an empty or a new directory"
         )
-    if not overwrite:
-        raise OutputError(f"the output directory '{path}' is already there; name a new directory")
 
 
 def _what_else(path: Path, marker: str) -> str | None:
