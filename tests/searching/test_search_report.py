@@ -96,6 +96,14 @@ def test_one_run_that_found_nothing_better_is_drawn_all_the_same() -> None:
     assert page.curve.series[0].paths[0].startswith("M5.000 ")
 
 
+def test_rates_that_lose_nothing_are_drawn_too() -> None:
+    """Divergences below what rounding leaves are zero, of all rates where a model hardly depends on its layers."""
+    run = run_of("random-0", [(1, 0.0)])
+    page = search_page(report_of(runs=(run,), chosen="random-0", references={"uniform": 0.0}))
+    assert page.curve.series[0].paths[0] == "M5.000 50.000H100.000"
+    assert page.curve.references[0].height == 50
+
+
 def test_the_page_of_a_search_is_written_and_escapes_names(tmp_path: Path) -> None:
     found = report_of(fitness_shares_calibration=True)
     found.save(tmp_path / SEARCH_NAME)
