@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from flap_export.evidence import CalibrationText, PruneOptions
     from flap_export.exporting import export
     from flap_export.generation import generate
+    from flap_export.ideal import Roofline
     from flap_export.manifest import Manifest, verify
     from flap_export.models.loading import load_model
     from flap_export.pipeline import RunResult, run
     from flap_export.plan import PruningPlan
-    from flap_export.prediction import Prediction, predict
+    from flap_export.prediction import Assumptions, Prediction, predict
     from flap_export.pruning import prune
     from flap_export.recipe import Recipe, load_recipe
     from flap_export.reporting import report
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Artifact": "artifact",
+    "Assumptions": "prediction",
     "BuildOptions": "building",
     "CalibrationStatistics": "calibration",
     "CalibrationText": "evidence",
@@ -54,6 +56,7 @@ _MODULES = {
     "PruningPlan": "plan",
     "QualityReport": "evaluation",
     "Recipe": "recipe",
+    "Roofline": "ideal",
     "RunResult": "pipeline",
     "Runner": "runners",
     "SearchOptions": "searching",
@@ -79,6 +82,7 @@ _MODULES = {
 
 __all__ = [
     "Artifact",
+    "Assumptions",
     "BuildOptions",
     "CalibrationStatistics",
     "CalibrationText",
@@ -94,6 +98,7 @@ __all__ = [
     "PruningPlan",
     "QualityReport",
     "Recipe",
+    "Roofline",
     "RunResult",
     "Runner",
     "SearchOptions",
