@@ -110,8 +110,9 @@ def made_tokens(arguments: argparse.Namespace, work: Path) -> None:
 
 
 def kept_result(case: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One case's numbers; those of an interrupted benchmark are kept in the work directory."""
-    path = work / f"{arguments.model}-{case}.json"
+    """One case's numbers; those of a benchmark of the same settings, interrupted, are kept in the work directory."""
+    settings = f"{arguments.ratio:g}-{arguments.sequences}x{arguments.sequence_length}-{arguments.limit_gb:g}gb"
+    path = work / f"{arguments.model}-{case}-{settings}.json"
     if not path.is_file():
         path.write_text(json.dumps(in_own_process(case, arguments, work)))
     found: dict[str, Any] = json.loads(path.read_text())

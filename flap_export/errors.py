@@ -65,7 +65,7 @@ class OtherSearchError(InputError):
 
 
 class DamagedSearchError(InputError):
-    """The directory of a search holds one that cannot be gone on with: damaged, or of another version."""
+    """The directory of a search holds one that cannot be continued: damaged, or of another version."""
 
 
 class OutputError(InputError):

@@ -31,11 +31,11 @@ PACKAGES: Final = (
     "tensorrt-rtx",
 )
 BESIDE: Final = ("report.html", "parity.json", "latency.json", "quality.json", "README.md", "LICENSE")
-"""What later stages and people put beside what was written, and nothing reads as a part of it. In a run's own directory
-these are a part of it."""
+"""Files that later stages and people add to a directory, and that are no part of what was written there; in a run's own
+directory they are."""
 _RUN_NAME: Final = "run.json"
 _SETTINGS: Final = frozenset({"generation_config.json"})
-"""What people set after their own mind, such as the tokens that end a text; reading it checks it."""
+"""Files that users may edit, such as the tokens that end a text; whoever reads them checks them."""
 _WEIGHTS: Final = (".data", ".engine", ".safetensors")
 """Ends of the names of files that are too large to be read through whenever something is opened."""
 
@@ -120,9 +120,9 @@ def write_manifest(directory: Path, *, digests: Mapping[str, str], recipe: Mappi
 
 
 def note(path: Path) -> None:
-    """Let manifests know a file that a stage has written into a directory later, so that it still verifies.
+    """Enter a file that a stage has added to a directory into the manifests that cover it, so that these still verify.
 
-    That is the manifest of its own directory and those of the directories around it that hold this one.
+    These are the manifest of its own directory, and those of the directories around it, which list that manifest.
     """
     changed = [path.resolve()]
     for folder in changed[0].parents:

@@ -31,9 +31,9 @@ class Precision:
     onnx: str
     """Name of the element type in ONNX."""
     onnx_number: int
-    """The same as ONNX files and ONNX Runtime count it."""
+    """Its number in ONNX files and in ONNX Runtime."""
     onnxruntime: str
-    """The same in the types that ONNX Runtime tells."""
+    """Its name in the types that ONNX Runtime reports, such as `tensor(float)`."""
     tensorrt: str
     array: str
     """NumPy's type of the same bits; it has no bfloat16."""

@@ -137,7 +137,8 @@ class GatesSection(Section):
 class Recipe(Section):
     """Everything `flap-export run` does.
 
-    Paths are looked up beside the recipe first, then from the working directory; a model may also be a hub name.
+    Paths of the model, of texts and of rates are looked up beside the recipe first, then from the working directory; a
+    model may also be a hub name.
     `prune.rates` may name a file, whose rates then stand in its place, or list them.
     """
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from flap_export.errors import LARGEST_SEED, InputError, OutputError
 READ_CHUNK_BYTES = 1 << 22
 MANIFEST_NAME = "manifest.json"
 SCRATCH_PREFIX = "flap-export-"
-"""Of what a stage keeps in the folder for temporary files while it works."""
+"""Beginning of the names of what stages keep in the folder for temporary files while they work."""
 _PARTIAL = ".partial"
 _KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "run.json": ("run.json",),
@@ -91,7 +92,7 @@ class Record(Value):
         if path.is_dir() or not path.name:
             raise OutputError(f"the output '{path}' is a directory; name the file of a {cls.kind}")
         try:
-            # One that contradicts itself is of the kind all the same, and is what shall be replaced.
+            # Parsed only, not loaded: a record whose verdicts contradict its values is of this kind all the same.
             if path.exists():
                 cls._parsed(path)
         except InputError as error:
@@ -175,7 +176,7 @@ def writing_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
-        is_scratch = any(part.startswith(SCRATCH_PREFIX) for part in path.parts)
+        is_scratch = _is_scratch(path)
         remedy = "set TMPDIR to a folder on a larger disk" if is_scratch else "choose another --output"
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -184,6 +185,12 @@ def writing_errors(path: Path) -> Iterator[None]:
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EFBIG):
             raise OutputError(f"'{path}' cannot be written: {os.strerror(number)}; {remedy}") from error
         raise
+
+
+def _is_scratch(path: Path) -> bool:
+    """Whether `path` lies in what a stage keeps in the folder for temporary files; other folders may be called so."""
+    folder = Path(tempfile.gettempdir()).resolve()
+    return any(above.parent == folder and above.name.startswith(SCRATCH_PREFIX) for above in path.resolve().parents)
 
 
 def save_tensors(path: Path, kind: str, schema_version: int, tensors: Mapping[str, Any], header: Any) -> None:
@@ -225,19 +232,18 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
 
 
 @contextmanager
-def new_directory(path: Path, marker: str, *, overwrite: bool = True) -> Iterator[Path]:
+def new_directory(path: Path, marker: str) -> Iterator[Path]:
     """A directory that appears whole: yields a temporary sibling that takes the name `path` at the end.
 
     Args:
         path: where the directory shall be.
-        marker: the file that tells a directory of this kind (`plan.json`, `artifact.json`); one of the same kind may
-            be replaced, anything else is never touched, other kinds of outputs included.
-        overwrite: whether a directory of the same kind is replaced.
+        marker: the file that identifies a directory of this kind (`plan.json`, `artifact.json`); one of the same kind
+            may be replaced, anything else is never touched, other kinds of outputs included.
 
     Raises:
         OutputError: `path` holds something else, the disk is full, or the folder cannot be written.
     """
-    check_output(path, marker, overwrite=overwrite)
+    check_output(path, marker)
     path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with writing_errors(path):
@@ -300,13 +306,12 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(held)
 
 
-def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: bool = False) -> None:
-    """Whether `path` may become an output directory that is told by `marker`; to be asked before the work is done.
+def check_output(path: Path, marker: str, *, in_place: bool = False) -> None:
+    """Whether `path` may become an output directory of the kind that `marker` identifies; asked before any work.
 
     Args:
         path: where the directory shall be.
         marker: see `new_directory`.
-        overwrite: whether a directory of the same kind may be there.
         in_place: whether the directory grows where it is, instead of taking its name when it is whole.
 
     Raises:
@@ -324,7 +329,7 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
     if not in_place and path.is_mount():
         raise OutputError(f"the output '{path}' is a mount point, which cannot be replaced; name a directory below it")
     _check_writable(path, path if in_place else path.resolve().parent)
-    # What a killed process left half-written is nobody's.
+    # What a killed process left half-written may go.
     if not path.exists() or all(entry.name.startswith(".") and _PARTIAL in entry.name for entry in path.iterdir()):
         return
     if (other := _what_else(path, marker)) is not None:
@@ -332,12 +337,10 @@ def check_output(path: Path, marker: str, *, overwrite: bool = True, in_place: b
             f"the output directory '{path}' holds something else ({other} in it), and nothing was touched; "
             "name an empty or a new directory"
         )
-    if not overwrite:
-        raise OutputError(f"the output directory '{path}' is already there; name a new directory")
 
 
 def _what_else(path: Path, marker: str) -> str | None:
-    """Why a directory is not of the kind that `marker` tells; None where it is."""
+    """Why a directory is not of the kind that `marker` identifies; None where it is."""
     own = _KINDS.get(marker, (marker,))
     if missing := [name for name in own if not (path / name).is_file()]:
         return f"no {missing[0]}"

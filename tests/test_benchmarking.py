@@ -76,8 +76,23 @@ def pruned(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def report(dense: Path, pruned: Path) -> LatencyReport:
-    return bench(pruned, baseline=dense, batch_sizes=(1, 2), prompt_lengths=(4, 8), repeats=3, budget_s=5.0, threads=1)
+def told() -> list[tuple[str, int, int]]:
+    """What `report` was told of its progress."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def report(dense: Path, pruned: Path, told: list[tuple[str, int, int]]) -> LatencyReport:
+    return bench(
+        pruned,
+        baseline=dense,
+        batch_sizes=(1, 2),
+        prompt_lengths=(4, 8),
+        repeats=3,
+        budget_s=5.0,
+        threads=1,
+        progress=lambda *step: told.append(step),
+    )
 
 
 @pytest.fixture
@@ -346,6 +361,10 @@ def test_the_report_covers_every_shape(report: LatencyReport) -> None:
     assert (report.backend, report.dtype, report.max_length) == ("onnxruntime", "float32", 32)
     assert report.machine.cores == this_machine().cores
     assert set(report.digests) == {"dense.artifact", "dense.weights", "pruned.artifact", "pruned.weights"}
+
+
+def test_progress_is_told_by_phases_and_shapes(report: LatencyReport, told: list[tuple[str, int, int]]) -> None:
+    assert told == [("measurements", done, len(report.phases)) for done in range(len(report.phases) + 1)]
 
 
 def test_the_ideal_is_that_of_the_artifacts_shapes(report: LatencyReport, dense: Path, pruned: Path) -> None:

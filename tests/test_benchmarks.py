@@ -53,6 +53,15 @@ def script(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def test_memory_is_measured_again_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script("prune_memory")
+    monkeypatch.setattr(memory, "in_own_process", lambda case, arguments, work: {"asked": arguments.ratio})
+    asked = [memory.parsed_arguments(["--ratio", ratio]) for ratio in ("0.2", "0.5", "0.2")]
+    found = [memory.kept_result("bias", arguments, tmp_path) for arguments in asked]
+    assert [kept["asked"] for kept in found] == [0.2, 0.5, 0.2]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_options_have_defaults_and_a_quick_mode(name: str) -> None:
     assert script(name).parsed_arguments([]).benchmark == name

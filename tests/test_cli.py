@@ -452,6 +452,27 @@ def test_damaged_generation_settings_are_named(call: Call, artifacts: tuple[Path
     assert call("generate", tmp_path / "onnx", "--prompt", "the", "--max-new-tokens", "2").code == 0
 
 
+def test_without_settings_the_tokenizer_says_what_ends_a_text(
+    call: Call, artifacts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old models, such as Pythia's, have no generation settings."""
+    asked: list[set[int]] = []
+    monkeypatch.setattr(
+        "flap_export.cli.generating.generate", lambda *_, stop_ids, **__: asked.append(stop_ids) or iter(())
+    )
+    folder = Path(shutil.copytree(artifacts[1], tmp_path / "onnx"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(7)
+    tokenizer.save_pretrained(folder)
+    write_manifest(folder, digests={})
+    for settings in (None, "{}", '{"eos_token_id": [1, 2]}'):
+        if settings is not None:
+            (folder / "generation_config.json").write_text(settings)
+        assert call("generate", folder, "--prompt", "the").code == 0
+    assert asked == [{7}, set(), {1, 2}]
+
+
 def test_names_are_printed_as_they_are(call: Call, model: Path, tmp_path: Path) -> None:
     assert "hf::train" in call("evaluate", model, "--text", "hf::train").err
     assert "hf:x:train:" in call("evaluate", model, "--text", "hf:x:train:").err

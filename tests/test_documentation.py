@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import flap_export
 from flap_export.families import FAMILIES
 from flap_export.recipe import Recipe, recipe_from
 
@@ -42,6 +43,13 @@ def test_the_shown_recipe_has_every_key_and_every_default() -> None:
         name: set(section) if section is not None else None for name, section in known.items()
     }
     assert set(known) == {field.alias or name for name, field in Recipe.model_fields.items()}
+
+
+def test_the_page_about_python_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
+    assert set(flap_export.__all__) - {"__version__"} <= named
+    assert set(re.findall(r"flap_export\.(\w+)", text)) <= set(flap_export.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -201,6 +201,12 @@ def engine_at(path: Path, artifact: Path, weights: str | None) -> Path:
     return path
 
 
+def test_engines_are_not_measured_against_an_artifact(artifact: Path, tmp_path: Path) -> None:
+    engine = engine_at(tmp_path / "engine", artifact, weights=None)
+    with pytest.raises(ArtifactError, match=r"onnx' runs on onnxruntime, '.*engine' on tensorrt-rtx; name two"):
+        bench(engine, baseline=artifact)
+
+
 def test_engines_are_checked_with_the_artifact_that_holds_their_weights(artifact: Path, tmp_path: Path) -> None:
     engine = engine_at(tmp_path / "engine", artifact, weights="../onnx")
     check_runnable(engine, weights=True)

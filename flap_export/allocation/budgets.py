@@ -19,7 +19,7 @@ def cheapest_first(ladders: Sequence[tuple[NDArray[np.float64], NDArray[np.int64
         budget: in the same units as the costs.
 
     Returns:
-        Steps taken of each ladder. What is passed over for its cost is the end of its ladder.
+        Steps taken of each ladder. A step that costs too much ends its ladder: those behind it are not taken either.
     """
     values = np.concatenate([scores for scores, _ in ladders])
     costs = np.concatenate([step_costs for _, step_costs in ladders])

@@ -55,7 +55,7 @@ class Ladder:
 
     @property
     def own_removed(self) -> NDArray[np.int64]:
-        """Elements' own weights that are gone after 0, 1, ... steps: what a share of a module's elements is told by."""
+        """Weights gone after 0, 1, ... steps without `joint`: in proportion to the module's elements that are gone."""
         removed = np.concatenate([[0], np.cumsum(self.costs)])
         removed[-1] -= self.joint
         return removed

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from flap_export.allocation.budgets import cheapest_first
 from flap_export.allocation.ladders import LayerLadders
 from flap_export.allocation.ratios import achieved_ratio
-from flap_export.allocation.stage import Steps, plan_layers
+from flap_export.allocation.stage import Steps, nearest_steps, plan_layers
 from flap_export.errors import BudgetError, InputError
 from flap_export.plan import LayerPlan, Ratio
 from flap_export.shapes import DecoderShape
@@ -69,7 +69,7 @@ class LayerCosts:
             target: weights of the layer that shall go.
             attention: steps that attention takes.
         """
-        return _nearest(self.ffn, target - float(self.attention[attention]))
+        return nearest_steps(self.ffn, target - float(self.attention[attention]))
 
     def attention_steps(self, target: float) -> list[int]:
         """The numbers of attention's steps that the FFN can make up to `target`, to half of one of its own steps.
@@ -288,14 +288,10 @@ def _steps(costs: LayerCosts, rate: LayerRate, splitting: Splitting) -> tuple[in
     whole = int(costs.attention[-1]), int(costs.ffn[-1])
     if rate.modules is not None:
         attention, ffn = (share * weights for share, weights in zip(rate.modules, whole, strict=True))
-        return _nearest(costs.attention, attention), _nearest(costs.ffn, ffn)
+        return nearest_steps(costs.attention, attention), nearest_steps(costs.ffn, ffn)
     target = rate.removed(*whole)
     taken = split(costs, target, splitting)
     return taken, costs.ffn_steps(target, taken)
-
-
-def _nearest(removed: NDArray[np.int64], target: float) -> int:
-    return int(np.argmin(np.abs(removed - target)))
 
 
 def rates_of_steps(ladders: Sequence[LayerLadders], steps: Steps) -> tuple[LayerRate, ...]:
@@ -303,7 +299,7 @@ def rates_of_steps(ladders: Sequence[LayerLadders], steps: Steps) -> tuple[Layer
 
     Args:
         ladders: of every layer.
-        steps: how far each is gone down.
+        steps: how many of each are taken.
     """
     return tuple(_rate(LayerCosts.of(layer), *taken) for layer, taken in zip(ladders, steps, strict=True))
 

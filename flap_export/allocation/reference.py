@@ -63,6 +63,8 @@ def removed_units(
         return list(heads <= threshold), list(channels <= threshold)
     if structure == "al-mm":
         return list(heads <= _lowest(heads, head_count)), list(channels <= _lowest(channels, channel_count))
+    _check_leaves_some(structure, "heads", head_count, heads.shape[1])
+    _check_leaves_some(structure, "FFN channels", channel_count, channels.shape[1])
     return (
         [row < np.sort(row)[head_count] for row in heads],
         [row < np.sort(row)[channel_count] for row in channels],
@@ -86,6 +88,15 @@ def _lowest(values: NDArray[np.float64], count: int) -> float:
     if not 0 < count <= values.size:
         raise BudgetError(f"al-mm of the reference code must remove between 1 and {values.size} units, got {count}")
     return float(np.sort(values, axis=None)[count - 1])
+
+
+def _check_leaves_some(structure: str, what: str, count: int, available: int) -> None:
+    """Whether so many units of a layer can go; a negative number the code counts from the other end of the ranking."""
+    if not 0 <= count < available:
+        raise BudgetError(
+            f"{structure} of the reference code must remove between 0 and {available - 1} {what} of every layer, got "
+            f"{count}; change --ratio or --remove-heads"
+        )
 
 
 def _common_threshold(heads: NDArray[np.float64], channels: NDArray[np.float64], ratio: float, head_cost: int) -> float:

@@ -116,7 +116,7 @@ def allocate_ladders(
     align_channels: int = 1,
     allowed_heads: Sequence[int] | None = None,
 ) -> tuple[tuple[LayerPlan, ...], Ratio]:
-    """Decide how far every ladder is gone down; see `allocate`."""
+    """Decide how many steps of every ladder are taken; see `allocate`."""
     task = _Task(ladders, shape, ratio, remove_heads, allowed_heads)
     layers = plan_layers(ladders, shape, STRUCTURES[structure](task))
     return layers, achieved_ratio(shape, layers, ratio, _reason(shape, structure, "exact", align_channels))
@@ -205,7 +205,9 @@ def _ul_um(task: _Task) -> Steps:
     A share of attention is one of what its heads hold themselves, which no joint norm keeps in place.
     """
     shares = [
-        _nearest(layer.attention.own_removed, task.ratio * layer.attention.own_removed[-1], _allowed_steps(layer, task))
+        nearest_steps(
+            layer.attention.own_removed, task.ratio * layer.attention.own_removed[-1], _allowed_steps(layer, task)
+        )
         for layer in task.ladders
     ]
     return _uniform(task, shares)
@@ -224,7 +226,7 @@ def _uniform(task: _Task, attention_steps: Sequence[int]) -> Steps:
     steps = []
     for layer, ladders, taken in zip(task.shape.layers, task.ladders, attention_steps, strict=True):
         budget = task.ratio * (task.shape.attention_parameters(layer) + task.shape.ffn_parameters(layer))
-        steps.append((taken, _nearest(ladders.ffn.own_removed, budget - _cost(ladders.attention, taken))))
+        steps.append((taken, nearest_steps(ladders.ffn.own_removed, budget - _cost(ladders.attention, taken))))
     return steps
 
 
@@ -245,7 +247,7 @@ def _heads_gone(ladder: Ladder, steps: int) -> int:
     return len(ladder.removed(steps))
 
 
-def _nearest(removed: NDArray[np.int64], budget: float, allowed: NDArray[np.bool_] | None = None) -> int:
+def nearest_steps(removed: NDArray[np.int64], budget: float, allowed: NDArray[np.bool_] | None = None) -> int:
     """The number of steps whose cost is nearest to `budget`; fewer where two are.
 
     Args:

@@ -92,6 +92,7 @@ def compare_alignment(
             budget_s=budget_s,
             threads=threads,
             device=device,
+            progress=progress,
         )
     # The folder is gone: its path would tell nobody anything.
     names = {"baseline": "unaligned"}

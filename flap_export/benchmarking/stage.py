@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,12 +13,13 @@ from flap_export.benchmarking.report import LatencyReport, PhaseLatency, phase_l
 from flap_export.benchmarking.rounds import MINIMUM_ROUNDS, SAMPLE_MS, take_rounds
 from flap_export.benchmarking.worker import Worker, WorkerOptions
 from flap_export.benchmarking.workload import Workload
-from flap_export.building.record import check_runnable, load_runnable, record_digest
+from flap_export.building.record import check_runnable, is_engine, load_engine, load_runnable, record_digest
 from flap_export.errors import ArtifactError, InputError, check_choice, check_seed
 from flap_export.ideal import Experts, Phase, Roofline, experts_on, ideal_speedup
 from flap_export.manifest import installed_versions
 from flap_export.precision import PRECISIONS
 from flap_export.prediction import GPUS, expected_ms
+from flap_export.progress import Progress, no_progress
 
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
@@ -39,7 +40,7 @@ def bench(
     seed: int = 0,
     roofline: Roofline | None = None,
     gpu: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> LatencyReport:
     """Measure a pruned artifact against its dense baseline on the same backend, precision and shapes.
 
@@ -64,12 +65,12 @@ def bench(
         seed: of the tokens, the order of the rounds and the bootstrap.
         roofline: what the machine sustains; see `flap_export.ideal.ideal_speedup`.
         gpu: the GPU's name in `flap_export.prediction`; what that expects then stands beside what was measured.
-        progress: is told, before each phase and shape, which it is, how many are done and how many there are.
+        progress: told before each phase and shape, and when all are done.
 
     Raises:
         InputError: an argument out of range.
-        ArtifactError: an artifact is damaged or not what was written, the two differ in dtype or `max_length`, or a
-            shape does not fit them.
+        ArtifactError: an artifact is damaged or not what was written, the two differ in backend, dtype or
+            `max_length`, or a shape does not fit them.
         MissingRequirementError: the backend or the device is not there.
         FlapExportError: a worker process died.
     """
@@ -90,14 +91,14 @@ def bench(
         workers = (dense_worker, pruned_worker)
         backend, _ = (worker.backend() for worker in workers)
         for done, workload in enumerate(workloads):
-            if progress is not None:
-                progress(workload.described, done, len(workloads))
+            progress("measurements", done, len(workloads))
             share_s = budget_s / len(workloads)
             samples = take_rounds(workers, workload, repeats=repeats, budget_s=share_s, draw=draw, sample_ms=sample_ms)
             ideal = _ideal(dense, pruned, workload, roofline, experts_on(backend, device))
             found = phase_latency(workload, *samples, ideal=ideal, seed=seed)
             predicted = None if gpu is None else _predicted_ms((dense, pruned), workload, gpu)
             measured.append(found.model_copy(update={"predicted_ms": predicted}))
+        progress("measurements", len(workloads), len(workloads))
     return LatencyReport(
         artifact=str(artifact),
         baseline=str(baseline),
@@ -117,6 +118,12 @@ def bench(
 
 
 def _check_comparable(dense: Artifact, pruned: Artifact, paths: tuple[Path, Path]) -> None:
+    backends = [load_engine(path).flavour if is_engine(path) else "onnxruntime" for path in paths]
+    if backends[0] != backends[1]:
+        raise ArtifactError(
+            f"both must run on the same backend: '{paths[0]}' runs on {backends[0]}, '{paths[1]}' on {backends[1]}; "
+            "name two exported artifacts, or the engines built from them"
+        )
     for name, option in (("dtype", "--dtype"), ("max_length", "--max-length")):
         expected, found = getattr(dense, name), getattr(pruned, name)
         if expected != found:

@@ -56,7 +56,7 @@ class Sample:
     peak_memory_bytes: int | None
     """Of the process, since the workload was prepared."""
     device_memory_bytes: int | None = None
-    """More than when the worker started, on its whole GPU; None on a CPU."""
+    """In use on its GPU, by anybody, beyond what was when the worker started; None on a CPU."""
 
 
 @dataclass(frozen=True)

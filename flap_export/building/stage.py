@@ -37,7 +37,7 @@ from flap_export.building.record import ENGINE_NAME, Engine, EngineRecord, Profi
 from flap_export.errors import ArtifactError, InputError, MissingRequirementError, check_choice
 from flap_export.manifest import installed_versions, write_manifest
 from flap_export.plan import PLAN_NAME
-from flap_export.storage import check_output, digest_of_file, new_directory, write_text
+from flap_export.storage import SCRATCH_PREFIX, check_output, digest_of_file, new_directory, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class _Builder:
 
     def build(self, kind: LogitsKind, directory: Path) -> Engine:
         """Build the engine of one graph into `directory`."""
-        with tempfile.TemporaryDirectory(prefix="flap-export-build-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}build-") as folder:
             graph = write_tensorrt_graph(self.source / self.artifact.graphs[kind], self.artifact, Path(folder))
             network = parsed_network(graph, self.polygraphy)
             self._prepare(network[1])

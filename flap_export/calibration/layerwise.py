@@ -34,7 +34,8 @@ class _EmbeddingDone(Exception):
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the arguments it is called with, and the first one the embeddings.
 
-    What it hands on is of no use: some families take a tensor from their layers and some the first of a tuple.
+    What it returns only has to reach the next recorder, and may arrive there mangled: some families take their layers'
+    output as it is, others the first of a tuple.
     """
 
     def __init__(self, layer: nn.Module, calls: list[dict[str, Any]], embedded: list[Tensor], is_last: bool) -> None:
@@ -135,7 +136,7 @@ class LayerPass:
             yield chunk.rows, output[0] if isinstance(output, tuple) else output
 
     def observe(self) -> None:
-        """Run the layer for the sake of its hooks."""
+        """Run the layer for its hooks; its outputs are dropped."""
         for _ in self.outputs():
             pass
 

@@ -22,6 +22,7 @@ from flap_export.calibration.statistics import (
     cut_spaces,
     stacked_sites,
 )
+from flap_export.devices import check_device
 from flap_export.errors import InputError, ModelError, TextError, check_choice
 from flap_export.models.loading import check_weights, meta_model
 from flap_export.models.opening import Checkpoint, open_checkpoint
@@ -72,10 +73,13 @@ def calibrate(
         progress: told after every layer.
 
     Raises:
+        InputError: unknown statistics or device, or statistics that do not know the family.
         ModelError: the model is unusable, or its activations overflow.
         TextError: the source is unusable or shorter than asked.
+        MissingRequirementError: the device is not on this machine.
     """
     check_choice("statistics", statistics, ACCUMULATORS)
+    check_device(device)
     checkpoint, windows = calibration_windows(model, source, samples, sequence_length, seed, dtype)
     if statistics == "reference" and checkpoint.family.mixture:
         raise InputError(

@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 UNFORESEEN: Final = 70
-"""Exit code of an error that is nobody's input; Python's own is 1, which says that a gate was breached."""
+"""Exit code of an error that no input explains; Python's own is 1, which here says that a gate was breached."""
 _received: Final[list[int]] = []
 """Signals that came while a command ran."""
 BROKEN_PIPE: Final = 128 + signal.SIGPIPE

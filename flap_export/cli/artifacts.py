@@ -154,19 +154,21 @@ def bench(
 
     if output is not None:
         LatencyReport.check_output(output)
-    latency = bench_artifacts(
-        artifact,
-        baseline=baseline,
-        batch_sizes=batch_size or (1,),
-        prompt_lengths=prompt_length or (128,),
-        context_length=context_length,
-        repeats=repeats,
-        budget_s=budget,
-        threads=threads,
-        device=device,
-        seed=seed,
-        gpu=gpu,
-    )
+    with console.progress_bars() as progress:
+        latency = bench_artifacts(
+            artifact,
+            baseline=baseline,
+            batch_sizes=batch_size or (1,),
+            prompt_lengths=prompt_length or (128,),
+            context_length=context_length,
+            repeats=repeats,
+            budget_s=budget,
+            threads=threads,
+            device=device,
+            seed=seed,
+            gpu=gpu,
+            progress=progress,
+        )
     if output is not None:
         latency.save(output)
         note(output)

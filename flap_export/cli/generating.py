@@ -26,19 +26,19 @@ def generated_text(target: str, prompt: str, *, device: str, threads: int | None
     with open_runner(directory, device=device, threads=threads, logits="last") as runner:
         tokenizer: Any = load_tokenizer(directory, runner.vocabulary_size)
         prompt_ids = tokenizer.encode(prompt)
-        ids = generate(runner, prompt_ids, stop_ids=_stop_ids(directory), **sampling)
+        ids = generate(runner, prompt_ids, stop_ids=_stop_ids(directory, tokenizer.eos_token_id), **sampling)
         yield from stream_text(tokenizer, ids)
 
 
-def _stop_ids(directory: Path) -> set[int]:
-    """The tokens that end a text, from the generation settings; none where there are no settings.
+def _stop_ids(directory: Path, end: int | None) -> set[int]:
+    """The tokens that end a text, from the generation settings; where there are none, `end`, which is the tokenizer's.
 
     Raises:
         ModelError: the settings cannot be read.
     """
     path = directory / "generation_config.json"
     if not path.is_file():
-        return set()
+        return set() if end is None else {end}
     try:
         stated = json.loads(path.read_bytes()).get("eos_token_id")
         listed = [] if stated is None else stated if isinstance(stated, list) else [stated]

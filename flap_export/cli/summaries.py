@@ -150,7 +150,8 @@ def of_search(report: SearchReport) -> Iterator[RenderableType]:
     from flap_export.searching.table import SHARES, lines_of
 
     unit = "KL, nats per token" if report.options.fitness == "kl" else "perplexity"
-    shown = [f"after {share * report.options.evaluations:g}" for share in SHARES]
+    most = max(run.evaluations for run in report.runs)
+    shown = [f"after {share * most:g}" for share in SHARES]
     drawn = table(f"{unit}, mean over seeds", "rates", *shown, "spread", "candidates", "seconds")
     for name, value in report.references.items():
         drawn.add_row(escape(name), *[""] * (len(SHARES) - 1), f"{value:.4g}", "", "", "")

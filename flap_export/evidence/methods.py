@@ -1,8 +1,8 @@
 """The pruning methods, as data: what each goes by, and which of FLAP's options it has.
 
 flap         FLAP: fluctuation scores, one ranking over the whole model, a bias (arXiv 2312.11983)
-obs          the best here without retraining: second-order elimination within every module, a budget by the measured
-loss of every module, least squares
+obs          the best here without retraining: second-order elimination within every module, a budget spread by measured
+             losses, least squares
 wanda-sp     Wanda's scores on columns, the same share everywhere, statistics of the already pruned layers
 llm-pruner   first-order Taylor scores of coupled weights, first and last layers spared (arXiv 2305.11627)
 magnitude    squared norms of coupled weights, the same share everywhere

@@ -45,7 +45,7 @@ def export(
         max_length: rows of the cache, fixed per artifact; None is 2048, or all of a shorter model's positions.
 
     Raises:
-        ModelError: the checkpoint is unusable.
+        ModelError: the checkpoint is unusable, or float16 cannot hold one of its weights.
         InputError: `max_length` is not positive or beyond what the model's positions allow.
         OutputError: `output` holds something else, or the disk is full.
     """

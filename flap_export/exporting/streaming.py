@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flap_export.errors import ModelError
 from flap_export.exporting.passes.values import lazy_initializer
 from flap_export.families import EVERY_EXPERT
 from flap_export.models.opening import Checkpoint
+from flap_export.models.weights import is_finite
 from flap_export.storage import writing_errors
 
 EXTERNAL_FROM_BYTES = 1024
@@ -53,6 +55,11 @@ def bind_weights(ir_model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype)
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, offset: float) -> NDArray[np.generic]:
     tensor = _stacked(checkpoint, name) if EVERY_EXPERT in name else checkpoint.weights.finite(name)
     tensor = (tensor.to(torch.float32) + offset if offset else tensor).to(dtype)
+    if dtype == torch.float16 and not is_finite(tensor):
+        raise ModelError(
+            f"tensor '{name}' in '{checkpoint.directory}' holds values beyond {torch.finfo(dtype).max:g}, the largest "
+            "of float16; export in bfloat16 or float32"
+        )
     if dtype != torch.bfloat16:
         return tensor.numpy()
     import ml_dtypes

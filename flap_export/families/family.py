@@ -57,9 +57,10 @@ class Projection:
     inputs: Space
     outputs: tuple[Space, ...]
     blocks: int | None = 1
-    """In how many blocks fused outputs stand, each with its part of every space in that order: one, space after space,
-    or None where there is one for every KV group, with its query heads, its key head and its value head. Of several,
-    which heads that stay would no longer fill evenly, a layer that loses heads has one for every KV group too."""
+    """How many blocks the fused outputs consist of, each with an equal part of every space, in that order. One: the
+    spaces follow one another. None: a block for every KV group, with its query heads, its key head and its value head.
+    Several (CodeGen): the heads that stay would no longer fill them evenly, so that a layer that loses heads is laid
+    out in one block for every KV group instead."""
     where: tuple[str, bool] | None = None
     """Configuration field that says whether a model has it, and whether it must hold something for that, or nothing."""
 
@@ -191,7 +192,7 @@ class Rotary:
     angles_once: bool = False
     """Whether it gives every angle once; in other families both channels of a pair have it."""
     partial: bool = False
-    """Whether the class turns as many channels of a head as its table has, and not always all of them."""
+    """Whether the class turns only as many channels of a head as its table has; other classes turn all of them."""
     in_float32: bool = False
     """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
     required_fields: tuple[str, ...] = ()
@@ -301,7 +302,8 @@ class Family:
     language_model: str = "ForCausalLM"
     """What follows the stem in the name of the causal LM's class."""
     inside: tuple[str, ...] = ()
-    """Model types that see images too and whose text model this is, beside the one that it is the `_text` of."""
+    """Types of models for images and text whose text model this is, beyond the one that `family_of` derives from a name
+    ending in `_text`."""
     since: str = "4.57"
     """Version of transformers from which on the family is supported."""
     modules: Modules = Modules()
@@ -318,8 +320,8 @@ class Family:
     latent: bool = False
     """Whether attention is multi-head latent attention."""
     alibi: str | None = None
-    """What the class's attention calls the biases of all heads that grow with the distance of a key (ALiBi), which it
-    is handed; None in families without."""
+    """Name of the argument by which the class's attention is handed ALiBi, the biases of all heads by the distance of a
+    key; None in families without."""
     parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""

@@ -1,4 +1,4 @@
-"""ALiBi (arXiv:2108.12409): what a head sees of a key falls off with its distance, in every head by another slope.
+"""ALiBi (arXiv:2108.12409): every head lowers the scores of keys in proportion to their distance, by its own slope.
 
 Slopes belong to the heads of the dense model: a pruned layer keeps those of its heads, whatever their number.
 """

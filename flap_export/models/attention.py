@@ -60,8 +60,8 @@ class StepCache(Cache):  # type: ignore[misc]
         Args:
             window: how many keys are seen.
             dtype: of the scores.
-            slopes: [Q, 1, 1], by which what head h sees of a key falls off with its distance, by slope (p - j); the
-                mask is [B, Q, n, L] then. Distances rather than positions keep digits in half precision.
+            slopes: [Q, 1, 1], of ALiBi: head h subtracts slope_h (p - j) from the score of key j, and the mask is
+                [B, Q, n, L]. Made of distances, not of positions, it keeps its digits in half precision.
         """
         kind = window, None if slopes is None else id(slopes)
         if kind not in self._masks:
@@ -176,10 +176,10 @@ def plain_attention(
 def _left_by_sinks(scores: Tensor, shares: Tensor, sinks: Tensor) -> Tensor:
     """What part of a softmax is left when sinks s join it: 1 / (1 + exp(s - l)), l the logarithm of its sum.
 
-    The largest share tells of l, that of the largest score m being exp(m - l). So nothing as large as the scores is
-    copied, as where sinks are one column more, nor summed again. The operator could see a sink as a row of zeros in
-    the cache, with a mask [B, Q, n, L] of each layer's own and a row of the cache lost. On ONNX Runtime's CPU a column
-    was slower than this, so was the operator in decode, and the logarithm of another sum was slowest.
+    l follows from the largest share, which is exp(m - l) where m is the largest score: the scores are neither copied
+    with a column more for the sinks, nor summed again. The operator itself could take a sink as a row of zeros in the
+    cache, at the price of a mask [B, Q, n, L] for every layer and of one row. Measured on ONNX Runtime's CPU, the
+    column was slower than this, the operator was slower in decode, and the logarithm of another sum was slowest.
 
     Args:
         scores: [B, K, g n, L]

@@ -287,9 +287,27 @@ def _resized(linear: nn.Linear | Conv1D, in_features: int, out_features: int, bi
     return type(linear)(in_features, out_features, bias=bias, **like)
 
 
-def _empty_projection(linear: nn.Linear | Conv1D, restores: bool, bias: bool) -> nn.Module:
-    """What stands for a projection of an FFN without channels whose projections lie in the layer itself."""
-    return Constant(_features(linear)[1], linear.weight, bias) if restores else nn.Identity()
+def _empty(layer: nn.Module, layer_idx: int, path: str, block: str, restores: bool, bias: bool) -> None:
+    """Empty the block of a projection: nothing is left of it but the bias of the projection that restores.
+
+    A block that is a module of its own is replaced as a whole; where its projections lie in the layer itself (OPT's
+    FFN), each of them is.
+    """
+    parent_path, _, name = path.rpartition(".")
+    if not restores:
+        if not parent_path:
+            layer.set_submodule(path, nn.Identity())
+        return
+    linear = _linear(layer, path)
+    constant = Constant(_features(linear)[1], linear.weight, bias)
+    if not parent_path:
+        layer.set_submodule(path, constant)
+        return
+    parent: Any = layer.get_submodule(parent_path)
+    if block == "query":
+        layer.set_submodule(parent_path, _emptied(type(parent))(name, constant, layer_idx, parent))
+    else:
+        layer.set_submodule(parent_path, EmptyFeedForward(name, constant, parent))
 
 
 def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidden_size: int, head_dim: int) -> None:
@@ -319,26 +337,14 @@ def resize_layer(layer: nn.Module, layer_idx: int, pruned: dict[str, Any], hidde
     for path, inputs, outputs in projections:
         if EVERY_EXPERT in path:
             continue
-        parent_path, _, name = path.rpartition(".")
         block, restores = _block_of(inputs, outputs), outputs == ["hidden"]
         if widths[block] == 0:
-            if not parent_path:
-                layer.set_submodule(path, _empty_projection(_linear(layer, path), restores, output_bias[block]))
-            elif restores:
-                linear = _linear(layer, path)
-                constant = Constant(_features(linear)[1], linear.weight, output_bias[block])
-                parent: Any = layer.get_submodule(parent_path)
-                emptied = (
-                    _emptied(type(parent))(name, constant, layer_idx, parent)
-                    if block == "query"
-                    else EmptyFeedForward(name, constant, parent)
-                )
-                layer.set_submodule(parent_path, emptied)
+            _empty(layer, layer_idx, path, block, restores, output_bias[block])
             continue
         linear = _linear(layer, path)
         bias = output_bias[inputs] if restores else linear.bias is not None
         layer.set_submodule(path, _resized(linear, widths[inputs], sum(widths[space] for space in outputs), bias))
-        parent = layer.get_submodule(parent_path)
+        parent: Any = layer.get_submodule(path.rpartition(".")[0])
         if block == "query":
             _count_heads(parent, counts["query_heads"], counts["kv_heads"], head_dim)
         if block != "query" and hasattr(parent, "intermediate_size"):

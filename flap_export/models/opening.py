@@ -49,6 +49,8 @@ _HUB_FILES: Final = [
     "*.txt",
     "*.jinja",
 ]
+_NOT_READ: Final = ["consolidated*.safetensors", "*/*.safetensors"]
+"""The same weights once more, as other libraries want them: Mistral's and gpt-oss's repositories hold them twice."""
 
 
 @final
@@ -152,11 +154,12 @@ def _directory_of(model: str | Path) -> Path:
         raise ModelError(f"'{model}' is a file; name the directory that holds config.json and the weights")
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no model directory at '{model}'")
+        hint = "" if "/" in name else "; a name on the hub reads OWNER/NAME"
+        raise ModelError(f"no model directory at '{model}'{hint}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_READ))
     # The hub's client raises a wide range of its own, of requests' and of the standard library's exceptions.
     except Exception as error:
         raise ModelError(

@@ -28,7 +28,7 @@ among them, hold it in every layer."""
 @final
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is on disk, and what it is of what is stored there."""
+    """Where a tensor is on disk: all of a stored tensor, or one expert's part of a stack."""
 
     file: Path
     stored: str
@@ -138,7 +138,7 @@ class Weights:
             ModelError: it holds one.
         """
         tensor = self[name]
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
                 f"tensor '{name}' in '{self.directory}' holds {broken} values that are NaN or infinite; "
@@ -194,7 +194,7 @@ def _parts(name: str, place: _Place, stacks: Sequence[Stack]) -> Iterator[tuple[
             yield layer + own.replace(EVERY_EXPERT, str(expert)), _Place(place.file, place.stored, expert, stack, part)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, told by the extremes, which NaN spreads to.
 
     Looking at every value would take 30 times longer in float16, and longer than all else that reading does.
@@ -222,13 +222,12 @@ def _files_by_name(directory: Path) -> dict[str, Path]:
     if single.is_file():
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
-    pickled = sorted(directory.glob("*.bin"))
-    hint = (
-        "it has pickled weights only; save them with `model.save_pretrained(..., safe_serialization=True)`"
-        if pickled
-        else f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    is_pickled = any(directory.glob("*.bin"))
+    found = "it has pickled weights only" if is_pickled else f"expected {SINGLE_FILE} or {INDEX_FILE}"
+    raise ModelError(
+        f"no safetensors weights in '{directory}': {found}; save pickled ones with "
+        "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`"
     )
-    raise ModelError(f"no safetensors weights in '{directory}': {hint}")
 
 
 def _files_from_index(index: Path) -> dict[str, Path]:

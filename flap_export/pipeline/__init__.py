@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flap_export.pipeline.running import run
+from flap_export.pipeline.running import RunResult, run
 
-__all__ = ["run"]
+__all__ = ["RunResult", "run"]

@@ -181,6 +181,7 @@ def _bench(current: Run) -> None:
         budget_s=section.budget_s,
         threads=section.threads,
         device=current.recipe.device,
+        progress=current.progress,
     )
     latency.save(directory / LATENCY_NAME)
 

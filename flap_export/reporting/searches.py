@@ -119,7 +119,8 @@ class _Frame:
         low, begun = min(point.fitness for point in points), max(run.curve[0].fitness for run in report.runs)
         near = [value for value in report.references.values() if value <= low + 3 * (begun - low)]
         high = max(begun, *near, low * 1.01)
-        margin = _MARGIN * (high - low)
+        # Where no rates lose anything, there is no height to go by.
+        margin = _MARGIN * (high - low or 1.0)
         return cls(max(run.evaluations for run in report.runs), low - margin, high + margin)
 
     def x(self, evaluations: float) -> float:

@@ -7,7 +7,6 @@ linear in the kept inputs, at the same shapes and the same speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
@@ -173,10 +172,8 @@ def reconstruction_error(weight: Tensor, restored: Restored, kept: Tensor, input
     return float(missing.square().sum(dim=1).mean())
 
 
-def best_ridge(
-    weight: Tensor, kept: Tensor, moments: RunningComoments, held_out: Tensor, ridges: Sequence[float] = RIDGES
-) -> float:
-    """The ridge with the smallest reconstruction error on tokens that are not in `moments`.
+def best_ridge(weight: Tensor, kept: Tensor, moments: RunningComoments, held_out: Tensor) -> float:
+    """The ridge of `RIDGES` with the smallest reconstruction error on tokens that are not in `moments`.
 
     The error is that of a sample of outputs, and it is followed downhill from the default: each ridge tried takes a
     factorisation.
@@ -186,18 +183,17 @@ def best_ridge(
         kept: int64 [K].
         moments: of the inputs.
         held_out: other inputs, [tokens, C]; none leave the choice at `DEFAULT_RIDGE`.
-        ridges: to choose from, ascending; the default is among them.
     """
     if not len(held_out) or not 0 < len(kept) < weight.shape[1]:
         return DEFAULT_RIDGE
     sample = weight[:: max(1, len(weight) // RIDGE_OUTPUTS)]
 
     def error(position: int) -> float:
-        return reconstruction_error(sample, least_squares(sample, kept, moments, ridges[position]), kept, held_out)
+        return reconstruction_error(sample, least_squares(sample, kept, moments, RIDGES[position]), kept, held_out)
 
-    best = ridges.index(DEFAULT_RIDGE)
+    best = RIDGES.index(DEFAULT_RIDGE)
     least = error(best)
     for step in (1, -1):
-        while 0 <= best + step < len(ridges) and (found := error(best + step)) < least:
+        while 0 <= best + step < len(RIDGES) and (found := error(best + step)) < least:
             best, least = best + step, found
-    return ridges[best]
+    return RIDGES[best]

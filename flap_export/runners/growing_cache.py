@@ -1,9 +1,9 @@
 """A cache that grows on the CPU, where attention takes time for every row of the cache, valid or not.
 
-The artifact's cache has a fixed length L, as TensorRT wants it. Nothing in the graph but the shapes of its cache inputs
-and outputs depends on L, but for masks, which are made of the positions of all keys: with L made symbolic in memory,
-and masks made of as many of these positions as the cache has rows, the same nodes run over a cache that is only as
-long as the tokens need, and give the same numbers.
+The artifact's cache has a fixed length L, as TensorRT wants it. Only two things in the graph depend on L: the shapes of
+its cache inputs and outputs, and masks, which are made of the positions of all keys. With L made symbolic, in memory
+only, and masks made of as many positions as the cache has rows, the same nodes run over a cache that is only as long as
+the tokens need, and give the same numbers.
 """
 
 from __future__ import annotations

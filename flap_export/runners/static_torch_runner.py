@@ -152,7 +152,7 @@ class StaticTorchRunner(Runner):
         attend_by(_attention, NAME, model, checkpoint.family)
         use_fewer_kernels(model, checkpoint.family)
         if self._device.type != "cpu":
-            # What projections took before they were joined is nobody's.
+            # Memory of the projections as they were before they were joined.
             torch.cuda.empty_cache()
         register_tables(model, slope_tables(checkpoint, self._dtype, options.device))
         if self.max_length <= checkpoint.longest_sequence:

@@ -44,7 +44,7 @@ def open_session(record: EngineRecord, path: Path, logits: LogitsKind, device: s
 
 @final
 class TensorRTRunner(Runner):
-    """An engine's directory on a GPU; the device `cpu`, a default, means the first GPU.
+    """An engine's directory on a GPU; the device `cpu`, which is the default, means the first GPU.
 
     Raises:
         ArtifactError: the directory is damaged, lacks the wanted engine, or was built for another GPU or version.

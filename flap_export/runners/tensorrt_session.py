@@ -27,7 +27,7 @@ from flap_export.building.record import EngineRecord, Profile
 from flap_export.errors import ArtifactError, MissingRequirementError
 from flap_export.runners.base import Logits, TokenIds
 from flap_export.runners.sampling import Sampling, sampled
-from flap_export.storage import digest_of_file
+from flap_export.storage import SCRATCH_PREFIX, digest_of_file
 
 _IS_RTX: Final = "tensorrt-rtx"
 
@@ -199,7 +199,7 @@ class TensorRTSession:
             )
         refitter = self._trt.Refitter(self._engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        with tempfile.TemporaryDirectory(prefix="flap-export-refit-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}refit-") as folder:
             graph = write_tensorrt_graph(source / artifact.graphs[kind], artifact, Path(folder))
             if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
                 raise ArtifactError(f"the engine's weights cannot be read from '{source}'; build it again")

@@ -82,7 +82,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with writing_errors(self.path):
+            self._file.close()
 
     def _lock(self) -> None:
         try:

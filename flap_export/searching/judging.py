@@ -61,7 +61,7 @@ class Judge:
         return len(self.stages) - 1
 
     def affordable(self, count: int, stage: int = 0) -> int:
-        """How many of `count` candidates can be seen at a stage, so that the best can be seen on all of the text.
+        """How many of `count` candidates can be seen at a stage, with enough left to see one on all of the text.
 
         Args:
             count: candidates that were seen at all stages before.

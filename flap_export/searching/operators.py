@@ -86,7 +86,7 @@ class Conventional:
         )
 
     def distinct(self, draws: Sequence[Callable[[], Candidate]], known: Collection[Candidate]) -> list[Candidate]:
-        """What the draws give, each repeated and at last changed until it is new; what stays known is left out."""
+        """A new candidate of every draw: one that is known is drawn again, in the end mutated, and at last left out."""
         found: dict[Candidate, None] = {}
         for draw in draws:
             candidate = draw()

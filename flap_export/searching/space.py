@@ -162,7 +162,7 @@ class Space:
         return [self.rate(index, level) for index, level in enumerate(candidate.levels)]
 
     def steps(self, candidate: Candidate) -> Steps:
-        """How far every ladder is gone down."""
+        """How many steps of every ladder are taken."""
         return [
             (attention, costs.ffn_steps(min(level * self.step, costs.total), attention))
             for costs, level, attention in zip(self.layers, candidate.levels, candidate.attention, strict=True)
@@ -245,8 +245,8 @@ class Space:
     def settled(self, candidate: Candidate) -> Steps:
         """The candidate's cut points with single FFN steps moved until the budget is met to half of one.
 
-        Levels meet it up to half a step of every layer's FFN, an amount that this divides among the layers. An FFN that
-        is whole or gone stays so.
+        Every layer meets its level to half a step of its FFN, and these misses may add up; here steps of some layers
+        make up for them. An FFN that is whole or gone stays so.
         """
         steps = [list(taken) for taken in self.steps(candidate)]
         missing = self.budget - self.removed(candidate)

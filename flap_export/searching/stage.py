@@ -67,7 +67,7 @@ def search(
 
     Raises:
         OtherSearchError: `output` holds a search with other settings, or of other weights or text.
-        DamagedSearchError: `output` holds a search that cannot be gone on with.
+        DamagedSearchError: `output` holds a search that cannot be continued.
         InputError: one of its kinds, for an unusable model, text, budget, option or output directory.
         MissingRequirementError: a package or the proposer is not there; the same command goes on.
     """

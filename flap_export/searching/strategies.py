@@ -2,8 +2,8 @@
 
 random        candidates from nowhere
 evolutionary  one parent, offspring by level switches (EvoPress, arXiv 2410.14649): the conventional search
-population    Self-Pruner's loop (arXiv 2502.14413, section 3): a population, mutation and crossover by whoever the
-operators are, chance or a language model
+population    Self-Pruner's loop (arXiv 2502.14413, section 3): a population, mutated and crossed by chance or by a
+              language model
 """
 
 from __future__ import annotations

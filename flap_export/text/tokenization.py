@@ -23,11 +23,17 @@ def load_tokenizer(directory: Path, vocabulary_size: int) -> PreTrainedTokenizer
     rebuild the pre-tokenizer after it, so that a pruned checkpoint, whose `model_type` is our own, would tokenize the
     same text otherwise than its dense model.
 
+    Special tokens outside the vocabulary are no reason to refuse it: text holds none unless it spells one out, which
+    whoever takes the ids refuses. Gemma 3's text models share a tokenizer with those that see images, and have no row
+    for its image token.
+
     Raises:
-        ModelError: there is no tokenizer, it cannot be read, or it knows ids outside the vocabulary.
+        ModelError: there is no tokenizer, it cannot be read, or it makes ids outside the vocabulary of plain text.
     """
     tokenizer = _open_tokenizer(directory)
-    ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {index for index, token in added.items() if token.special}
+    ids = max((index for index in tokenizer.get_vocab().values() if index not in special), default=-1) + 1
     if ids > vocabulary_size:
         raise ModelError(
             f"the tokenizer in '{directory}' does not match its model: it needs a vocabulary of {ids} ids, the model "

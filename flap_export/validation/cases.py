@@ -163,7 +163,7 @@ def _thinned(logits: Logits) -> Logits:
 
 def _random_prompts(prompt_length: int, batch_size: int, vocabulary_size: int, seed: int) -> list[Prompt]:
     generator = np.random.default_rng(seed)
-    lengths = np.linspace(1, max(prompt_length, 1), batch_size).astype(np.int64)
+    lengths = np.linspace(1, max(prompt_length, 1), max(batch_size, 0)).astype(np.int64)
     return [tuple(generator.integers(0, vocabulary_size, length).tolist()) for length in lengths]
 
 

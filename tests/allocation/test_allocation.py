@@ -603,6 +603,19 @@ def test_the_official_choice_knows_no_alignment() -> None:
         allocate(scores, shape, 0.3, selection="reference", align_channels=8)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "remove_heads", "found"),
+    [(0.3, 2, "0 and 1 heads of every layer, got 2"), (0.02, 1, "0 and 59 FFN channels of every layer, got -1")],
+)
+def test_uniform_counts_that_the_official_code_cannot_take_are_refused(
+    ratio: float, remove_heads: int, found: str
+) -> None:
+    shape = shape_of(heads=2, kv_heads=2, head_dim=2, hidden=4, channels=60, layers=1)
+    scores = (LayerScores(torch.arange(2.0), torch.arange(60.0)),)
+    with pytest.raises(BudgetError, match=found):
+        allocate(scores, shape, ratio, "ul-mm", selection="reference", remove_heads=remove_heads)
+
+
 JOINT = LayerShape(query_heads=4, kv_heads=2, ffn_channels=40, joint_query_heads=4, joint_key_heads=2)
 """Matrices [H, D] of 4 x 2 weights: 12, of which 6 serve all heads; a group takes 3 along."""
 

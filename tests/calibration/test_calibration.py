@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flap_export.calibration.stage import calibrate, compute_dtype, open_dense
 from flap_export.calibration.statistics import CalibrationStatistics, cut_spaces
-from flap_export.errors import InputError, ModelError, TextError
+from flap_export.errors import InputError, MissingRequirementError, ModelError, TextError
 from flap_export.families import FAMILIES
 from flap_export.models.opening import open_checkpoint
 
@@ -125,6 +125,14 @@ def test_activations_that_overflow(projection: str, site: str, tmp_path: Path) -
     with pytest.raises(ModelError, match=rf"layer 1: what enters {site} is NaN or infinite.*--dtype float32"):
         calibrate(path, source, dtype="float16")
     calibrate(path, source, dtype="float32")
+
+
+def test_the_device_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingRequirementError, match="sees no CUDA device"):
+        calibrate("no-model", "no-such-text.txt", device="cuda")
+    with pytest.raises(InputError, match="device must be cpu, cuda or cuda:N, got 'gpu'"):
+        calibrate("no-model", "no-such-text.txt", device="gpu")
 
 
 def test_a_pruned_model_is_refused(tmp_path: Path) -> None:

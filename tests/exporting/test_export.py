@@ -634,3 +634,15 @@ def test_a_damaged_weight_stops_the_export(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match=rf"{name}.*1 values that are NaN or infinite"):
         export(dense, tmp_path / "onnx", max_length=MAX_LENGTH)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_weight_beyond_float16_stops_the_export(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    dense, name = tiny_checkpoint("llama", tmp_path / "dense"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(dense / "model.safetensors")
+    tensors[name].view(-1)[3] = 7e4
+    save_file(tensors, dense / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name}.*beyond 65504.*export in bfloat16 or float32"):
+        export(dense, tmp_path / "onnx", dtype="float16", max_length=MAX_LENGTH)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import ALL_FAMILIES, plain_model, tiny_checkpoint, tiny_pruned, tokens_of
 from torch import Tensor
 
+from flap_export.errors import ModelError
 from flap_export.models.loading import check_weights, load_model, meta_model, parameter_names
 from flap_export.models.opening import open_checkpoint
 from flap_export.models.weights import SINGLE_FILE
@@ -429,3 +431,18 @@ def test_transposed_weights_stay_transposed_on_disk(tmp_path: Path) -> None:
     for other in ("transformer.wpe.weight", "transformer.h.1.ln_1.weight", "transformer.h.1.attn.c_attn.bias"):
         assert torch.equal(opened.weights[other], stored[other])
         assert opened.weights.shape(other) == stored[other].shape
+
+
+def test_weights_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Some repositories hold them a second time, for other libraries."""
+    stored = ["model-00001-of-00001.safetensors", "consolidated.safetensors", "original/model.safetensors"]
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects([*stored, "config.json", "tokenizer.json"], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match="holds no config"):
+        open_checkpoint("owner/name")
+    assert fetched == [stored[0], "config.json", "tokenizer.json"]

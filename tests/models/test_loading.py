@@ -434,7 +434,7 @@ def test_an_index_that_names_a_tensor_its_shard_lacks(dense: Path) -> None:
 
 def test_pickled_weights_only(dense: Path) -> None:
     (dense / SINGLE_FILE).rename(dense / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pickled weights only; save them with `model\.save_pretrained"):
+    with pytest.raises(ModelError, match=r"pickled weights only; .*\.save_pretrained\(\.\.\.\)`$"):
         load(dense)
 
 
@@ -572,9 +572,11 @@ def test_places_without_a_model(tmp_path: Path) -> None:
         load(tmp_path / "file")
     with pytest.raises(ModelError, match=r"folder' holds no config\.json; name a Hugging Face model directory"):
         load(tmp_path / "folder")
-    for nowhere in (tmp_path / "nowhere", "./models/none", "none"):
-        with pytest.raises(ModelError, match="no model directory at"):
+    for nowhere in (tmp_path / "nowhere", "./models/none"):
+        with pytest.raises(ModelError, match=r"no model directory at '.*(none|where)'$"):
             load(nowhere)
+    with pytest.raises(ModelError, match=r"no model directory at 'none'; a name on the hub reads OWNER/NAME"):
+        load("none")
 
 
 def test_a_hub_name_without_a_network() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -28,6 +29,31 @@ def written(path: Path) -> bytes:
         journal.record_answer({**QUESTION, "generation": 2}, {"text": "none"})
         journal.finish_generation(1, {"best": 0.5})
     return path.read_bytes()
+
+
+def test_a_line_that_finds_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the file tries to write the line once more."""
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.file.close()
+            self.flush()
+
+    path = tmp_path / JOURNAL_NAME
+    written(path)
+    journal = Journal(path, SETTINGS)
+    monkeypatch.setattr(journal, "_file", Full(journal._file))
+    with pytest.raises(OutputError, match=rf"the disk is full while writing '.*{JOURNAL_NAME}'"), journal:
+        journal.append({"event": "note"})
 
 
 def lines_of(path: Path) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flap_export.cli.summaries import of_search
 from flap_export.evidence.methods import PruneOptions, resolved
 from flap_export.evidence.record import CalibrationText
 from flap_export.manifest import verify, write_manifest
@@ -94,6 +95,20 @@ def test_lines_fall_in_steps_within_the_plot_and_rates_far_off_stay_out() -> Non
 def test_one_run_that_found_nothing_better_is_drawn_all_the_same() -> None:
     page = search_page(report_of(runs=(run_of("random-0", [(1, 0.9)]),), chosen="random-0", references={}))
     assert page.curve.series[0].paths[0].startswith("M5.000 ")
+
+
+def test_columns_are_of_the_evaluations_that_were_spent() -> None:
+    """A small space is exhausted before the search's limit."""
+    table: Any = next(iter(of_search(report_of(options=SearchOptions(evaluations=430)))))
+    assert [column.header for column in table.columns][1:4] == ["after 5", "after 10", "after 20"]
+
+
+def test_rates_that_lose_nothing_are_drawn_too() -> None:
+    """Divergences below what rounding leaves are zero, of all rates where a model hardly depends on its layers."""
+    run = run_of("random-0", [(1, 0.0)])
+    page = search_page(report_of(runs=(run,), chosen="random-0", references={"uniform": 0.0}))
+    assert page.curve.series[0].paths[0] == "M5.000 50.000H100.000"
+    assert page.curve.references[0].height == 50
 
 
 def test_the_page_of_a_search_is_written_and_escapes_names(tmp_path: Path) -> None:

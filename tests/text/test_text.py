@@ -402,6 +402,23 @@ def test_a_tokenizer_must_fit_the_vocabulary(tokenizer_directory: Path) -> None:
         load_tokenizer(tokenizer_directory, size - 1)
 
 
+def test_special_tokens_may_lie_outside_the_vocabulary(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """As the image token of Gemma 3's text models does; a word that was added may not."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_directory)
+    size = max(tokenizer.get_vocab().values()) + 1
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert read_windows(str(tmp_path / "text.txt"), tmp_path, size).tokens.max() < size
+    (tmp_path / "text.txt").write_text(f"{TEXT}<image>")
+    with pytest.raises(TextError, match=rf"ids must lie in 0..{size - 1}"):
+        read_windows(str(tmp_path / "text.txt"), tmp_path, size)
+    tokenizer.add_tokens("word")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"vocabulary of {size + 2} ids"):
+        load_tokenizer(tmp_path, size)
+
+
 @pytest.mark.parametrize(
     "config",
     [{"model_type": "qwen2"}, {"model_type": "flap_qwen2", "auto_map": {"AutoConfig": "modeling_pruned.PrunedConfig"}}],

@@ -449,6 +449,7 @@ def test_cases_cover_the_cache_and_are_seeded() -> None:
         ({"decode_steps": 63}, r"decode_steps must lie in 1\.\.62 for a cache of 64 rows, got 63"),
         ({"decode_steps": 0}, r"decode_steps must lie in 1\.\."),
         ({"prompt_length": 33}, "must leave room for the decode steps, 32 tokens, got 33"),
+        ({"batch_size": -1}, r"different lengths.*got lengths \[\]"),
         ({"batch_size": 1}, r"different lengths.*got lengths \[1\]"),
         ({"prompts": [[1, 2], [3, 4]]}, r"different lengths.*got lengths \[2, 2\]"),
         ({"prompts": [[1, 2], []]}, "none of them empty"),

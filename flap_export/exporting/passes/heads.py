@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from flap_export.exporting.passes.values import constant_integers, integers_initializer
+from flap_export.exporting.passes.values import constant_integers, integers_initializer, only_reader
 
 _HEADS_FIRST = (0, 2, 1, 3)
 _HEAD_AXIS = 1
@@ -51,19 +51,14 @@ class LayOutHeadsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 else None
-
-
 def _path_from(value: ir.Value) -> _Path | None:
-    reshape = _only_reader(value)
+    reshape = only_reader(value)
     if reshape is None or reshape.op_type != "Reshape":
         return None
     target = constant_integers(reshape.inputs[1])
-    after = _only_reader(reshape.outputs[0])
+    after = only_reader(reshape.outputs[0])
     norm = after if after is not None and after.op_type == "RMSNormalization" else None
-    transpose = _only_reader(norm.outputs[0]) if norm is not None else after
+    transpose = only_reader(norm.outputs[0]) if norm is not None else after
     if target is None or len(target) != 4 or target[:2] != [0, 0] or transpose is None:
         return None
     if transpose.op_type != "Transpose" or tuple(transpose.attributes["perm"].as_ints()) != _HEADS_FIRST:
@@ -91,7 +86,7 @@ def _rewrite(graph: ir.Graph, split: ir.Node, paths: Sequence[_Path]) -> None:
 
 def _shared_rotaries(paths: Sequence[_Path]) -> list[ir.Node]:
     """The rotary embeddings of query and key where both follow directly and read the same tables; else none."""
-    readers = [_only_reader(path.result) for path in paths[:2]]
+    readers = [only_reader(path.result) for path in paths[:2]]
     found = [node for node in readers if node is not None and node.op_type == "RotaryEmbedding"]
     if len(found) != 2 or any(path.norm is not None for path in paths):
         return []

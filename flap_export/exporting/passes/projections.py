@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from flap_export.exporting.passes.values import integers_initializer, is_weight, lazy_initializer
+from flap_export.exporting.passes.values import integers_initializer, is_weight, lazy_initializer, only_reader
 
 
 class FuseProjectionsPass(ir.passes.InPlacePass):
@@ -33,8 +33,7 @@ class FuseProjectionsPass(ir.passes.InPlacePass):
 
 
 def _bias_add(node: ir.Node) -> ir.Node | None:
-    uses = list(node.outputs[0].uses())
-    reader = uses[0].node if len(uses) == 1 else None
+    reader = only_reader(node.outputs[0])
     return reader if reader is not None and reader.op_type == "Add" and any(map(is_weight, reader.inputs)) else None
 
 

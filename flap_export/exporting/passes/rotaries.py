@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from flap_export.exporting.passes.values import only_reader
+
 _LAST_AXES = (-1, 3)
 
 
@@ -29,7 +31,7 @@ def _join(graph: ir.Graph, rotary: ir.Node) -> bool:
     if turned is None or split is None or not _cuts_in_two(split) or split.outputs[0] is not turned:
         return False
     left = split.outputs[1]
-    concat = _only_reader(rotary.outputs[0])
+    concat = only_reader(rotary.outputs[0])
     if concat is None or concat.op_type != "Concat" or list(concat.inputs) != [rotary.outputs[0], left]:
         return False
     if concat.attributes["axis"].as_int() not in _LAST_AXES or len(turned.uses()) > 1 or len(left.uses()) > 1:
@@ -53,8 +55,3 @@ def _join(graph: ir.Graph, rotary: ir.Node) -> bool:
 
 def _cuts_in_two(node: ir.Node) -> bool:
     return node.op_type == "Split" and len(node.outputs) == 2 and node.attributes["axis"].as_int() in _LAST_AXES
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 else None

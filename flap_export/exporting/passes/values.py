@@ -1,4 +1,4 @@
-"""What the passes ask of values: the integers a constant holds, and tensors that are computed when written."""
+"""What the passes ask of values: what a constant holds, who reads it, and tensors that are computed when written."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def constant_number(value: ir.Value | None) -> float | None:
 def is_weight(value: ir.Value | None) -> bool:
     """Whether `value` is an initializer that streams from disk."""
     return value is not None and value.is_initializer() and isinstance(value.const_value, ir.LazyTensor)
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that reads `value`, if there is one and no other."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 else None
 
 
 def lazy_initializer(
