@@ -32,6 +32,7 @@ SCRIPTS = (
     "export_cost",
     "gpu",
     "gpu_kernels",
+    "latents",
     "methods",
     "onnxruntime_cpu",
     "prune_memory",

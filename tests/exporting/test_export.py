@@ -68,7 +68,7 @@ NODES = {
     "glm": (23, 11),
     "glm4": (25, 11),
     "glm4_moe": (52, 20),
-    "glm4_moe_lite": (72, 18),
+    "glm4_moe_lite": (68, 20),
     "gpt2": (21, 15),
     "gpt_bigcode": (22, 13),
     "gpt_neo": (20, 21),

@@ -7,7 +7,14 @@ from typing import Any, Final
 from torch import Tensor
 from torch.nn.functional import linear
 
-GROUPING: Final = ("Glm4MoeTopkRouter", "Dots1TopkRouter", "ExaoneMoeTopkRouter", "SolarOpenTopkRouter")
+GROUPING: Final = (
+    "DeepseekV3TopkRouter",
+    "Dots1TopkRouter",
+    "ExaoneMoeTopkRouter",
+    "Glm4MoeLiteTopkRouter",
+    "Glm4MoeTopkRouter",
+    "SolarOpenTopkRouter",
+)
 """Names of their classes."""
 
 
