@@ -243,6 +243,16 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.6,
         "logits_scaling": 1.7,
     },
+    # The same multipliers; sinks, windows, another base in every layer, and none in the first.
+    "granite_swa": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.6,
+        "logits_scaling": 1.7,
+        "sliding_window": 6,
+        "layer_types": alternating,
+        "layer_rope_theta": lambda layers: [15.0 * index for index in range(layers)],
+    },
     # The same multipliers around a mixture whose experts lie in two tensors.
     "granitemoe": {
         "embedding_multiplier": 3.0,
@@ -415,6 +425,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 4.0,
         "query_pre_attn_scalar": 5,
     },
+    # Norms without weights, also of queries and keys after they turned, backwards; capped logits.
+    "nanochat": {"final_logit_softcapping": 4.0, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     "youtu": {**LATENTS, "rope_theta": 50.0},
 }
 VERSION = Version(transformers.__version__).release

@@ -189,6 +189,8 @@ class Rotary:
     sines_first: bool = False
     """Whether the rotary embedding gives sines before cosines. The class then turns heads by a function that no other
     has, and own attention does it instead."""
+    backwards: bool = False
+    """Whether the class turns heads the other way than the angles that it gives."""
     angles_once: bool = False
     """Whether it gives every angle once; in other families both channels of a pair have it."""
     partial: bool = False

@@ -512,6 +512,16 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("granite", "Granite", _SEPARATE_PROJECTIONS, bias_flags=_LLAMA_BIAS_FLAGS),
         Family(
+            "granite_swa",
+            "GraniteSWA",
+            _SEPARATE_PROJECTIONS,
+            since=_ROUTERS_CHOOSE,
+            heads=Heads(parameters={"self_attn.sinks": "query"}),
+            # Nothing else knows of its sinks.
+            attention_kernel="eager",
+            bias_flags=_LLAMA_BIAS_FLAGS,
+        ),
+        Family(
             "granitemoe",
             "GraniteMoe",
             (*_SEPARATE_PROJECTIONS[:4], *_gated("block_sparse_moe.experts.*", "ffn")),
@@ -678,6 +688,15 @@ FAMILIES: dict[str, Family] = {
                 "logit_scale": (None,),
                 "no_bias": (True,),
             },
+        ),
+        Family(
+            "nanochat",
+            "NanoChat",
+            (*_PHI_PROJECTIONS[:3], *_SEPARATE_PROJECTIONS[3:4], *_PHI_PROJECTIONS[4:]),
+            since=_ROUTERS_CHOOSE,
+            rotary=Rotary(backwards=True),
+            norm=Norm(epsilon="eps"),
+            bias_flags={"query": "attention_bias"},
         ),
         Family(
             "nemotron",

@@ -60,7 +60,7 @@ def _normed(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
 def _turn_at_once(attention: Any, family: Family) -> None:
     """Let queries and keys turn together, where channels i and i + D / 2 do and the class itself calls for it."""
     rotary, names = family.rotary, own_names(type(attention).forward)
-    turns_otherwise = rotary.interleaved or rotary.sines_first or rotary.in_float32
+    turns_otherwise = rotary.interleaved or rotary.sines_first or rotary.in_float32 or rotary.backwards
     if turns_otherwise or "forward" in vars(attention) or _TURN not in names:
         return
     forward = rebound(type(attention).forward, **{_TURN: partial(_turned, names[_TURN])})

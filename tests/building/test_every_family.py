@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {"hidden_size": 128}
 HEAD_DIM = {family: {"head_dim": 32} for family, sizes in FAMILY_SIZES.items() if "head_dim" in sizes}
 ROUTING = {"TOPK", "SLICE", "SCATTER"}
 """What routers add to that."""
-PLAIN_ATTENTION = ("gemma2", "gpt_oss", "vaultgemma")
+PLAIN_ATTENTION = ("gemma2", "gpt_oss", "granite_swa", "vaultgemma")
 """Families whose attention, capped or with sinks, is in plain operators."""
 NORMALIZING = {"CAST", "CONSTANT", "ELEMENTWISE", "REDUCE", "SHUFFLE", "SOFTMAX", "UNARY", "NORMALIZATION"}
 """What may be float32 in a network of half precision: the insides of norms, and the softmax of plain attention."""
@@ -44,6 +44,7 @@ ELSE = {
     "glm4_moe": ROUTERS_IN_FLOAT32,
     "glm4_moe_lite": ROUTERS_IN_FLOAT32,
     "gpt_oss": {"ACTIVATION"},
+    "granite_swa": {"ACTIVATION"},
     "hunyuan_v1_moe": {"MATRIX_MULTIPLY"},
     "hy_v3": ROUTERS_IN_FLOAT32,
     "minimax_m2": {"ACTIVATION", "GATHER"},

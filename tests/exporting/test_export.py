@@ -135,7 +135,8 @@ PLAIN_NODES = {
 """Nodes of a plain layer among mixtures."""
 NORM_VECTORS = {
     "bloom": 2, "codegen": 2, "falcon": 2, "gpt2": 2, "gpt_bigcode": 2, "gpt_neo": 2, "gpt_neox": 2, "gptj": 2,
-    "jais2": 2, "nemotron": 2, "olmo": 0, "opt": 2, "persimmon": 2, "phi": 2, "stablelm": 2, "starcoder2": 2,
+    "jais2": 2, "nanochat": 0, "nemotron": 2, "olmo": 0, "opt": 2, "persimmon": 2, "phi": 2, "stablelm": 2,
+    "starcoder2": 2,
 }  # fmt: skip
 """Weights and biases of one norm, where it is not one vector."""
 NORMS_BEHIND = ("exaone4", "flex_olmo", "olmo2", "olmo3")
@@ -311,7 +312,8 @@ def test_uneven_and_tied(family: str, tmp_path: Path) -> None:
     norms = 1 if artifact.shape.parallel_blocks else 0 if family in NORMS_BEHIND else 2 + plain
     unread = norms * NORM_VECTORS.get(family, 1) * artifact.shape.hidden_size * 4
     # A norm without weights, or with a row of them for every head, has ones in their place.
-    ones = {"cohere": artifact.shape.head_dim, "olmo": artifact.shape.hidden_size}.get(family, 0) * 4
+    hidden, head = artifact.shape.hidden_size, artifact.shape.head_dim
+    ones = {"cohere": head, "nanochat": hidden + head, "olmo": hidden}.get(family, 0) * 4
     stored = sum(weights[name].nbytes for name in weights if weights.shape(name))
     # Layers with the same heads share their slopes.
     slopes = {id(table): table.nbytes for table in slope_tables(open_checkpoint(pruned)).values()}

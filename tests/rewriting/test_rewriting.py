@@ -56,6 +56,7 @@ RESTORING = {
     "mpt": ("attn.out_proj", "ffn.down_proj"),
     "opt": ("self_attn.out_proj", "fc2"),
     "persimmon": ("self_attn.dense", "mlp.dense_4h_to_h"),
+    "nanochat": ("self_attn.o_proj", "mlp.fc2"),
     "phi": ("self_attn.dense", "mlp.fc2"),
     "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
 }

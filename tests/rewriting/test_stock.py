@@ -24,8 +24,8 @@ from flap_export.rewriting.stock import EXPERT_ALIGNMENT, allowed_heads
 
 HOLDING_BIASES = (
     "arcee", "codegen", "ernie4_5", "exaone", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss",
-    "gptj", "granite", "helium", "hyperclovax", "iquestcoder", "jais2", "llama", "minicpm3", "nemotron", "opt",
-    "persimmon", "phi", "seed_oss", "smollm3", "starcoder2",
+    "gptj", "granite", "granite_swa", "helium", "hyperclovax", "iquestcoder", "jais2", "llama", "minicpm3",
+    "nemotron", "opt", "persimmon", "phi", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 """Families whose own classes have a place for every compensating bias."""
 WIDE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}

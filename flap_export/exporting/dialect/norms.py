@@ -19,6 +19,7 @@ def normalized(module: Any, norm: Norm, hidden_states: Tensor) -> Tensor:
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     attributes = {"axis": -1, "epsilon": norm.epsilon_of(module)}
     if not norm.is_centred:
+        weight = hidden_states.new_ones(hidden_states.shape[-1:]) if weight is None else weight
         return node("RMSNormalization", (hidden_states, weight), hidden_states, 23, **attributes)
     if weight is None or weight.ndim > 1:
         # The operator takes one row of weights, for all heads.

@@ -36,7 +36,8 @@ def rotary_tables(checkpoint: Checkpoint, max_length: int) -> dict[str, Tensor]:
             values = rotary(like, position_ids) if kind is None else rotary(like, position_ids, kind)
             # DeepSeek-V2's are complex numbers.
             values = (values.real, values.imag) if isinstance(values, Tensor) else values
-            for name, value in zip(_table_names(kind), reversed(values) if row.sines_first else values, strict=True):
+            cosine, sine = reversed(values) if row.sines_first else values
+            for name, value in zip(_table_names(kind), (cosine, -sine if row.backwards else sine), strict=True):
                 tables[f"{path}.{name}"] = value[0] if row.angles_once else _every_value_once(value[0])
     return tables
 
