@@ -168,6 +168,7 @@ _MIXTURE_WHERE_NAMED = Mixture(
     router_in_float32=True,
 )
 _PARTIAL_ROTARY = Rotary(partial=True)
+_COUNTED_ROTARY = Rotary(partial=True, counted_apart=True)
 _NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
@@ -677,7 +678,7 @@ FAMILIES: dict[str, Family] = {
             # Before, every attention had a rotary embedding beside the model's, which nothing read.
             since="5",
             heads=Heads(plain=True),
-            rotary=_PARTIAL_ROTARY,
+            rotary=_COUNTED_ROTARY,
             bias_flags={"query": None, "ffn": None},
         ),
         Family(
@@ -686,7 +687,7 @@ FAMILIES: dict[str, Family] = {
             _PHI_PROJECTIONS,
             # Its norms of queries and keys have H / Q channels.
             heads=Heads(fixed_where={"qk_layernorm": True}),
-            rotary=_PARTIAL_ROTARY,
+            rotary=_COUNTED_ROTARY,
             parallel_blocks=True,
             bias_flags={"query": None, "ffn": None},
         ),
@@ -736,7 +737,7 @@ FAMILIES: dict[str, Family] = {
             _SEPARATE_PROJECTIONS,
             since="5",
             heads=Heads(size_follows=True),
-            rotary=_PARTIAL_ROTARY,
+            rotary=_COUNTED_ROTARY,
             parallel_blocks="use_parallel_residual",
             # A norm of its own for every head.
             requires={"qk_layernorm": (False,)},

@@ -87,6 +87,17 @@ def test_heads_turn_in_part_where_the_class_can(family: str, tmp_path: Path) -> 
         assert_same_logits(logits_of(load_model(path, dtype=torch.float32), tokens), logits, family)
 
 
+@pytest.mark.parametrize("channels", [4, 12])
+@pytest.mark.parametrize("family", sorted({"persimmon", "phi", "stablelm"} & set(ALL_FAMILIES)))
+def test_heads_that_turn_an_odd_number_of_channels(family: str, channels: int, tmp_path: Path) -> None:
+    """Transformers fails with three, and makes wider heads of those of which one turns."""
+    sizes = {"hidden_size": 4 * channels, "num_key_value_heads": 4, "partial_rotary_factor": 0.25}
+    path = tiny_checkpoint(family, tmp_path / "dense", **sizes)
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(ModelError, match=rf"makes {channels // 4} channels of a head turn.* in pairs"):
+        meta_model(checkpoint, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_weights_are_cast(dtype: torch.dtype, tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path / "dense", dtype=torch.bfloat16)
