@@ -235,8 +235,8 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
         return shape_from_config(config, family)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
-    # Transformers 4.57 takes fields of any type.
-    except (TypeError, ValueError) as error:
+    # Transformers takes zeros and lists that are too short, and 4.57 fields of any type.
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ModelError(f"'{path}' is not a valid {family.model_type} configuration: {error}") from error
 
 

@@ -492,6 +492,25 @@ def test_configurations_that_do_not_fit(dense: Path, changes: dict[str, Any], me
         load(dense)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_moe", {"decoder_sparse_step": 0}),
+        ("ernie4_5_moe", {"moe_layer_interval": 0}),
+        ("hy_v3", {"mlp_layer_types": []}),
+        ("qwen2_moe", {"num_attention_heads": 0, "head_dim": None}),
+    ],
+)
+def test_zeros_and_short_lists(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Transformers takes such configurations, and fails when it makes the model."""
+    if family not in ALL_FAMILIES:
+        pytest.skip("this version of transformers does not know the family")
+    path = tiny_checkpoint(family, tmp_path / "dense")
+    edit_config(path, **changes)
+    with pytest.raises(ModelError, match=rf"config\.json' is not a valid {family} configuration: \w+"):
+        open_checkpoint(path)
+
+
 @NEEDS_TRANSFORMERS_5
 def test_a_mistral_of_several_windows_is_a_ministral(tmp_path: Path) -> None:
     """As transformers takes it; without layer_types, or with none, it stays what it says."""
