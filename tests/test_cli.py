@@ -18,13 +18,15 @@ import transformers
 from tiny import save_tokens, tiny_checkpoint, tiny_pruned, tokens_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flap_export.cli import main
 from flap_export.cli.app import app
 from flap_export.errors import GateBreachedError, MissingRequirementError, ModelError
 from flap_export.manifest import write_manifest
 from flap_export.models.loading import load_model
+from flap_export.runners import open_runner
+from flap_export.text.tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -452,25 +454,24 @@ def test_damaged_generation_settings_are_named(call: Call, artifacts: tuple[Path
     assert call("generate", tmp_path / "onnx", "--prompt", "the", "--max-new-tokens", "2").code == 0
 
 
-def test_without_settings_the_tokenizer_says_what_ends_a_text(
-    call: Call, artifacts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_generation_settings_the_configuration_says_where_texts_end(
+    call: Call, model: Path, tmp_path: Path
 ) -> None:
-    """Old models, such as Pythia's, have no generation settings."""
-    asked: list[set[int]] = []
-    monkeypatch.setattr(
-        "flap_export.cli.generating.generate", lambda *_, stop_ids, **__: asked.append(stop_ids) or iter(())
-    )
-    folder = Path(shutil.copytree(artifacts[1], tmp_path / "onnx"))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(7)
-    tokenizer.save_pretrained(folder)
-    write_manifest(folder, digests={})
-    for settings in (None, "{}", '{"eos_token_id": [1, 2]}'):
-        if settings is not None:
-            (folder / "generation_config.json").write_text(settings)
-        assert call("generate", folder, "--prompt", "the").code == 0
-    assert asked == [{7}, set(), {1, 2}]
+    """As transformers has it; an artifact has no configuration, and gets settings of its own."""
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "generation_config.json").unlink()
+    with open_runner(bare) as runner:
+        first = int(runner.prefill([load_tokenizer(bare, 300).encode("the cat")])[0].argmax())
+    for end in ([1, first], None):
+        config = {**json.loads((bare / "config.json").read_text()), "eos_token_id": end}
+        (bare / "config.json").write_text(json.dumps(config))
+        assert AutoModelForCausalLM.from_pretrained(bare).generation_config.eos_token_id == end
+        assert call("export", bare, "--output", tmp_path / "onnx", "--max-length", "16").code == 0
+        assert (tmp_path / "onnx" / "generation_config.json").is_file() == (end is not None)
+        for target in (bare, tmp_path / "onnx"):
+            outcome = call("generate", target, "--prompt", "the cat", "--max-new-tokens", "3", "--json")
+            assert bool(json.loads(outcome.out)["text"]) == (end is None)
 
 
 def test_names_are_printed_as_they_are(call: Call, model: Path, tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def test_a_run_searches_rates_and_prunes_at_them(
     result = running.run(recipe_of(search=SEARCH), directory)
     assert performed == ["calibrate", "search", *STAGE_NAMES[1:]]
     assert result.search is not None
+    assert result.plan.ratio == result.search.ratio
+    assert result.plan.ratio.requested == 0.3
     assert result.plan.ratio.achieved == pytest.approx(0.3, abs=0.02)
     assert PruningPlan.load(directory / "search" / "plan.json").layers == result.plan.layers
     assert "How the rates were searched" in result.report.read_text(encoding="utf-8")

@@ -196,8 +196,9 @@ class Rates(Record):
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"])) or "top level"
             raise InputError(
-                f"the {cls.kind} '{path}' must be a JSON list with a share between 0 and 1 per layer, or the record of "
-                f"a search; {where} is {_shown(problem['input'])}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+                f"the {cls.kind} '{path}' must be a JSON list with a share between 0 and 1 per layer, or "
+                f"the rates.json of a search; {where} is {_shown(problem['input'])}: "
+                f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
             ) from error
 
 

@@ -34,8 +34,8 @@ class _EmbeddingDone(Exception):
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the arguments it is called with, and the first one the embeddings.
 
-    What it returns only has to reach the next recorder, and may arrive there mangled: some families take their layers'
-    output as it is, others the first of a tuple.
+    What it hands on is of no use: some families take a tensor from their layers and some the first of a tuple. So it is
+    the embeddings from every one: of what a layer is handed, an axis is missing in the latter.
     """
 
     def __init__(self, layer: nn.Module, calls: list[dict[str, Any]], embedded: list[Tensor], is_last: bool) -> None:
@@ -58,7 +58,7 @@ class _Recorder(nn.Module):
         self._calls.append({**dict(zip(names, arguments, strict=False)), **kwargs})
         if self._is_last:
             raise _EmbeddingDone
-        return hidden_states
+        return self._embedded[0]
 
 
 @final

@@ -10,7 +10,8 @@ from typing import Any
 from flap_export.building.record import is_runnable
 from flap_export.errors import ModelError
 from flap_export.generation import generate, stream_text
-from flap_export.models.opening import open_checkpoint
+from flap_export.models.opening import Checkpoint, listed_tokens, open_checkpoint
+from flap_export.rewriting.checkpoint import GENERATION_SETTINGS
 from flap_export.runners import open_runner
 from flap_export.text.tokenization import load_tokenizer
 
@@ -22,31 +23,28 @@ def generated_text(target: str, prompt: str, *, device: str, threads: int | None
         InputError: the target, its tokenizer or a sampling option cannot be used.
     """
     path = Path(target)
-    directory = path if is_runnable(path) else open_checkpoint(target).directory
+    checkpoint = None if is_runnable(path) else open_checkpoint(target)
+    directory = path if checkpoint is None else checkpoint.directory
     with open_runner(directory, device=device, threads=threads, logits="last") as runner:
         tokenizer: Any = load_tokenizer(directory, runner.vocabulary_size)
         prompt_ids = tokenizer.encode(prompt)
-        ids = generate(runner, prompt_ids, stop_ids=_stop_ids(directory, tokenizer.eos_token_id), **sampling)
+        ids = generate(runner, prompt_ids, stop_ids=_stop_ids(directory, checkpoint), **sampling)
         yield from stream_text(tokenizer, ids)
 
 
-def _stop_ids(directory: Path, end: int | None) -> set[int]:
-    """The tokens that end a text, from the generation settings; where there are none, `end`, which is the tokenizer's.
+def _stop_ids(directory: Path, checkpoint: Checkpoint | None) -> set[int]:
+    """The tokens that end a text, from the generation settings; without settings from a checkpoint's configuration.
 
     Raises:
         ModelError: the settings cannot be read.
     """
-    path = directory / "generation_config.json"
+    path = directory / GENERATION_SETTINGS
     if not path.is_file():
-        return set() if end is None else {end}
+        return set() if checkpoint is None else set(checkpoint.end_tokens)
     try:
-        stated = json.loads(path.read_bytes()).get("eos_token_id")
-        listed = [] if stated is None else stated if isinstance(stated, list) else [stated]
-        if not all(type(token) is int for token in listed):
-            raise ValueError(f"eos_token_id is {stated!r}")
+        return set(listed_tokens(json.loads(path.read_bytes()).get("eos_token_id")))
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"'{path}' is damaged: expected settings with a token id or a list of them as eos_token_id ({error}); "
             "copy it from the model again, or remove it"
         ) from error
-    return set(listed)

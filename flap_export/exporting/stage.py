@@ -20,7 +20,7 @@ from flap_export.models.loading import check_weights, meta_model
 from flap_export.models.opening import Checkpoint, open_checkpoint
 from flap_export.plan import PLAN_NAME
 from flap_export.precision import PRECISIONS, DtypeName, torch_dtype
-from flap_export.rewriting.checkpoint import copy_companions
+from flap_export.rewriting.checkpoint import copy_companions, write_generation_settings
 from flap_export.storage import new_directory
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def export(
         logger.info("exported %s: %d nodes", opened.name, len(ir_model.graph))
         artifact = _describe(opened, dtype, max_length)
         copy_companions(opened.directory, directory)
+        write_generation_settings(opened, directory)
         if (opened.directory / PLAN_NAME).is_file():
             shutil.copyfile(opened.directory / PLAN_NAME, directory / PLAN_NAME)
         artifact.save(directory / ARTIFACT_NAME)

@@ -195,6 +195,9 @@ class Rotary:
     """Whether it gives every angle once; in other families both channels of a pair have it."""
     partial: bool = False
     """Whether the class turns only as many channels of a head as its table has; other classes turn all of them."""
+    counted_apart: bool = False
+    """Whether its attention counts these channels itself (`rotary_ndims`), and fails where the table, which has pairs,
+    has another number."""
     in_float32: bool = False
     """Whether heads pass through single precision where they turn, whatever precision the model computes in."""
     required_fields: tuple[str, ...] = ()

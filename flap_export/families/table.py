@@ -180,6 +180,7 @@ _OWN_KEYS_TURNED_BY_PAIRS: dict[str, tuple[object, ...] | str] = {
     "rope_interleave": (True,),
 }
 _PARTIAL_ROTARY = Rotary(partial=True)
+_COUNTED_ROTARY = Rotary(partial=True, counted_apart=True)
 _NO_ROTARY_DIM = ({"rotary_dim": False},)
 _ONE_DIRECTION = {"use_bidirectional_attention": (False, None)}
 
@@ -764,7 +765,7 @@ FAMILIES: dict[str, Family] = {
             # Before, every attention had a rotary embedding beside the model's, which nothing read.
             since="5",
             heads=Heads(plain=True),
-            rotary=_PARTIAL_ROTARY,
+            rotary=_COUNTED_ROTARY,
             bias_flags={"query": None, "ffn": None},
         ),
         Family(
@@ -773,7 +774,7 @@ FAMILIES: dict[str, Family] = {
             _PHI_PROJECTIONS,
             # Its norms of queries and keys have H / Q channels.
             heads=Heads(fixed_where={"qk_layernorm": True}),
-            rotary=_PARTIAL_ROTARY,
+            rotary=_COUNTED_ROTARY,
             parallel_blocks=True,
             bias_flags={"query": None, "ffn": None},
         ),
@@ -823,7 +824,7 @@ FAMILIES: dict[str, Family] = {
             _SEPARATE_PROJECTIONS,
             since="5",
             heads=Heads(size_follows=True),
-            rotary=_PARTIAL_ROTARY,
+            rotary=_COUNTED_ROTARY,
             parallel_blocks="use_parallel_residual",
             # A norm of its own for every head.
             requires={"qk_layernorm": (False,)},

@@ -139,7 +139,7 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding"):
             computed = type(module)(config=getattr(module, "config", checkpoint.config))
-            _check_turning(computed, checkpoint)
+            _check_turning(computed, model, checkpoint)
             model.set_submodule(path, computed)
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "embed_scale":
@@ -153,19 +153,24 @@ def _compute_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
                 model._init_weights(module)  # type: ignore[operator]
 
 
-def _check_turning(rotary: nn.Module, checkpoint: Checkpoint) -> None:
+def _check_turning(rotary: nn.Module, model: nn.Module, checkpoint: Checkpoint) -> None:
     """Whether the family's class can turn as many channels of a head as the configuration makes it."""
     family, latent = checkpoint.family, checkpoint.shape.latent
     size = latent.turning if latent else checkpoint.shape.head_dim
+    attributes = [vars(module) for module in model.modules()] if family.rotary.counted_apart else []
+    counted: set[int] = {own["rotary_ndims"] for own in attributes if "rotary_ndims" in own}
     for name, buffer in rotary.named_buffers(recurse=False):
+        if not name.endswith("inv_freq"):
+            continue
         turning = 2 * buffer.numel()
-        if name.endswith("inv_freq") and (turning > size or not (family.rotary.partial or turning == size)):
-            possible = f"at most {size}" if family.rotary.partial else f"all {size}"
-            raise ModelError(
-                f"'{checkpoint.directory / 'config.json'}' makes {turning} channels of a head turn "
-                f"(partial_rotary_factor, head_dim), and transformers' {family.model_type} can turn {possible}; "
-                "no such model can be computed, correct the fields"
-            )
+        if turning <= size and (family.rotary.partial or turning == size) and counted <= {turning}:
+            continue
+        possible = f"at most {size}, in pairs" if family.rotary.partial else f"all {size}"
+        raise ModelError(
+            f"'{checkpoint.directory / 'config.json'}' makes {max(counted, default=turning)} channels of a head turn "
+            f"(partial_rotary_factor, head_dim), and transformers' {family.model_type} can turn {possible}; "
+            "no such model can be computed, correct the fields"
+        )
 
 
 def parameter_names(model: nn.Module, checkpoint: Checkpoint) -> Iterator[str]:

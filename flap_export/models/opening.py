@@ -97,9 +97,36 @@ class Checkpoint:
         return stated
 
     @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text by the configuration, which transformers goes by without generation settings.
+
+        Raises:
+            ModelError: it states something else.
+        """
+        try:
+            return listed_tokens(getattr(self.config, "eos_token_id", None))
+        except ValueError as error:
+            raise ModelError(
+                f"'{self.directory / 'config.json'}' must state a token id or a list of them as eos_token_id "
+                f"({error}); fetch the configuration again"
+            ) from error
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of a sequence at most, where nobody asks for another number."""
         return self.positions or _UNBOUNDED_TOKENS
+
+
+def listed_tokens(stated: object) -> list[int]:
+    """The tokens of a field that holds one, a list of them, or nothing.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    listed: list[Any] = [] if stated is None else stated if isinstance(stated, list) else [stated]
+    if not all(type(token) is int for token in listed):
+        raise ValueError(f"eos_token_id is {stated!r}")
+    return listed
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -212,8 +239,8 @@ def _dense_shape(config: Any, family: Family, directory: Path) -> DecoderShape:
         return shape_from_config(config, family)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
-    # Transformers 4.57 takes fields of any type.
-    except (TypeError, ValueError) as error:
+    # Transformers takes zeros and lists that are too short, and 4.57 fields of any type.
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ModelError(f"'{path}' is not a valid {family.model_type} configuration: {error}") from error
 
 

@@ -88,6 +88,7 @@ def _prune(current: Run) -> None:
         current.directory / CHECKPOINT,
         Evidence.load(current.directory / CALIBRATION_FOLDER),
         _prune_options(current),
+        asked=recipe.prune.ratio,
         device=recipe.device,
         dtype=recipe.calibrate.dtype,
         progress=current.progress,

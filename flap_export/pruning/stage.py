@@ -126,11 +126,15 @@ def prune_with(
     evidence: Evidence,
     options: PruneOptions,
     *,
+    asked: float | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     progress: Progress = no_progress,
 ) -> PruningPlan:
-    """Prune by what was gathered before; see `prune` and `flap_export.evidence.stage.gather`."""
+    """Prune by what was gathered before; see `prune` and `flap_export.evidence.stage.gather`.
+
+    `asked` is the ratio that rates among the options were searched for, which the plan states.
+    """
     options = resolved(options)
     dense = open_checkpoint(model)
     check_weights(meta_model(dense, dense.dtype), dense)
@@ -141,6 +145,8 @@ def prune_with(
     if options.layout == "stock":
         check_stock(dense, compensated=options.compensation != "none", align_channels=options.align_channels)
     plan = make_plan(dense, evidence, options)
+    if asked is not None:
+        plan = plan.model_copy(update={"ratio": plan.ratio.model_copy(update={"requested": asked})})
     shape = plan.pruned_shape(dense.shape, compensated=options.compensation != "none")
     write = write_checkpoint
     if options.layout == "stock":

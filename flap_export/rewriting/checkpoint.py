@@ -99,6 +99,17 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
+def write_generation_settings(checkpoint: Checkpoint, target: Path) -> None:
+    """Say which tokens end a text where there are no generation settings to copy and no configuration comes along.
+
+    Raises:
+        ModelError: the configuration states no such tokens.
+    """
+    path, end_tokens = target / GENERATION_SETTINGS, checkpoint.end_tokens
+    if end_tokens and not path.exists():
+        path.write_text(json.dumps({"eos_token_id": end_tokens}) + "\n", encoding="utf-8")
+
+
 def companions(directory: Path) -> list[str]:
     """Files of `directory` that travel along, by their paths below it."""
     found = {file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()}

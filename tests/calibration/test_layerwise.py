@@ -59,6 +59,14 @@ def test_streaming_equals_a_plain_forward(family: str, chunk_sequences: int, tmp
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, msg=f"layer {layer}")
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_models_have_as_many_layers_as_they_like(family: str, tmp_path: Path) -> None:
+    """What stands in for a layer hands on what the class takes from it, layer after layer."""
+    checkpoint = open_checkpoint(tiny_checkpoint(family, tmp_path / "dense", num_hidden_layers=6))
+    with streamed(checkpoint, tokens_of(3, 5), dtype=torch.float32, device="cpu") as stream:
+        assert [len(chunk.arguments) for chunk in stream.chunks] == [6]
+
+
 def test_layers_with_and_without_a_window_get_their_own_masks(tmp_path: Path) -> None:
     path = tiny_checkpoint("qwen2", tmp_path / "dense", use_sliding_window=True, sliding_window=3, max_window_layers=1)
     tokens = tokens_of(2, 11)

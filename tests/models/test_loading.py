@@ -87,6 +87,17 @@ def test_heads_turn_in_part_where_the_class_can(family: str, tmp_path: Path) -> 
         assert_same_logits(logits_of(load_model(path, dtype=torch.float32), tokens), logits, family)
 
 
+@pytest.mark.parametrize("channels", [4, 12])
+@pytest.mark.parametrize("family", sorted({"persimmon", "phi", "stablelm"} & set(ALL_FAMILIES)))
+def test_heads_that_turn_an_odd_number_of_channels(family: str, channels: int, tmp_path: Path) -> None:
+    """Transformers fails with three, and makes wider heads of those of which one turns."""
+    sizes = {"hidden_size": 4 * channels, "num_key_value_heads": 4, "partial_rotary_factor": 0.25}
+    path = tiny_checkpoint(family, tmp_path / "dense", **sizes)
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(ModelError, match=rf"makes {channels // 4} channels of a head turn.* in pairs"):
+        meta_model(checkpoint, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_weights_are_cast(dtype: torch.dtype, tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path / "dense", dtype=torch.bfloat16)
@@ -479,6 +490,25 @@ def test_configurations_that_do_not_fit(dense: Path, changes: dict[str, Any], me
     edit_config(dense, **changes)
     with pytest.raises(ModelError, match=message):
         load(dense)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_moe", {"decoder_sparse_step": 0}),
+        ("ernie4_5_moe", {"moe_layer_interval": 0}),
+        ("hy_v3", {"mlp_layer_types": []}),
+        ("qwen2_moe", {"num_attention_heads": 0, "head_dim": None}),
+    ],
+)
+def test_zeros_and_short_lists(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Transformers takes such configurations, and fails when it makes the model."""
+    if family not in ALL_FAMILIES:
+        pytest.skip("this version of transformers does not know the family")
+    path = tiny_checkpoint(family, tmp_path / "dense")
+    edit_config(path, **changes)
+    with pytest.raises(ModelError, match=rf"config\.json' is not a valid {family} configuration: \w+"):
+        open_checkpoint(path)
 
 
 @NEEDS_TRANSFORMERS_5
