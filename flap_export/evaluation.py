@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from flap_export.building.record import check_runnable, is_runnable, record_digest
+from flap_export.building.record import check_runnable, is_runnable, load_runnable, record_digest
 from flap_export.errors import ArtifactError, GateBreachedError, InputError, ModelError, TextError
+from flap_export.families import Family, family_of
 from flap_export.plan import PLAN_NAME, PruningPlan
 from flap_export.storage import Record, Value
 from flap_export.text.windows import TokenWindows, read_windows
@@ -145,6 +146,7 @@ def read_texts(
     *,
     sequence_length: int | None,
     samples: int | None,
+    with_bos: bool,
 ) -> list[TokenWindows]:
     """The windows of every source, checked before any is scored, which may take hours.
 
@@ -155,14 +157,13 @@ def read_texts(
         max_length: tokens that the model takes at most.
         sequence_length: tokens of a window.
         samples: windows per source.
+        with_bos: whether the model's family needs them to begin so.
 
     Raises:
         InputError: a source cannot be used; see `read_windows`.
     """
-    read = [
-        read_windows(source, directory, vocabulary_size, sequence_length=sequence_length, samples=samples)
-        for source in sources
-    ]
+    read_one = partial(read_windows, sequence_length=sequence_length, samples=samples, with_bos=with_bos)
+    read = [read_one(source, directory, vocabulary_size) for source in sources]
     for windows in read:
         _check_length(max_length, windows)
     return read
@@ -211,7 +212,7 @@ def evaluate(
 
     if not sources:
         raise InputError("evaluation needs at least one text source, got none")
-    directory, digests = _identify(target)
+    directory, family, digests = _identify(target)
     calibration = _calibration_digest(directory)
     qualities = []
     with open_runner(directory, device=device, dtype=dtype, check=False) as runner:
@@ -222,6 +223,7 @@ def evaluate(
             runner.max_length,
             sequence_length=sequence_length,
             samples=samples,
+            with_bos=family.needs_bos,
         )
         for windows in read:
             value, predicted = perplexity(runner, windows, batch_size)
@@ -253,15 +255,16 @@ def evaluate_both(
     return after.model_copy(update={"sources": beside, "digests": digests})
 
 
-def _identify(target: str | Path) -> tuple[Path, dict[str, str]]:
-    """Where the files of a checkpoint or an artifact lie (a hub name is fetched), and the digests of which it is."""
+def _identify(target: str | Path) -> tuple[Path, Family, dict[str, str]]:
+    """Where the files of a checkpoint or an artifact lie (a hub name is fetched), its family, and which it is."""
     path = Path(target)
     if is_runnable(path):
-        return path, {"artifact": record_digest(path, check_runnable(path, weights=True))}
+        digests = {"artifact": record_digest(path, check_runnable(path, weights=True))}
+        return path, family_of(load_runnable(path).family), digests
     from flap_export.models.opening import open_checkpoint
 
     checkpoint = open_checkpoint(target)
-    return checkpoint.directory, {"weights": checkpoint.weights.digest}
+    return checkpoint.directory, checkpoint.family, {"weights": checkpoint.weights.digest}
 
 
 def _calibration_digest(directory: Path) -> str | None:

@@ -131,6 +131,7 @@ def calibration_windows(
         samples=samples,
         seed=seed,
         default_samples=DEFAULT_SAMPLES,
+        with_bos=checkpoint.family.needs_bos,
     )
     length, positions = windows.tokens.shape[1], checkpoint.positions
     if positions is not None and length > positions:

@@ -330,6 +330,8 @@ class Family:
     parallel_blocks: bool | str = False
     """Whether attention and FFN of a layer read the same hidden states behind one norm, or the configuration flag that
     says so."""
+    needs_bos: bool = False
+    """Whether a text without its first token, BOS, is nothing the models know: they predict it badly throughout."""
     attention_kernel: str = "sdpa"
     """Attention implementation of transformers to run; one that leaves nothing of the family out."""
     bias_flags: Mapping[Space, str | None] = field(default_factory=dict)

@@ -40,6 +40,7 @@ def check_recipe(recipe: Recipe) -> None:
             dense.longest_sequence,
             sequence_length=recipe.evaluate.sequence_length,
             samples=recipe.evaluate.samples,
+            with_bos=dense.family.needs_bos,
         )
 
 

@@ -214,6 +214,7 @@ def calibration_tokens(dense: Checkpoint, evidence: Evidence) -> Tensor:
         sequence_length=text.sequence_length,
         samples=text.samples,
         seed=text.seed,
+        with_bos=dense.family.needs_bos,
     )
     if windows.digest != evidence.digests.get("calibration"):
         raise TextError(f"the text '{text.source}' is not what was calibrated on any more; calibrate again")

@@ -238,7 +238,11 @@ def fitness_tokens(
         TextError: the text has not as many sequences.
     """
     every = read_windows(
-        text.source, dense.directory, dense.shape.vocabulary_size, sequence_length=calibrated.shape[1]
+        text.source,
+        dense.directory,
+        dense.shape.vocabulary_size,
+        sequence_length=calibrated.shape[1],
+        with_bos=dense.family.needs_bos,
     ).tokens
     used = {row.tobytes() for row in calibrated.numpy()}
     others = np.array([row for row in every if row.tobytes() not in used], dtype=np.int64)

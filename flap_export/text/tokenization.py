@@ -67,13 +67,8 @@ def _open_tokenizer(directory: Path) -> Any:
         ) from error
 
 
-def ids_from_text(text: str, tokenizer_directory: Path, vocabulary_size: int) -> NDArray[np.int64]:
-    """The token ids of a text, as one stream without special tokens.
-
-    Raises:
-        ModelError: the directory has no tokenizer that fits the vocabulary.
-    """
-    tokenizer = load_tokenizer(tokenizer_directory, vocabulary_size)
+def ids_from_text(text: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """The token ids of a text, as one stream without special tokens."""
     # One call for the whole stream, since cutting text first would change tokens at the cuts; not verbose, since it
     # would warn of texts longer than the model's context.
     encoding = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)

@@ -1,7 +1,8 @@
 """Windows of token ids, for calibration and evaluation alike, from a source that a user names.
 
 Text is tokenized without special tokens, as one stream; a stream of ids is cut into consecutive windows, its tail
-dropped. What a source may be is listed in `flap_export.text.sources`.
+dropped. For families that need it, every window of text begins with the tokenizer's BOS token. What a source may be is
+listed in `flap_export.text.sources`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from flap_export.errors import InputError, TextError
 from flap_export.text.sources import read_source
-from flap_export.text.tokenization import ids_from_text
+from flap_export.text.tokenization import ids_from_text, load_tokenizer
 
 DEFAULT_SEQUENCE_LENGTH: Final = 128
 """Tokens of a window: FLAP's, for calibration and perplexity alike."""
@@ -45,6 +46,7 @@ def read_windows(
     samples: int | None = None,
     seed: int = 0,
     default_samples: int | None = None,
+    with_bos: bool = False,
 ) -> TokenWindows:
     """Read a source as windows of token ids.
 
@@ -60,6 +62,8 @@ def read_windows(
         samples: number of windows; None means all of them.
         seed: of the permutation that chooses `samples` windows among more; those chosen keep their order.
         default_samples: applies where `samples` is None, as a cap: fewer windows are no error.
+        with_bos: begin every window of text with the tokenizer's BOS token, if it has one; it counts as one of the
+            window's tokens.
 
     Raises:
         TextError: the source is missing, unreadable, empty or too short, or holds an id outside the vocabulary.
@@ -71,13 +75,18 @@ def read_windows(
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
     content, digest = read_source(source)
-    ids = ids_from_text(content, tokenizer_directory, vocabulary_size) if isinstance(content, str) else content
+    bos: int | None = None
+    if isinstance(content, str):
+        tokenizer = load_tokenizer(tokenizer_directory, vocabulary_size)
+        ids, bos = ids_from_text(content, tokenizer), tokenizer.bos_token_id if with_bos else None
+    else:
+        ids = content
     _check_ids(ids, vocabulary_size, source)
     ids = ids.astype(np.int64)
     if ids.ndim == 2:
         windows = _windows_from_rows(ids, sequence_length, source)
     else:
-        windows = _windows_from_stream(ids, sequence_length, source, may_be_short=samples is None)
+        windows = _windows_from_stream(ids, sequence_length, source, may_be_short=samples is None, bos=bos)
     return TokenWindows(source, digest, _choose(windows, samples, default_samples, seed, source))
 
 
@@ -109,20 +118,26 @@ def _windows_from_rows(ids: NDArray[np.int64], sequence_length: int | None, sour
 
 
 def _windows_from_stream(
-    ids: NDArray[np.int64], sequence_length: int | None, source: str, *, may_be_short: bool
+    ids: NDArray[np.int64], sequence_length: int | None, source: str, *, may_be_short: bool, bos: int | None
 ) -> NDArray[np.int64]:
-    """Consecutive windows [sequences, length] of a stream; the tail is dropped."""
+    """Consecutive windows [sequences, length] of a stream, each behind `bos` if there is one; the tail is dropped."""
     length = sequence_length or DEFAULT_SEQUENCE_LENGTH
-    if ids.size < length:
+    cut = length if bos is None else length - 1
+    if not cut:
+        raise TextError(
+            f"text source '{source}': windows begin with BOS for this model and need at least 2 tokens, got 1"
+        )
+    if ids.size < cut:
         if sequence_length is not None or not may_be_short:
             raise TextError(
-                f"text source '{source}' holds {ids.size} tokens, a window needs {length}; name a longer text or a "
+                f"text source '{source}' holds {ids.size} tokens, a window needs {cut}; name a longer text or a "
                 "smaller sequence_length"
             )
-        _logger.warning("'%s' holds %d tokens, less than a window of %d; used as one window", source, ids.size, length)
-        length = ids.size
-    count = ids.size // length
-    return ids[: count * length].reshape(count, length)
+        _logger.warning("'%s' holds %d tokens, less than a window of %d; used as one window", source, ids.size, cut)
+        cut = ids.size
+    count = ids.size // cut
+    windows = ids[: count * cut].reshape(count, cut)
+    return windows if bos is None else np.insert(windows, 0, bos, axis=1)
 
 
 def _choose(

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
+from tiny import tiny_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flap_export.calibration.stage import calibration_windows
 from flap_export.errors import InputError, MissingRequirementError, ModelError, TextError
+from flap_export.evaluation import evaluate
 from flap_export.text.tokenization import load_tokenizer
 from flap_export.text.windows import read_windows
 
@@ -88,6 +91,44 @@ def test_a_text_longer_than_the_context_warns_of_nothing(
     path.write_text(TEXT)
     read_windows(str(path), tokenizer_directory, 300)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("length", [2, 20, None])
+def test_windows_of_text_begin_with_bos_where_a_family_needs_it(
+    length: int | None, tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    """It is one of a window's tokens; ids that somebody made are taken as they are."""
+    path, ids = tmp_path / "text.txt", ids_of(TEXT * 9, tokenizer_directory)
+    path.write_text(TEXT * 9)
+    windows = read_windows(str(path), tokenizer_directory, 300, sequence_length=length, with_bos=True)
+    expected = stream_windows(ids, (length or 128) - 1)
+    assert np.array_equal(windows.tokens, np.insert(expected, 0, 0, axis=1))
+    own = save_ids(tmp_path / "ids.npy", ids)
+    plain, asked = (read_windows(own, NOWHERE, 300, sequence_length=length, with_bos=bos) for bos in (False, True))
+    assert np.array_equal(plain.tokens, asked.tokens)
+
+
+def test_short_windows_with_bos(tmp_path: Path, tokenizer_directory: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("short")
+    windows = read_windows(str(path), tokenizer_directory, 300, with_bos=True)
+    assert windows.tokens.tolist() == [[0, *ids_of("short", tokenizer_directory)]]
+    with pytest.raises(TextError, match=r"begin with BOS for this model and need at least 2 tokens, got 1"):
+        read_windows(str(path), tokenizer_directory, 300, sequence_length=1, with_bos=True)
+
+
+@pytest.mark.parametrize(("family", "begins"), [("llama", False), ("gemma", True), ("gemma3_text", True)])
+def test_models_that_need_bos_get_it(family: str, begins: bool, tmp_path: Path, tokenizer_directory: Path) -> None:
+    """In calibration and in perplexity, whose first prediction is then that of the text's first token."""
+    model = tiny_checkpoint(family, tmp_path / "model", vocab_size=300)
+    shutil.copytree(tokenizer_directory, model, dirs_exist_ok=True)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 3)
+    ids = ids_of(TEXT * 3, tokenizer_directory)
+    _, windows = calibration_windows(model, str(text), None, 11, 0)
+    assert windows.tokens[0].tolist() == ([0, *ids[:10]] if begins else ids[:11].tolist())
+    (quality,) = evaluate(model, [str(text)], sequence_length=11).sources
+    assert quality.tokens == 10 * (len(ids) // (10 if begins else 11))
 
 
 def test_a_window_is_128_tokens_by_default(tmp_path: Path, tokenizer_directory: Path) -> None:
