@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from flap_export.errors import InputError, TextError
+from flap_export.errors import InputError, ModelError, TextError
+from flap_export.storage import digest_of_bytes
 from flap_export.text.sources import read_source
 from flap_export.text.tokenization import ids_from_text, load_tokenizer
 
@@ -32,7 +33,8 @@ class TokenWindows:
     source: str
     """As the user named it."""
     digest: str
-    """SHA-256 of the source's content: the file's bytes, or the joined text of a dataset."""
+    """SHA-256 of the source's content: the file's bytes, or the joined text of a dataset. Where windows of text begin
+    with BOS, of that and the token."""
     tokens: NDArray[np.int64]
     """[sequences, length]"""
 
@@ -79,6 +81,9 @@ def read_windows(
     if isinstance(content, str):
         tokenizer = load_tokenizer(tokenizer_directory, vocabulary_size)
         ids, bos = ids_from_text(content, tokenizer), tokenizer.bos_token_id if with_bos else None
+        if bos is not None:
+            _check_bos(bos, vocabulary_size, tokenizer_directory)
+            digest = digest_of_bytes(f"{digest} behind {bos}".encode())
     else:
         ids = content
     _check_ids(ids, vocabulary_size, source)
@@ -88,6 +93,14 @@ def read_windows(
     else:
         windows = _windows_from_stream(ids, sequence_length, source, may_be_short=samples is None, bos=bos)
     return TokenWindows(source, digest, _choose(windows, samples, default_samples, seed, source))
+
+
+def _check_bos(bos: int, vocabulary_size: int, directory: Path) -> None:
+    if bos >= vocabulary_size:
+        raise ModelError(
+            f"the tokenizer in '{directory}' does not match its model: BOS is {bos}, the model has a vocabulary of "
+            f"{vocabulary_size}; copy the tokenizer files of the model the weights came from"
+        )
 
 
 def _check_ids(ids: NDArray[Any], vocabulary_size: int, source: str) -> None:

@@ -117,6 +117,27 @@ def test_short_windows_with_bos(tmp_path: Path, tokenizer_directory: Path) -> No
         read_windows(str(path), tokenizer_directory, 300, sequence_length=1, with_bos=True)
 
 
+def test_a_bos_outside_the_vocabulary_is_refused(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """Special tokens may lie there, as long as no text has them."""
+    directory = shutil.copytree(tokenizer_directory, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(directory, 300)
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    tokenizer.save_pretrained(directory)
+    assert load_tokenizer(directory, tokenizer.bos_token_id).bos_token == "<begin>"
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(ModelError, match=rf"BOS is {tokenizer.bos_token_id}, the model has a vocabulary of"):
+        read_windows(str(tmp_path / "text.txt"), directory, tokenizer.bos_token_id, with_bos=True)
+
+
+def test_where_windows_begin_with_bos_they_are_known_by_it(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """What was calibrated without it is another calibration of the same text."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    plain, begun = (
+        read_windows(str(tmp_path / "text.txt"), tokenizer_directory, 300, with_bos=bos) for bos in (False, True)
+    )
+    assert plain.digest == hashlib.sha256(TEXT.encode()).hexdigest() != begun.digest
+
+
 @pytest.mark.parametrize(("family", "begins"), [("llama", False), ("gemma", True), ("gemma3_text", True)])
 def test_models_that_need_bos_get_it(family: str, begins: bool, tmp_path: Path, tokenizer_directory: Path) -> None:
     """In calibration and in perplexity, whose first prediction is then that of the text's first token."""
