@@ -55,7 +55,7 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--model", choices=sorted(SIZES), default="250m")
     made.add_argument("--ratio", type=float, default=0.3)
     made.add_argument("--contexts", type=int, nargs="+", default=[128, 1024], help="tokens before a decode step")
-    made.add_argument("--prompt-length", type=int, default=128)
+    made.add_argument("--prompt-lengths", type=int, nargs="+", default=[128, 1024])
     made.add_argument("--max-length", type=int, default=2048)
     made.add_argument("--repeats", type=int, default=30)
     made.add_argument("--budget", type=float, default=60.0, help="seconds per phase and shape")
@@ -63,7 +63,8 @@ def parsed_arguments(command_line: list[str] | None = None) -> argparse.Namespac
     made.add_argument("--seed", type=int, default=0)
     arguments = made.parse_args(command_line)
     if arguments.quick:
-        arguments.model, arguments.repeats, arguments.budget, arguments.contexts = "tiny", 3, 2.0, [64]
+        arguments.model, arguments.repeats, arguments.budget = "tiny", 3, 2.0
+        arguments.contexts, arguments.prompt_lengths = [64], [16]
     return arguments
 
 
@@ -80,7 +81,7 @@ def compared(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         PRUNED: common.exported(work / "pruned-onnx", pruned, arguments.max_length),
     }
     shapes = [load_artifact(path) for path in artifacts.values()]
-    workloads = [Workload("prefill", 1, arguments.prompt_length)]
+    workloads = [Workload("prefill", 1, length) for length in arguments.prompt_lengths]
     workloads += [Workload("decode", 1, context) for context in arguments.contexts]
     with contextlib.ExitStack() as stack:
         candidates = processes(arguments, stack, artifacts, {TORCH: dense, PRUNED_TORCH: pruned})

@@ -46,7 +46,7 @@ class CacheTensor:
     present: str
     """Name of the output."""
     shape: tuple[int, int, int, int]
-    """[B, K_i, L, D]"""
+    """[B, K_i, L, D]; K_i is 1 of a latent."""
 
 
 class Artifact(Record):

@@ -107,7 +107,7 @@ def weight_bytes(shape: DecoderShape, bytes_per_weight: float, tokens: int | Non
 
 
 def cache_bytes(shape: DecoderShape, *, batch_size: int, context_length: int, bytes_per_value: float) -> float:
-    """Bytes of the KV cache that one call reads: b B c times the sum over layers of 2 K D."""
+    """Bytes of the KV cache that one call reads: b B c times the sum over layers of 2 K D, or of latents' channels."""
     return bytes_per_value * batch_size * context_length * shape.cached_channels
 
 

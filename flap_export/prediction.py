@@ -74,6 +74,10 @@ class Assumptions(Value):
     """From the end of a kernel to the start of the next, replayed from a CUDA graph."""
     attention_kernels: int = 7
     """Of one layer: norm, projection, rotary embedding, two cache updates, attention, output projection."""
+    latent_kernels: int = 16
+    """Of one layer of latent attention, instead: three norms, three products that give queries and latents and one of
+    queries with what makes keys, rotary embedding, two joins, cache update, scores, softmax, their product with the
+    latents, and one each with what makes values and of the output projection."""
     ffn_kernels: int = 4
     """Of one layer: norm, up and gate projection, activation, down projection."""
     other_kernels: int = 5
@@ -182,7 +186,8 @@ def sustained(gpu: Gpu, dtype: DtypeName, assumptions: Assumptions) -> Roofline:
 
 def kernels_of(shape: DecoderShape, assumptions: Assumptions) -> int:
     """Kernels of one call; an emptied block has none."""
-    attention = sum(bool(layer.query_heads) for layer in shape.layers) * assumptions.attention_kernels
+    kernels = assumptions.latent_kernels if shape.latent else assumptions.attention_kernels
+    attention = sum(bool(layer.query_heads) for layer in shape.layers) * kernels
     ffns = sum(bool(layer.ffn_channels) + bool(layer.shared_width) for layer in shape.layers)
     ffn = ffns * assumptions.ffn_kernels
     return attention + ffn + assumptions.other_kernels

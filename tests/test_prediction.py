@@ -13,7 +13,7 @@ from flap_export.errors import InputError
 from flap_export.ideal import Roofline, ideal_speedup, weight_bytes
 from flap_export.models.opening import open_checkpoint
 from flap_export.prediction import GPUS, Assumptions, estimate, kernels_of, predict
-from flap_export.shapes import DecoderShape, LayerShape
+from flap_export.shapes import DecoderShape, LatentSizes, LayerShape
 
 
 def llama(
@@ -78,6 +78,13 @@ def test_emptied_blocks_have_no_kernels() -> None:
         update={"layers": (LayerShape(query_heads=0, kv_heads=0, ffn_channels=8), full.layers[1])}
     )
     assert kernels_of(full, Assumptions()) - kernels_of(emptied, Assumptions()) == Assumptions().attention_kernels
+
+
+def test_latents_take_more_kernels() -> None:
+    sizes = LatentSizes(queries=1536, keys_and_values=512, score=192, turning=64)
+    latent = SEVEN_B.model_copy(update={"latent": sizes})
+    more = Assumptions().latent_kernels - Assumptions().attention_kernels
+    assert kernels_of(latent, Assumptions()) - kernels_of(SEVEN_B, Assumptions()) == 32 * more > 0
 
 
 def test_float32_takes_twice_the_bytes_and_another_rate() -> None:

@@ -30,6 +30,7 @@ def check_config(config: Any, family: Family) -> None:
         raise ModelError(f"layer_types holds {sorted(unknown)}; supported are {', '.join(sorted(LAYER_TYPES))}")
     _check_windows(config)
     _check_rotary_dim(config)
+    _check_bases(config)
     if family.mixture is not None and _has_mixtures(config, family.mixture):
         _check_routing(config, family.mixture)
     for name, required in family.requires.items():
@@ -86,6 +87,15 @@ def _check_rotary_dim(config: Any) -> None:
         raise ModelError(
             f"rotary_dim must be even and at most the {size} channels of a head, got {turning}; transformers cannot "
             "compute such a model, correct the field"
+        )
+
+
+def _check_bases(config: Any) -> None:
+    """Whether every layer has a rotary base, where a configuration states one for each."""
+    bases = getattr(config, "layer_rope_theta", None)
+    if bases is not None and len(bases) != config.num_hidden_layers:
+        raise ModelError(
+            f"layer_rope_theta must hold {config.num_hidden_layers} numbers, a layer each, got {len(bases)}"
         )
 
 
@@ -167,6 +177,8 @@ def shape_from_config(config: Any, family: Family) -> DecoderShape:
 
 
 def _latent_sizes(config: Any) -> LatentSizes:
+    if config.q_lora_rank == 0:
+        raise ModelError("q_lora_rank must be at least 1, or null where queries have no latent, got 0")
     return LatentSizes(
         queries=config.q_lora_rank or 0,
         keys_and_values=config.kv_lora_rank,

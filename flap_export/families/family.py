@@ -62,11 +62,11 @@ class Projection:
     Several (CodeGen): the heads that stay would no longer fill them evenly, so that a layer that loses heads is laid
     out in one block for every KV group instead."""
     where: tuple[str, bool] | None = None
-    """Configuration field that says whether a model has it, and whether it must hold something for that, or nothing."""
+    """Configuration field that says whether a model has it, and whether it must hold something for that, or null."""
 
     def is_there(self, config: Any) -> bool:
         """Whether models of a configuration have it."""
-        return self.where is None or bool(getattr(config, self.where[0])) == self.where[1]
+        return self.where is None or (getattr(config, self.where[0]) is not None) == self.where[1]
 
     def dense_blocks(self, groups: int) -> int:
         """Blocks in a layer with so many KV groups that kept all of them."""

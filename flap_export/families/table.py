@@ -263,8 +263,12 @@ FAMILIES: dict[str, Family] = {
             requires={
                 "num_key_value_heads": "num_attention_heads",
                 "topk_method": ("greedy", "group_limited_greedy"),
+                # Its class reads neither.
+                "scoring_func": ("softmax",),
+                "norm_topk_prob": (False, None),
                 "mlp_bias": (False, None),
             },
+            excludes=({"topk_method": "group_limited_greedy", "n_group": False},),
         ),
         Family(
             "deepseek_v3",
@@ -276,7 +280,8 @@ FAMILIES: dict[str, Family] = {
             rotary=Rotary(interleaved=True),
             stored=Stored(unused=("model.layers.{layers}.",)),
             bias_flags={"query": "attention_bias"},
-            requires=_OWN_KEYS_TURNED_BY_PAIRS,
+            requires={**_OWN_KEYS_TURNED_BY_PAIRS, "scoring_func": ("sigmoid",)},
+            excludes=({"n_group": False}, {"topk_group": False}),
         ),
         Family(
             "dots1",

@@ -1,8 +1,8 @@
 """Attention of families whose classes compute it themselves, written so that it asks transformers' interface.
 
 A class that asks nobody may also repeat the keys of a group for each of its queries before it caches them. Each
-function here stands in for the `forward` of one such class, at the same weights: K heads are cached, and `attend`, an
-attention function as transformers' interface has them, does the arithmetic.
+function here stands in for the `forward` of one such class, at the same weights: K heads, or one latent, are cached,
+and `attend`, an attention function as transformers' interface has them, does the arithmetic.
 """
 
 from __future__ import annotations

@@ -135,7 +135,8 @@ def _head_counts(dense: Checkpoint, layer: LayerShape) -> dict[str, int]:
     if heads_are_fixed(dense.config, dense.family):
         return {}
     heads = {"num_attention_heads": layer.query_heads, "num_key_value_heads": layer.kv_heads}
-    return heads if dense.shape.latent else {**heads, "head_dim": dense.shape.head_dim}
+    # What transformers makes head_dim of, with latents, is the part of a head that turns.
+    return {**heads, "v_head_dim" if dense.shape.latent else "head_dim": dense.shape.head_dim}
 
 
 def write_stock_checkpoint(

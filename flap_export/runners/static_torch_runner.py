@@ -95,6 +95,10 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     """
     (batch, heads, tokens, size), (_, kv_heads, length, _) = query.shape, key.shape
     group = heads // kv_heads
+    if kv_heads == 1 and tokens > 1 and mask.shape[1] == 1:
+        # One KV head for many, as latents are: a mask repeated for each would be larger than the scores of one.
+        keys, values = (cache.expand(-1, heads, -1, -1) for cache in (key, value))
+        return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     rows = query.reshape(batch, kv_heads, group * tokens, size)
     if mask.shape[1] > 1:
         seen = mask.reshape(batch, kv_heads, group * tokens, length)

@@ -229,6 +229,17 @@ def test_a_family_that_needs_a_newer_transformers_says_so(
             {"sliding_window": None},
             r"layer_types holds sliding_attention, but sliding_window is None; .*",
         ),
+        ("granite_swa", {"layer_rope_theta": [50.0]}, r"layer_rope_theta must hold 2 numbers, a layer each, got 1"),
+        ("deepseek_v3", {"n_group": None}, r"transformers' deepseek_v3 cannot compute n_group=False"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, r"deepseek_v3 is .* scoring_func equal to sigmoid only, got soft"),
+        ("deepseek_v3", {"rope_interleave": False}, r"deepseek_v3 is .* rope_interleave equal to True only, got False"),
+        ("deepseek_v2", {"n_group": None}, r"cannot compute topk_method=group_limited_greedy and n_group=False"),
+        ("deepseek_v2", {"norm_topk_prob": True}, r"deepseek_v2 is .* norm_topk_prob equal to False only, got True"),
+        (
+            "deepseek_v2",
+            {"num_key_value_heads": 2},
+            r"num_key_value_heads equal to num_attention_heads \(4\) only, got",
+        ),
         ("stablelm", {"qk_layernorm": True}, r"stablelm is supported with qk_layernorm equal to False only, got True"),
     ],
 )
@@ -240,3 +251,11 @@ def test_configurations_that_ask_for_something_else(family: str, fields: dict[st
         object.__setattr__(config, name, value)
     with pytest.raises(ModelError, match=message):
         check_config(config, FAMILIES[family])
+
+
+@pytest.mark.skipif("youtu" not in ALL_FAMILIES, reason="needs a newer transformers")
+def test_latents_have_channels() -> None:
+    config = tiny_config("youtu")
+    object.__setattr__(config, "q_lora_rank", 0)
+    with pytest.raises(ModelError, match=r"q_lora_rank must be at least 1, or null where .*, got 0"):
+        shape_from_config(config, FAMILIES["youtu"].of(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_heads_that_do_not_divide_the_hidden_size_compute_the_same(family: str, 
     with torch.no_grad():
         found, expected = model(tokens).logits, load_model(uneven, dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("minicpm3" not in ALL_FAMILIES, reason="needs a newer transformers")
+def test_values_keep_their_size_where_the_configuration_leaves_it_to_the_heads(tmp_path: Path) -> None:
+    """As MiniCPM3's does: transformers divides the hidden size by the heads, of which there are fewer afterwards."""
+    dense = tiny_checkpoint("minicpm3", tmp_path / "dense", v_head_dim=8)
+    config = json.loads((dense / "config.json").read_text())
+    del config["v_head_dim"]
+    (dense / "config.json").write_text(json.dumps(config))
+    source = save_tokens(tmp_path / "ids.npy", tokens_of(6, 11))
+    prune(dense, tmp_path / "out", ratio=0.5, calibration=source, structure="ul-um", layout="stock")
+    shape = open_checkpoint(tmp_path / "out").shape
+    assert (shape.head_dim, {layer.query_heads for layer in shape.layers}) == (8, {2})
 
 
 @pytest.mark.parametrize("method", ["obs", "wanda-sp", "random"])

@@ -644,15 +644,18 @@ def test_masks_of_static_caches_are_aligned(dense: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("by_head", [False, True], ids=["one-mask", "mask-per-head"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("heads", [2, 4, 6])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_query_heads_below_each_other_see_what_each_would(heads: int, tokens: int, by_head: bool) -> None:
+def test_query_heads_below_each_other_see_what_each_would(
+    heads: int, kv_heads: int, tokens: int, by_head: bool
+) -> None:
     generator = torch.Generator().manual_seed(heads)
     query = torch.randn(3, heads, tokens, 8, generator=generator)
-    key, value = torch.randn(2, 3, 2, 7, 8, generator=generator)
+    key, value = torch.randn(2, 3, kv_heads, 7, 8, generator=generator)
     shown = torch.rand(3, heads if by_head else 1, tokens, 7, generator=generator)
     mask = torch.where(shown < 0.4, torch.finfo(torch.float32).min, -shown if by_head else 0.0)
-    repeated = (caches.repeat_interleave(heads // 2, dim=1) for caches in (key, value))
+    repeated = (caches.repeat_interleave(heads // kv_heads, dim=1) for caches in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.7)
     torch.testing.assert_close(grouped_attention(query, key, value, mask, 0.7), expected, atol=1e-6, rtol=1e-6)
 
