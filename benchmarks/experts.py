@@ -175,6 +175,17 @@ def joined(directory: Path, artifact: Path) -> Path:
 def measured(
     arguments: argparse.Namespace, candidates: dict[str, Any], workload: Workload, dense: Artifact, pruned: Artifact
 ) -> dict[str, Any]:
+    """One phase and shape, and what reading and computing the chosen experts only may save."""
+    unknown = dense.shape.model_copy(update={"experts_per_token": 0})
+    call = {"batch_size": workload.batch_size, "length": workload.length, "bytes_per_weight": 4}
+    ideal = ideal_speedup(unknown, dense.shape, workload.phase, **call)
+    found = measured_against_ours(arguments, candidates, workload, dense, pruned)
+    return {**found, "ideal_speedup_over_joined": ideal}
+
+
+def measured_against_ours(
+    arguments: argparse.Namespace, candidates: dict[str, Any], workload: Workload, dense: Artifact, pruned: Artifact
+) -> dict[str, Any]:
     """One phase and shape: every candidate's samples, summarised, and our speedup over it."""
     draw = random.Random(arguments.seed)
     samples = take_rounds(
@@ -190,14 +201,7 @@ def measured(
         "length": workload.length,
         "candidates": found,
         "ideal_speedup_of_pruned": ideal_speedup(dense.shape, pruned.shape, workload.phase, **call),
-        "ideal_speedup_over_joined": ideal_of_chosen(dense, workload, call),
     }
-
-
-def ideal_of_chosen(dense: Artifact, workload: Workload, call: dict[str, Any]) -> float:
-    """What reading and computing the chosen experts only may save."""
-    unknown = dense.shape.model_copy(update={"experts_per_token": 0})
-    return ideal_speedup(unknown, dense.shape, workload.phase, **call)
 
 
 COLUMNS: Final = (

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 from pathlib import Path
 from typing import Any, Final
 
 import common
-from experts import COLUMNS, OURS, PRUNED, PRUNED_TORCH, TORCH, processes, rows
-from onnxruntime_cpu import summarised
+from experts import COLUMNS, OURS, PRUNED, PRUNED_TORCH, TORCH, measured_against_ours, processes, rows
 
-from flap_export.artifact import Artifact, load_artifact
-from flap_export.benchmarking.rounds import take_rounds
+from flap_export.artifact import load_artifact
 from flap_export.benchmarking.workload import Workload
-from flap_export.ideal import ideal_speedup
 
 SIZES: Final[dict[str, dict[str, int]]] = {
     "tiny": {
@@ -85,27 +81,7 @@ def compared(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     workloads += [Workload("decode", 1, context) for context in arguments.contexts]
     with contextlib.ExitStack() as stack:
         candidates = processes(arguments, stack, artifacts, {TORCH: dense, PRUNED_TORCH: pruned})
-        return {"phases": [measured(arguments, candidates, workload, *shapes) for workload in workloads]}
-
-
-def measured(
-    arguments: argparse.Namespace, candidates: dict[str, Any], workload: Workload, dense: Artifact, pruned: Artifact
-) -> dict[str, Any]:
-    """One phase and shape: every candidate's samples, summarised, and our speedup over it."""
-    draw = random.Random(arguments.seed)
-    samples = take_rounds(
-        list(candidates.values()), workload, repeats=arguments.repeats, budget_s=arguments.budget, draw=draw
-    )
-    times = {name: [sample.call_ms for sample in taken] for name, taken in zip(candidates, samples, strict=True)}
-    memory = {name: taken[-1].peak_memory_bytes for name, taken in zip(candidates, samples, strict=True)}
-    call = {"batch_size": workload.batch_size, "length": workload.length, "bytes_per_weight": 4}
-    return {
-        "phase": workload.phase,
-        "batch_size": workload.batch_size,
-        "length": workload.length,
-        "candidates": {name: summarised(times[name], times[OURS], memory[name], arguments.seed) for name in candidates},
-        "ideal_speedup_of_pruned": ideal_speedup(dense.shape, pruned.shape, workload.phase, **call),
-    }
+        return {"phases": [measured_against_ours(arguments, candidates, workload, *shapes) for workload in workloads]}
 
 
 if __name__ == "__main__":
