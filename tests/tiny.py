@@ -59,6 +59,18 @@ LATENTS: dict[str, Any] = {
     "v_head_dim": 12,
 }
 
+# Mixtures behind a plain layer, whose experts stand in groups that are chosen first.
+GROUPS: dict[str, Any] = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
+
 # What differs; `...` leaves a field out, a function is asked for as many values as there are layers.
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # No gate; an activation with parameters; query and key norms.
@@ -71,28 +83,15 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         **LATENTS,
         "q_lora_rank": None,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 6,
-        "n_shared_experts": 2,
+        **GROUPS,
         "num_experts_per_tok": 2,
-        "n_group": 3,
-        "topk_group": 2,
         "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 1.7,
-        "first_k_dense_replace": 1,
     },
     # The same, queries of a latent of their own, and scores that yarn scales.
     "deepseek_v3": {
         **LATENTS,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 6,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-        "n_group": 3,
-        "topk_group": 2,
+        **GROUPS,
         "norm_topk_prob": True,
-        "routed_scaling_factor": 1.7,
-        "first_k_dense_replace": 1,
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 50.0,
@@ -107,15 +106,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "sliding_window": 6,
         "max_window_layers": 1,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 6,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 3,
-        "n_group": 3,
-        "topk_group": 2,
+        **GROUPS,
         "norm_topk_prob": True,
-        "routed_scaling_factor": 1.7,
-        "first_k_dense_replace": 1,
     },
     # Neighbouring channels turn together.
     "ernie4_5": {"head_dim": 12, "rope_theta": 50.0},

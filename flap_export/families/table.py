@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flap_export.errors import ModelError
 from flap_export.families import sparsity
 from flap_export.families.family import (
@@ -420,12 +422,7 @@ FAMILIES: dict[str, Family] = {
             _LATENT_MIXTURE,
             since=_ROUTERS_CHOOSE,
             latent=True,
-            mixture=Mixture(
-                "n_routed_experts",
-                shared=SharedExpert(count_field="n_shared_experts"),
-                layers=sparsity.by_name,
-                router_in_float32=True,
-            ),
+            mixture=replace(_MIXTURE_AFTER_THE_FIRST, layers=sparsity.by_name),
             rotary=Rotary(interleaved=True),
             stored=Stored(unused=("model.layers.{layers}.",)),
             bias_flags={"query": "attention_bias"},
@@ -822,9 +819,7 @@ FAMILIES: dict[str, Family] = {
             "SolarOpen",
             (*_SEPARATE_PROJECTIONS[:4], *_WITH_SHARED_EXPERTS[7:]),
             since=_ROUTERS_CHOOSE,
-            mixture=Mixture(
-                "n_routed_experts", shared=SharedExpert(count_field="n_shared_experts"), router_in_float32=True
-            ),
+            mixture=replace(_MIXTURE_AFTER_THE_FIRST, layers=None),
         ),
         Family(
             "stablelm",
